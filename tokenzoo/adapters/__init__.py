@@ -1,0 +1,1 @@
+"""Backbone families. An adapter says where the halves of a block are; it never names a method."""

@@ -1,0 +1,57 @@
+"""A backbone family: which exact classes it serves, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One backbone family.
+
+    Args:
+        name: short name.
+        summary: what it covers, for the table of backbones.
+        models: exact model class -> reducing subclass.
+        blocks: exact block class -> reducing subclass.
+        check: raises ValueError for settings of a model that cannot be served.
+        check_block: returns an inner module of a block that is not exactly known, None if all are.
+    """
+
+    name: str
+    summary: str
+    models: dict[type, type]
+    blocks: dict[type, type]
+    check: Callable[[nn.Module], None]
+    check_block: Callable[[nn.Module], nn.Module | None]
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds a token of all linear layers inside a module."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
+def families() -> tuple[Family, ...]:
+    """All families, imported when first asked for."""
+    from . import eva, vit
+
+    return vit.FAMILY, eva.FAMILY
+
+
+def find_family(model: nn.Module) -> Family:
+    """The family that serves a model's exact class.
+
+    Raises:
+        TypeError: no family does; the message names the class.
+    """
+    for family in families():
+        if type(model) in family.models:
+            return family
+    served = ", ".join(cls.__name__ for family in families() for cls in family.models)
+    raise TypeError(
+        f"{type(model).__module__}.{type(model).__qualname__} is no backbone that tokenzoo can patch; it serves exactly "
+        f"{served} (see tokenzoo.list_backbones()); a model that wraps one: patch the wrapped module"
+    )

@@ -1,0 +1,98 @@
+"""Queries, keys, values and output of timm's plain attention layers: `Attention` and `DiffAttention`.
+
+Read from timm 1.0.19 to 1.0.31. Differences from upstream: the projection can be split (queries and keys alone, values
+alone), and the output takes fewer rows than there were keys. `q_norm`, `k_norm`, the scale norm, the gate, a head width
+other than dim / heads, dropout and `fused_attn` are honoured.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from ..attention import Heads
+from .base import BlockMacs
+
+try:  # timm >= 1.0.20
+    from timm.layers import DiffAttention
+except ImportError:
+    DiffAttention = None
+
+ATTENTIONS = tuple(cls for cls in (Attention, DiffAttention) if cls is not None)
+
+
+def is_differential(attn: nn.Module) -> bool:
+    """Whether an attention layer (or block that holds one itself) subtracts a second map."""
+    return hasattr(attn, "lambda_init")
+
+
+def linear_part(layer: nn.Linear, x: Tensor, start: int, stop: int) -> Tensor:
+    """Output channels start..stop-1 of a linear layer."""
+    if start == 0 and stop == layer.out_features:
+        return layer(x)
+    return F.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
+
+
+def attention_width(attn: nn.Module) -> int:
+    """Channels of all query heads together."""
+    return attn.qkv.out_features // 3
+
+
+def split_heads(x: Tensor, width: int) -> Tensor:
+    """[B, N, H * D] -> [B, H, N, D]."""
+    return x.unflatten(2, (-1, width)).transpose(1, 2)
+
+
+def differential_lambda(attn: nn.Module, like: Tensor) -> Tensor | None:
+    """The factor of the second map, None for ordinary attention."""
+    return attn._compute_lambda().type_as(like) if is_differential(attn) else None
+
+
+def attention_heads(attn: nn.Module, x: Tensor, with_values: bool = True) -> Heads:
+    """Heads of normed tokens x [B, N, C]."""
+    width = attention_width(attn)
+    parts = linear_part(attn.qkv, x, 0, width * (3 if with_values else 2)).split(width, dim=2)
+    q = attn.q_norm(split_heads(parts[0], attn.head_dim))
+    k = attn.k_norm(split_heads(parts[1], attn.head_dim))
+    v = split_heads(parts[2], value_width(attn)) if with_values else None
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    return Heads(q, k, v, attn.scale, differential_lambda(attn, q), attn.fused_attn, dropout)
+
+
+def attention_values(attn: nn.Module, x: Tensor) -> Tensor:
+    """Values of normed tokens x [B, N, C] -> [B, H, N, Dv]."""
+    width = attention_width(attn)
+    return split_heads(linear_part(attn.qkv, x, 2 * width, 3 * width), value_width(attn))
+
+
+def value_width(attn: nn.Module) -> int:
+    """Width of a value head."""
+    return attn.head_dim * (2 if is_differential(attn) else 1)
+
+
+def differential_output(attn: nn.Module, out: Tensor) -> Tensor:
+    """The per-head norm of differential attention on heads side by side; ordinary heads pass unchanged."""
+    if not is_differential(attn):
+        return out
+    heads = attn.sub_norm(out.unflatten(2, (-1, value_width(attn))))
+    return (heads * (1 - attn.lambda_init)).flatten(2)
+
+
+def attention_output(attn: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    """Output projection of heads out [B, N, H * Dv]; x [B, N, C] are the normed tokens of these rows (for a gate)."""
+    out = attn.norm(differential_output(attn, out))
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def attention_macs(attn: nn.Module) -> BlockMacs:
+    """Multiply-adds of an attention layer alone (`mlp` is 0)."""
+    width, dim = attention_width(attn), attn.qkv.in_features
+    gate = getattr(attn, "gate", None)
+    # differential attention multiplies both maps with values of double width
+    pair = width + width * (2 if is_differential(attn) else 1)
+    out = attn.proj.weight.numel() + (gate.weight.numel() if gate is not None else 0)
+    return BlockMacs(2 * width * dim, width * dim, pair, out, 0)

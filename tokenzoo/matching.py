@@ -1,0 +1,140 @@
+"""Bipartite matching of tokens: which token merges into which (ToMe and its relatives)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CHUNK_ABOVE = 1024  # score rows are computed in slices when there are more of them than this
+_CHUNK = 256
+
+
+class Pairs(NamedTuple):
+    """A merge plan, ready for `MergeMap`.
+
+    Attributes:
+        order: old index of the token that heads each new one [B, N'].
+        src: old index of every token that is merged away [B, S].
+        slot: new index it goes to [B, S], -1 for none.
+        valid: [B, N'] bool, or None without padding.
+    """
+
+    order: Tensor
+    src: Tensor
+    slot: Tensor
+    valid: Tensor | None = None
+
+
+def best_partner(a: Tensor, b: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Best partner in b of every row of a, by dot product.
+
+    Args:
+        a: [B, Na, D].
+        b: [B, Nb, D].
+        first: partners before this index are forbidden.
+
+    Returns:
+        value [B, Na] and index [B, Na] of the best partner; scores are computed in slices when there are many.
+    """
+    target = b[:, first:].transpose(1, 2)
+    if a.shape[1] <= _CHUNK_ABOVE:
+        value, index = torch.bmm(a, target).max(dim=2)
+        return value, index + first
+    parts = [torch.bmm(rows, target).max(dim=2) for rows in a.split(_CHUNK, dim=1)]
+    return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1) + first
+
+
+def bipartite_pairs(metric: Tensor, r: int, num_prefix: int, valid: Tensor | None = None) -> Pairs:
+    """The r most similar pairs between tokens at even and at odd positions (ToMe: Bolya et al., ICLR 2023).
+
+    Every even token proposes its most similar odd token; the r best proposals merge. Prefix tokens neither merge nor
+    receive. The order of the result is [prefix, unmerged even, odd], which gives new neighbours at the next block; it
+    is ascending with a prefix and by falling similarity without one, as in the published code.
+
+    Args:
+        metric: what similarity is measured on [B, N, D].
+        r: pairs to merge, at most (N - num_prefix) // 2.
+        num_prefix: tokens at the front that stay out of it.
+        valid: [B, N] bool with the real tokens in front; padding never receives and never proposes, an image with
+            fewer real tokens merges at most half of its own, whatever its batch mates hold.
+    """
+    with torch.no_grad():
+        metric = F.normalize(metric.float(), dim=-1)
+        even, odd = metric[:, 0::2], metric[:, 1::2]
+        pe, po = (num_prefix + 1) // 2, num_prefix // 2  # prefix tokens among the even and the odd ones
+        if valid is not None:
+            # a zero vector scores 0; push padding below every real partner instead
+            even = torch.cat([even, torch.ones_like(even[..., :1])], dim=2)
+            odd = torch.cat([odd, torch.where(valid[:, 1::2, None], 0.0, -4.0)], dim=2)
+        value, partner = best_partner(even[:, pe:], odd, po)
+        if valid is None:
+            return _plan(value.argsort(dim=1, descending=True), partner, r, num_prefix, metric.shape[1])
+        return _ragged_plan(value, partner, r, num_prefix, valid)
+
+
+def _plan(ranked: Tensor, partner: Tensor, r: int, num_prefix: int, n: int) -> Pairs:
+    """Plan from even tokens ranked by similarity (prefix rows left out) and their partners among the odd tokens."""
+    pe, po = (num_prefix + 1) // 2, num_prefix // 2
+    src, rest = ranked[:, :r], ranked[:, r:]
+    if num_prefix:
+        rest = rest.sort(dim=1)[0]
+    batch, device = ranked.shape[0], ranked.device
+    prefix = torch.arange(num_prefix, device=device).expand(batch, -1)
+    odd = torch.arange(2 * po + 1, n, 2, device=device).expand(batch, -1)
+    order = torch.cat([prefix, 2 * (rest + pe), odd], dim=1)
+    slot = partner.gather(1, src) - po + num_prefix + rest.shape[1]
+    return Pairs(order, 2 * (src + pe), slot)
+
+
+def _ragged_plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor) -> Pairs:
+    """Plan for images with different numbers of real tokens: padding fills up the r sources, and ends up last."""
+    pe, n = (num_prefix + 1) // 2, valid.shape[1]
+    real = valid[:, 0::2][:, pe:]
+    own_r = ((valid.sum(1, keepdim=True) - num_prefix) // 2).clamp(max=r)
+    count = value.shape[1]
+    rank = value.masked_fill(~real, float("-inf")).argsort(dim=1, descending=True).argsort(dim=1)
+    merges = real & (rank < own_r)
+    # proposals that count first, then padding, then real tokens that stay
+    key = torch.where(merges, rank, torch.where(real, 2 * count + rank, count + rank))
+    pairs = _plan(key.argsort(dim=1), partner, r, num_prefix, n)
+    source_merges = merges.gather(1, pairs.src // 2 - pe)
+    new_valid = valid.gather(1, pairs.order)
+    back = (~new_valid).long().argsort(dim=1, stable=True)
+    slot = back.argsort(dim=1).gather(1, pairs.slot)
+    return Pairs(
+        pairs.order.gather(1, back), pairs.src, torch.where(source_merges, slot, -1), new_valid.gather(1, back)
+    )
+
+
+def set_pairs(metric: Tensor, src: Tensor, dst: Tensor) -> Pairs:
+    """Every source merges into its most similar destination; the new order is that of the destinations.
+
+    Args:
+        metric: [B, N, D].
+        src: old indices of the sources [B, S].
+        dst: old indices of the destinations [B, N - S].
+    """
+    with torch.no_grad():
+        metric = F.normalize(metric.float(), dim=-1)
+        index = lambda idx: idx.unsqueeze(-1).expand(-1, -1, metric.shape[-1])  # noqa: E731
+        partner = best_partner(metric.gather(1, index(src)), metric.gather(1, index(dst)))[1]
+    return Pairs(dst, src, partner)
+
+
+def kth_pairs(metric: Tensor, k: int) -> Pairs:
+    """Every k-th token is a destination, the k - 1 before it merge into their most similar destination (ToMe's `kth`).
+
+    Tokens beyond the last full group are in neither set: cut them off first.
+
+    Args:
+        metric: [B, N, D] with N a multiple of k.
+        k: group length, at least 2.
+    """
+    n = metric.shape[1]
+    if k < 2 or n % k:
+        raise ValueError(f"kth_pairs: k={k} does not divide {n} tokens into groups; use k >= 2 and cut the tail off")
+    index = torch.arange(n, device=metric.device).expand(metric.shape[0], -1).unflatten(1, (-1, k))
+    return set_pairs(metric, index[..., : k - 1].flatten(1), index[..., k - 1])

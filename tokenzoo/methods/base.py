@@ -1,0 +1,191 @@
+"""What a method is: options, the blocks it acts in, how many tokens it leaves, and the map it decides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from ..maps import TokenMap
+from ..signals import Signals
+from ..tokens import Layout, Tokens
+
+PLACES = ("before", "ahead", "queries", "between", "after")
+
+
+class Step(NamedTuple):
+    """One method acting in one block.
+
+    Attributes:
+        method: the method.
+        block: index of the block.
+        strength: the method's own measure for this block (tokens to remove, share to keep, ...).
+        key: name of the method's learned module inside the block, None for methods without parameters.
+    """
+
+    method: Method
+    block: int
+    strength: Any
+    key: str | None = None
+
+    def tokens_out(self, n: int, layout: Layout) -> int:
+        """Tokens after the step when `n` come in, prefix included; raises ValueError if the strength is unreachable."""
+        return self.method.tokens_out(n, self, layout)
+
+    def error(self, message: str) -> ValueError:
+        """A ValueError that names the method and the block."""
+        return ValueError(f"{self.method.name} at block {self.block}: {message}")
+
+
+class BlockShape(NamedTuple):
+    """Sizes of a block that cost formulas need.
+
+    Attributes:
+        dim: channels of the residual stream.
+        num_heads: query heads (of both halves in differential attention).
+        head_dim: width of a query.
+    """
+
+    dim: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods: a frozen dataclass of options, with one function that decides the map.
+
+    A subclass names its place and source, turns its options into one strength a block (`strengths`), says how many
+    tokens remain (`tokens_out`, plain integers), and decides the map (`map`). It never names a backbone.
+
+    Args:
+        layers: blocks to act in; None for the method's default; "others" for the blocks no other method of the recipe
+            names.
+    """
+
+    layers: tuple[int, ...] | str | None = None
+
+    name: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
+    data_dependent: ClassVar[bool] = False  # token counts depend on the images
+    uses_positions: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        if isinstance(layers, int) and not isinstance(layers, bool):
+            layers = (layers,)
+        if layers is not None and layers != "others":
+            if isinstance(layers, str) or not isinstance(layers, Sequence) or any(type(i) is not int for i in layers):
+                raise TypeError(f"{self.name}: layers={self.layers!r}; give block indices such as (3, 6, 9) or 'others'")
+            if len(set(layers)) != len(layers):
+                raise ValueError(f"{self.name}: layers={tuple(layers)} names a block twice")
+            layers = tuple(layers)
+        object.__setattr__(self, "layers", layers)
+
+    # ---- where and how much
+
+    @property
+    def place(self) -> str:
+        """Where in a block the method acts, one of `PLACES`."""
+        return "between"
+
+    @property
+    def uses_size(self) -> bool:
+        """Whether token sizes have to be kept."""
+        return self.proportional or self.mass_weighted_pool
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention adds log sizes to the keys (proportional attention)."""
+        return False
+
+    @property
+    def mass_weighted_pool(self) -> bool:
+        """Whether average pooling weighs tokens by size."""
+        return False
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        """Blocks to act in when the user names none."""
+        return tuple(range(depth))
+
+    def resolve_layers(self, depth: int) -> tuple[int, ...]:
+        """The blocks to act in, checked against the depth of the model."""
+        layers = self.default_layers(depth) if self.layers is None else self.layers
+        for index in layers:
+            if not 0 <= index < depth:
+                raise ValueError(f"{self.name}: layers names block {index}, but the model has blocks 0 to {depth - 1}")
+        return tuple(layers)
+
+    def strengths(self, depth: int) -> dict[int, Any]:
+        """Strength per block index, blocks without reduction left out."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how strong it is: define strengths(depth)")
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        """Tokens after the step, prefix included (the largest possible count if it depends on the images)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it leaves: define tokens_out(...)")
+
+    # ---- the map
+
+    def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
+        """Decides the map for these tokens; None leaves them alone.
+
+        Args:
+            tokens: the tokens at the method's place.
+            signals: lazy view of the block's attention.
+            step: this method in this block.
+        """
+        raise NotImplementedError(f"{type(self).__name__} decides no map: define map(tokens, signals, step)")
+
+    def check(self, layout: Layout, model: str) -> None:
+        """Refuses models that the method cannot work on; called before anything is patched.
+
+        Args:
+            layout: token layout of the model.
+            model: name of its class, for the message.
+        """
+
+    def module(self, dim: int, step: Step) -> nn.Module | None:
+        """The learned module of one block, None for methods without parameters."""
+        return None
+
+    # ---- cost and strength
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+        """Multiply-adds of deciding and applying the map, for one image."""
+        return 0
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Method:
+        """The same method at relative strength t: 0 removes nothing, 1 as much as it can.
+
+        Args:
+            t: 0 to 1.
+            depth: blocks of the model.
+            layout: token layout at the resolution that counts.
+        """
+        raise ValueError(f"{self.name} has no strength that flops=... could solve for; set its own options instead")
+
+    # ---- options as plain data
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Option names and their defaults."""
+        return {f.name: f.default for f in dataclasses.fields(cls)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON-safe values, with the method's name first."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {key: plain(value) for key, value in given.items() if value != self.options()[key]}
+        return {"method": self.name, **changed}
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, deeply: what JSON and YAML can hold."""
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    return value

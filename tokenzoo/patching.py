@@ -1,0 +1,233 @@
+"""Putting a recipe onto a model and taking it off again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .adapters.base import BackboneInfo, BlockPlan
+from .adapters.family import Family, families, find_family
+from .recipes import Recipe
+from .registry import create_method
+from .tokens import Layout
+
+_log = logging.getLogger(__name__)
+
+
+def list_backbones() -> dict[str, list[str]]:
+    """Served model classes by family."""
+    return {family.name: [cls.__name__ for cls in family.models] for family in families()}
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The module that holds the blocks: timm's `features_only` wrapper is looked through.
+
+    Raises:
+        TypeError: a wrapper that has to be patched before wrapping.
+    """
+    from timm.models._features import FeatureGetterNet
+
+    if isinstance(model, FeatureGetterNet):
+        return model.model
+    name = type(model).__name__
+    if name in ("DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel"):
+        raise TypeError(f"model is wrapped in {name}; patch the model first and wrap it afterwards")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {name}, not a torch.nn.Module")
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model carries a recipe."""
+    return hasattr(backbone_of(model), "tokenzoo_recipe")
+
+
+def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Recipe | None = None) -> BackboneInfo:
+    """Depth, width and token layout of a served model.
+
+    Args:
+        model: patched or not.
+        grid: patch grid; None for the model's own image size.
+        recipe: decides which side data is tracked.
+    """
+    if grid is None:
+        grid = model.patch_embed.grid_size
+        if grid is None:
+            raise ValueError(f"{type(model).__name__}.patch_embed has no grid size; call model.set_input_size(img_size=...)")
+    size = recipe is not None and recipe.track_size
+    positions = recipe is not None and recipe.track_positions
+    layout = Layout(model.num_prefix_tokens, model.cls_token is not None, tuple(grid), size, positions)
+    return BackboneInfo(len(model.blocks), model.embed_dim, layout)
+
+
+def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **options: Any) -> nn.Module:
+    """Makes a model reduce tokens, in place; weights and their names stay as they are.
+
+    Args:
+        model: a timm model of a served family, or timm's `features_only` wrapper of one.
+        method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
+        flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
+            the method is solved for.
+        **options: options of the method, and `merged_positions`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: a model, block or attention class that is not served.
+        ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched.
+    """
+    backbone = backbone_of(model)
+    if hasattr(backbone, "tokenzoo_recipe"):
+        raise ValueError(
+            f"{type(backbone).__name__} is patched already with {backbone.tokenzoo_recipe.to_dict()}; call "
+            "tokenzoo.unpatch_model(model) first, or give all methods in one list"
+        )
+    family = find_family(backbone)
+    _check(backbone, family)
+    recipe = Recipe.parse(method, **options)
+    info = describe(backbone, recipe=recipe)
+    _check_recipe(recipe, info, type(backbone).__name__)
+    if flops is not None:
+        from .counting import solve_flops
+
+        recipe = solve_flops(backbone, family, recipe, info, flops)
+    recipe.token_counts(info.depth, info.layout)  # raises for strengths that cannot be reached
+    _install(backbone, family, recipe, info)
+    return model
+
+
+def _check(backbone: nn.Module, family: Family) -> None:
+    """Refuses models whose parts are not exactly known, before anything is changed."""
+    family.check(backbone)
+    if len(backbone.blocks) == 0:
+        raise ValueError(f"{type(backbone).__name__}.blocks is empty: there is no block to patch")
+    for index, block in enumerate(backbone.blocks):
+        if type(block) not in family.blocks:
+            raise TypeError(
+                f"blocks.{index} is {type(block).__module__}.{type(block).__qualname__}, which the {family.name} family "
+                f"does not serve; it serves exactly {', '.join(cls.__name__ for cls in family.blocks)}"
+            )
+        inner = family.check_block(block)
+        if inner is not None:
+            raise TypeError(
+                f"blocks.{index} attends with {type(inner).__module__}.{type(inner).__qualname__}, which the "
+                f"{family.name} family does not know; use timm's own attention layers"
+            )
+
+
+def _check_recipe(recipe: Recipe, info: BackboneInfo, name: str) -> None:
+    if not recipe.steps(info.depth) and all(m.layers in ((), "others") for m in recipe.methods):
+        raise ValueError(f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers in 0 to {info.depth - 1}")
+    for method in recipe.methods:
+        method.check(info.layout, name)
+
+
+def _install(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo) -> None:
+    steps = recipe.steps(info.depth)
+    new: list[str] = []
+    backbone.__class__ = family.models[type(backbone)]
+    backbone.tokenzoo_recipe = recipe
+    for index, block in enumerate(backbone.blocks):
+        block.__class__ = family.blocks[type(block)]
+        kept = []
+        for step in steps.get(index, ()):
+            module = step.method.module(info.dim, step)
+            if module is None:
+                kept.append(step._replace(key=None))
+                continue
+            block.add_module(step.key, module.to(next(block.parameters()).device))
+            new += [f"blocks.{index}.{step.key}.{name}" for name, _ in module.named_parameters()]
+            kept.append(step)
+        block.tokenzoo = BlockPlan(index, info.depth, tuple(kept), recipe.proportional, info.layout)
+    if new:
+        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Takes the recipe off again, in place; outputs are bit-equal to those before patching.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    backbone = backbone_of(model)
+    if not hasattr(backbone, "tokenzoo_recipe"):
+        raise ValueError(f"{type(backbone).__name__} is not patched; there is nothing to take off")
+    family = next(f for f in families() if type(backbone) in f.models.values())
+    plain_models = {new: old for old, new in family.models.items()}
+    plain_blocks = {new: old for old, new in family.blocks.items()}
+    for block in backbone.blocks:
+        for step in block.tokenzoo.steps:
+            if step.key is not None:
+                delattr(block, step.key)
+        del block.tokenzoo
+        block.__class__ = plain_blocks[type(block)]
+    del backbone.tokenzoo_recipe
+    backbone.__class__ = plain_models[type(backbone)]
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, method: Any, **options: Any) -> Iterator[nn.Module]:
+    """Context in which a model is patched; arguments as for `patch_model`."""
+    patch_model(model, method, **options)
+    try:
+        yield model
+    finally:
+        if is_patched(model):
+            unpatch_model(model)
+
+
+def recipe(model: nn.Module) -> dict[str, Any]:
+    """The recipe of a patched model as a flat dict that `patch_model` takes back; JSON and YAML safe.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    backbone = backbone_of(model)
+    if not hasattr(backbone, "tokenzoo_recipe"):
+        raise ValueError(f"{type(backbone).__name__} is not patched; it has no recipe")
+    return backbone.tokenzoo_recipe.to_dict()
+
+
+def update_method(model: nn.Module, method: str | None = None, **options: Any) -> nn.Module:
+    """Changes options of a patched model's method between two forward passes, for instance a keep rate during training.
+
+    Args:
+        model: a patched model.
+        method: which method of the recipe, needed only when there are several.
+        **options: the options to change.
+
+    Raises:
+        ValueError: not patched, an unknown option, a strength that cannot be reached, or a method with parameters.
+    """
+    backbone = backbone_of(model)
+    if not hasattr(backbone, "tokenzoo_recipe"):
+        raise ValueError(f"{type(backbone).__name__} is not patched; call tokenzoo.patch_model first")
+    old = backbone.tokenzoo_recipe
+    names = [m.name for m in old.methods]
+    if method is None and len(names) > 1:
+        raise ValueError(f"the recipe holds {', '.join(names)}; say which one with method='...'")
+    chosen = names[0] if method is None else method
+    if names.count(chosen) != 1:
+        raise ValueError(f"the recipe holds {', '.join(names)}; {chosen!r} does not name exactly one of them")
+    create_method(chosen, **options)  # reports unknown options
+    methods = tuple(replace(m, **options) if m.name == chosen else m for m in old.methods)
+    new = replace(old, methods=methods)
+    info = describe(backbone, recipe=new)
+    _check_recipe(new, info, type(backbone).__name__)
+    new.token_counts(info.depth, info.layout)
+    steps = new.steps(info.depth)
+    keys = {(s.block, s.key) for block in backbone.blocks for s in block.tokenzoo.steps if s.key}
+    if keys:
+        raise ValueError(f"{chosen} keeps learned modules in its blocks; unpatch and patch again to change its options")
+    backbone.tokenzoo_recipe = new
+    for index, block in enumerate(backbone.blocks):
+        kept = tuple(s._replace(key=None) for s in steps.get(index, ()))
+        block.tokenzoo = block.tokenzoo._replace(steps=kept, proportional=new.proportional, layout=info.layout)
+    return model

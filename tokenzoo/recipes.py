@@ -1,0 +1,155 @@
+"""Recipes: which methods act on a model and how, as objects, keywords, dicts, or YAML files, and back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .methods.base import PLACES, Method, Step
+from .registry import create_method
+from .tokens import Layout
+
+MERGED_POSITIONS = ("destination", "mean")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Methods in order, and what holds for all of them.
+
+    Args:
+        methods: methods in list order; at the same place of the same block they run in this order.
+        merged_positions: rotary position of a merged token: "destination" keeps the row of the token it merged into,
+            "mean" rebuilds it from the mass-weighted mean coordinate.
+    """
+
+    methods: tuple[Method, ...]
+    merged_positions: str = "destination"
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("a recipe needs at least one method; see tokenzoo.list_methods()")
+        if self.merged_positions not in MERGED_POSITIONS:
+            raise ValueError(f"merged_positions={self.merged_positions!r}; use one of {MERGED_POSITIONS}")
+
+    @property
+    def track_size(self) -> bool:
+        """Whether token sizes are kept."""
+        return any(m.uses_size for m in self.methods)
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention adds log sizes."""
+        return any(m.proportional for m in self.methods)
+
+    @property
+    def mass_weighted_pool(self) -> bool:
+        """Whether average pooling weighs tokens by size."""
+        return any(m.mass_weighted_pool for m in self.methods)
+
+    @property
+    def track_positions(self) -> bool:
+        """Whether the original index of each token is kept for a method's sake."""
+        return any(m.uses_positions for m in self.methods)
+
+    def steps(self, depth: int) -> dict[int, tuple[Step, ...]]:
+        """The steps of every block: by place, then in list order.
+
+        Raises:
+            ValueError: a layer outside the model, or two methods with layers="others".
+        """
+        named = {i for m in self.methods if m.layers != "others" for i in m.resolve_layers(depth)}
+        rest = tuple(i for i in range(depth) if i not in named)
+        found: dict[int, list[Step]] = defaultdict(list)
+        for order, method in enumerate(self.methods):
+            resolved = replace(method, layers=rest) if method.layers == "others" else method
+            for block, strength in resolved.strengths(depth).items():
+                found[block].append(Step(method, block, strength, f"tokenzoo_{order}_{method.name}"))
+        return {
+            block: tuple(sorted(steps, key=lambda s: PLACES.index(s.method.place))) for block, steps in found.items()
+        }
+
+    def token_counts(self, depth: int, layout: Layout) -> list[list[tuple[Step, int, int]]]:
+        """(step, tokens before, tokens after) of every block in the order in which they run.
+
+        Raises:
+            ValueError: a strength that cannot be reached at this number of tokens.
+        """
+        steps, n, rows = self.steps(depth), layout.num_prefix + layout.num_patches, []
+        for block in range(depth):
+            row = []
+            for step in steps.get(block, ()):
+                after = step.tokens_out(n, layout)
+                row.append((step, n, after))
+                n = after
+            rows.append(row)
+        return rows
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Recipe:
+        """The same recipe with every method at relative strength t in [0, 1]."""
+        return replace(self, methods=tuple(m.dial(t, depth, layout) for m in self.methods))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat dict that `Recipe.parse` and `patch_model` take back; JSON and YAML safe."""
+        extra = {} if self.merged_positions == "destination" else {"merged_positions": self.merged_positions}
+        if len(self.methods) == 1:
+            return {**self.methods[0].to_dict(), **extra}
+        return {"method": [m.to_dict() for m in self.methods], **extra}
+
+    @classmethod
+    def parse(cls, method: Any, **options: Any) -> Recipe:
+        """Reads a recipe from a name, a method object, a list of those, a dict, a YAML file, or a recipe.
+
+        Args:
+            method: "tome", ToMe(r=8), ["evit", ToMe(r=8)], {"method": "tome", "r": 8}, "recipe.yaml" or a Recipe.
+            **options: options of the method when it is given by name, and `merged_positions`.
+
+        Raises:
+            ValueError, TypeError: with the offending name, value or line.
+        """
+        common = {k: options.pop(k) for k in ("merged_positions",) if k in options}
+        if isinstance(method, Recipe):
+            _no_options(options, "a Recipe")
+            return replace(method, **common)
+        if isinstance(method, (str, Path)) and str(method).endswith((".yaml", ".yml")):
+            _no_options(options, f"the file {method}")
+            return cls.parse(_read_yaml(Path(method)), **common)
+        if isinstance(method, Mapping):
+            given = {**method, **options}
+            name = given.pop("method", None)
+            if name is None:
+                raise ValueError(f"a recipe dict needs the key 'method'; this one has {sorted(map(str, given))}")
+            return cls.parse(name, **{**given, **common})
+        if isinstance(method, Method):
+            _no_options(options, f"the method object {method.name}")
+            return cls((method,), **common)
+        if isinstance(method, str):
+            return cls((create_method(method, **options),), **common)
+        if isinstance(method, Sequence):
+            _no_options(options, "a list of methods")
+            return cls(tuple(m for item in method for m in cls.parse(item).methods), **common)
+        raise TypeError(
+            f"method={method!r} of type {type(method).__name__}: give a name, a method object, a list of them, a dict "
+            "or the path of a YAML file"
+        )
+
+
+def _no_options(options: dict[str, Any], what: str) -> None:
+    if options:
+        raise ValueError(f"options {sorted(options)} cannot be combined with {what}; set them there")
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"recipe file {path} does not exist")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, Mapping):
+        raise ValueError(f"recipe file {path} holds {type(data).__name__}, not a mapping with the key 'method'")
+    return data

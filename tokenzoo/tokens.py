@@ -1,0 +1,159 @@
+"""What travels from block to block: token values and the side data that reduction has to keep right."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .maps import TokenMap
+from .rows import take_rows
+
+
+class Layout(NamedTuple):
+    """Facts about the token sequence that hold for a whole forward pass.
+
+    Attributes:
+        num_prefix: class, distillation and register tokens at the front, never reduced.
+        has_class: the first token is a class token.
+        grid: patches (high, wide) of the image at the input of block 0.
+        track_size: token sizes are kept (some method or pooling reads them).
+        track_positions: the original index of each token is kept (RoPE, masks, grid methods).
+        standalone: the blocks were called without their model; the last one hands back a plain tensor.
+    """
+
+    num_prefix: int
+    has_class: bool
+    grid: tuple[int, int]
+    track_size: bool = False
+    track_positions: bool = False
+    standalone: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens at the input of block 0."""
+        return self.grid[0] * self.grid[1]
+
+
+class TraceStep(NamedTuple):
+    """One reduction as it happened: where, the map, and the values before it (None unless dense output needs them)."""
+
+    block: int
+    method: str
+    map: TokenMap
+    before: Tensor | None
+
+
+class Tokens(NamedTuple):
+    """Tokens and their side data, handed from block to block.
+
+    Attributes:
+        x: values [B, N, C], prefix tokens first.
+        layout: facts that do not change during the pass.
+        size: how many patches each token stands for [B, N, 1] float32, None while all are one or nobody asks.
+        valid: [B, N] bool, False for padding (images that keep fewer tokens than others); None when all are real.
+        positions: index in the original sequence [B, N] int64, -1 for tokens without a place; None while untouched.
+        coords: mass-weighted mean patch coordinate [B, N, 2] float32 (row, column); None unless RoPE asks for it.
+        trace: the reductions so far; None when nobody asks.
+    """
+
+    x: Tensor
+    layout: Layout
+    size: Tensor | None = None
+    valid: Tensor | None = None
+    positions: Tensor | None = None
+    coords: Tensor | None = None
+    trace: tuple[TraceStep, ...] | None = None
+
+    @property
+    def length(self) -> int:
+        """N, tokens in the sequence, prefix and padding included."""
+        return self.x.shape[1]
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens after the prefix."""
+        return self.x.shape[1] - self.layout.num_prefix
+
+    @property
+    def valid_patches(self) -> Tensor | None:
+        """Real patch tokens of each image [B], None when there is no padding."""
+        return None if self.valid is None else self.valid[:, self.layout.num_prefix :].sum(1)
+
+    def sizes(self) -> Tensor:
+        """Token sizes [B, N, 1] float32, ones where nothing was merged yet."""
+        if self.size is not None:
+            return self.size
+        return torch.ones(self.x.shape[0], self.length, 1, device=self.x.device)
+
+    def original_positions(self) -> Tensor:
+        """Index of each token in the original sequence [B, N] int64."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.length, device=self.x.device).expand(self.x.shape[0], -1)
+
+    def reduce(self, token_map: TokenMap, block: int = -1, method: str = "", dense: bool = False) -> Tokens:
+        """Applies a map to the values and to all side data.
+
+        Args:
+            token_map: the map; its n_in must equal the current length.
+            block: index of the block, for the trace.
+            method: name of the method, for the trace.
+            dense: keep the values before the map in the trace (to give dropped tokens back).
+        """
+        if token_map.n_in != self.length:
+            raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
+        size = self.size
+        if self.layout.track_size:
+            with torch.no_grad():
+                size = token_map.mass(size, self.x.shape[0], self.x.device)
+        valid = token_map.valid
+        if valid is None and self.valid is not None:
+            valid = _side(self.valid.unsqueeze(-1), token_map.heads, True).squeeze(-1)
+        positions = self.positions
+        if self.layout.track_positions:
+            positions = _side(self.original_positions().unsqueeze(-1), token_map.heads, -1).squeeze(-1)
+        coords = self.coords
+        if coords is not None:
+            with torch.no_grad():
+                mass = self.sizes()
+                coords = token_map.pool(coords * mass) / token_map.pool(mass).clamp(min=1e-12)
+        trace = self.trace
+        if trace is not None:
+            trace = (*trace, TraceStep(block, method, token_map, self.x if dense else None))
+        return Tokens(token_map.apply(self.x), self.layout, size, valid, positions, coords, trace)
+
+
+def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:
+    """Per-token side data of the tokens that head the new ones, `missing` where there is none."""
+    taken = take_rows(values, heads.clamp(min=0))
+    return torch.where((heads >= 0).unsqueeze(-1), taken, torch.full_like(taken, missing))
+
+
+def lift(x: Tensor, trace: tuple[TraceStep, ...], fill: str = "stash") -> Tensor:
+    """Carries values back to the tokens that entered the first reduction.
+
+    Args:
+        x: values of the current tokens [B, N', D].
+        trace: the reductions, first to last.
+        fill: what dropped tokens get: "stash" (the value they had when they were dropped; the trace must hold it and
+            D must equal C) or "zero".
+
+    Returns:
+        Values [B, N, D] in the original order.
+    """
+    if fill not in ("stash", "zero"):
+        raise ValueError(f"lift: fill={fill!r} is unknown; use 'stash' or 'zero'")
+    for step in reversed(trace):
+        x = step.map.lift(x, step.before if fill == "stash" else None)
+    return x
+
+
+def trace_assign(trace: tuple[TraceStep, ...], batch: int, length: int, device: torch.device) -> Tensor:
+    """Final index of every original token [B, length], -1 for dropped ones."""
+    assign = torch.arange(length, device=device).expand(batch, -1)
+    for step in trace:
+        new = step.map.assign.gather(1, assign.clamp(min=0))
+        assign = torch.where(assign >= 0, new, -1)
+    return assign
