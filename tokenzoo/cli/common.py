@@ -1,0 +1,116 @@
+"""Arguments and values that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import nn
+
+from ..recipes import Recipe
+from ..registry import list_methods
+
+
+class Run(NamedTuple):
+    """One row of a comparison: a method with its options, or the unpatched model (method None)."""
+
+    method: str | None
+    options: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Short text for tables and legends."""
+        if self.method is None:
+            return "unpatched"
+        return " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
+
+    def recipe(self) -> Recipe:
+        """The recipe of a reducing run (without `flops`, which patch_model takes itself)."""
+        return Recipe.parse(self.method, **{k: v for k, v in self.options.items() if k != "flops"})
+
+
+def say(text: str = "") -> None:
+    """Writes one line to standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --checkpoint, --pretrained, --num-classes, --img-size, --model-kwargs, --device, --threads, --seed."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", "-m", required=True, help="timm model name")
+    group.add_argument("--checkpoint", default="", help="weights to load (.pth or .safetensors)")
+    group.add_argument("--pretrained", action="store_true", help="timm's own weights (needs network or a warm cache)")
+    group.add_argument("--num-classes", type=int, default=None)
+    group.add_argument("--img-size", type=int, nargs="+", default=None, help="one side or height width")
+    group.add_argument("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="passed to timm.create_model")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--threads", type=int, default=None, help="CPU threads")
+    group.add_argument("--seed", type=int, default=0, help="seed of random weights and inputs")
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """--method NAME [KEY=VALUE ...], repeatable."""
+    parser.add_argument(
+        "--method",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help=f"a method and its options, repeatable; NAME is one of {', '.join(list_methods())} or a recipe.yaml; "
+        "flops=0.6 solves for a share of the unpatched multiply-adds",
+    )
+    parser.add_argument(
+        "--method-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="options added to every --method"
+    )
+
+
+def key_values(pairs: list[str], what: str) -> dict[str, Any]:
+    """KEY=VALUE words as a dict; values are read as YAML, so 0.7, [3,6,9], true and text all work.
+
+    Raises:
+        ValueError: a word without '='.
+    """
+    out = {}
+    for pair in pairs:
+        key, sep, value = pair.partition("=")
+        if not sep or not key:
+            raise ValueError(f"{what} {pair!r} is not of the form KEY=VALUE")
+        out[key.replace("-", "_")] = yaml.safe_load(value)
+    return out
+
+
+def runs_of(args: argparse.Namespace) -> list[Run]:
+    """The unpatched model first, then one run for every --method."""
+    common = key_values(args.method_kwargs, "--method-kwargs")
+    runs = [Run(None, {})]
+    for name, *pairs in args.method:
+        run = Run(name, {**common, **key_values(pairs, "--method")})
+        run.recipe()  # reports an unknown name or option before anything is loaded
+        runs.append(run)
+    return runs
+
+
+def load_model(args: argparse.Namespace) -> nn.Module:
+    """The model of the arguments, in eval mode on its device.
+
+    Raises:
+        ValueError: unknown model name.
+    """
+    import timm
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    if not timm.is_model(args.model):
+        near = timm.list_models(f"*{args.model}*")[:5]
+        raise ValueError(f"--model {args.model!r} is no timm model" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    kwargs = key_values(args.model_kwargs, "--model-kwargs")
+    if args.img_size:
+        kwargs["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
+    if args.num_classes is not None:
+        kwargs["num_classes"] = args.num_classes
+    model = timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint, **kwargs)
+    return model.to(args.device).eval()
