@@ -26,6 +26,7 @@ class TokenMap(ABC):
     n_in: int
     n_out: int
     valid: Tensor | None = None
+    linear: bool = True  # False when `apply` is no matrix (elementwise maximum)
 
     @property
     @abstractmethod
@@ -146,6 +147,7 @@ class MergeMap(TokenMap):
     ) -> None:
         self.order, self.src, self.slot, self.n_in, self.weight = order, src, slot, n_in, weight
         self.n_out, self.reduce, self.valid = order.shape[1], reduce, valid
+        self.linear = reduce != "max"
 
     @classmethod
     def from_assign(
@@ -307,6 +309,7 @@ class ChainMap(TokenMap):
     def __init__(self, *maps: TokenMap) -> None:
         self.maps = maps
         self.n_in, self.n_out, self.valid = maps[0].n_in, maps[-1].n_out, maps[-1].valid
+        self.linear = all(token_map.linear for token_map in maps)
 
     @property
     def heads(self) -> Tensor:

@@ -70,43 +70,57 @@ def bipartite_pairs(metric: Tensor, r: int, num_prefix: int, valid: Tensor | Non
             even = torch.cat([even, torch.ones_like(even[..., :1])], dim=2)
             odd = torch.cat([odd, torch.where(valid[:, 1::2, None], 0.0, -4.0)], dim=2)
         value, partner = best_partner(even[:, pe:], odd, po)
-        if valid is None:
-            return _plan(value.argsort(dim=1, descending=True), partner, r, num_prefix, metric.shape[1])
-        return _ragged_plan(value, partner, r, num_prefix, valid)
+        return _plan(value, partner, r, num_prefix, valid, metric.shape[1])
 
 
-def _plan(ranked: Tensor, partner: Tensor, r: int, num_prefix: int, n: int) -> Pairs:
-    """Plan from even tokens ranked by similarity (prefix rows left out) and their partners among the odd tokens."""
+def _plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor | None, n: int) -> Pairs:
+    """Plan from the best partner of every even token (prefix rows left out) among the odd ones."""
     pe, po = (num_prefix + 1) // 2, num_prefix // 2
-    src, rest = ranked[:, :r], ranked[:, r:]
+    real = own = None
+    if valid is not None:
+        real = valid[:, 2 * pe :: 2]
+        own = ((valid.sum(1, keepdim=True) - num_prefix) // 2).clamp(max=r)
+    src, rest, merges = split_ranked(value, r, real, own)
     if num_prefix:
         rest = rest.sort(dim=1)[0]
-    batch, device = ranked.shape[0], ranked.device
+    batch, device = value.shape[0], value.device
     prefix = torch.arange(num_prefix, device=device).expand(batch, -1)
     odd = torch.arange(2 * po + 1, n, 2, device=device).expand(batch, -1)
     order = torch.cat([prefix, 2 * (rest + pe), odd], dim=1)
     slot = partner.gather(1, src) - po + num_prefix + rest.shape[1]
-    return Pairs(order, 2 * (src + pe), slot)
+    if merges is None:
+        return Pairs(order, 2 * (src + pe), slot)
+    return compact_pairs(Pairs(order, 2 * (src + pe), torch.where(merges, slot, -1)), valid)
 
 
-def _ragged_plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor) -> Pairs:
-    """Plan for images with different numbers of real tokens: padding fills up the r sources, and ends up last."""
-    pe, n = (num_prefix + 1) // 2, valid.shape[1]
-    real = valid[:, 0::2][:, pe:]
-    own_r = ((valid.sum(1, keepdim=True) - num_prefix) // 2).clamp(max=r)
+def split_ranked(value: Tensor, r: int, real: Tensor | None, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ranks rows by falling value: the r that merge, those that stay, and which of the r count (None: all).
+
+    Args:
+        value: [B, n].
+        r: rows that merge, the same for every image.
+        real: [B, n] bool, False for padding, or None.
+        own: rows that each image merges itself [B, 1]; padding fills up the r and counts for nothing.
+    """
+    if real is None:
+        ranked = value.argsort(dim=1, descending=True)
+        return ranked[:, :r], ranked[:, r:], None
     count = value.shape[1]
     rank = value.masked_fill(~real, float("-inf")).argsort(dim=1, descending=True).argsort(dim=1)
-    merges = real & (rank < own_r)
-    # proposals that count first, then padding, then real tokens that stay
+    merges = real & (rank < own)
+    # rows that count first, then padding, then real rows that stay
     key = torch.where(merges, rank, torch.where(real, 2 * count + rank, count + rank))
-    pairs = _plan(key.argsort(dim=1), partner, r, num_prefix, n)
-    source_merges = merges.gather(1, pairs.src // 2 - pe)
+    ranked = key.argsort(dim=1)
+    return ranked[:, :r], ranked[:, r:], merges.gather(1, ranked[:, :r])
+
+
+def compact_pairs(pairs: Pairs, valid: Tensor) -> Pairs:
+    """Moves real tokens to the front of the new order: valid [B, N] is that of the old tokens."""
     new_valid = valid.gather(1, pairs.order)
     back = (~new_valid).long().argsort(dim=1, stable=True)
-    slot = back.argsort(dim=1).gather(1, pairs.slot)
-    return Pairs(
-        pairs.order.gather(1, back), pairs.src, torch.where(source_merges, slot, -1), new_valid.gather(1, back)
-    )
+    slot = back.argsort(dim=1).gather(1, pairs.slot.clamp(min=0))
+    slot = torch.where(pairs.slot >= 0, slot, -1)
+    return Pairs(pairs.order.gather(1, back), pairs.src, slot, new_valid.gather(1, back))
 
 
 def set_pairs(metric: Tensor, src: Tensor, dst: Tensor) -> Pairs:

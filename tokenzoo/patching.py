@@ -123,7 +123,7 @@ def _check(backbone: nn.Module, family: Family) -> None:
 
 def _check_recipe(recipe: Recipe, info: BackboneInfo, name: str) -> None:
     if not recipe.steps(info.depth) and all(m.layers in ((), "others") for m in recipe.methods):
-        raise ValueError(f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers in 0 to {info.depth - 1}")
+        raise ValueError(f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers below {info.depth}")
     for method in recipe.methods:
         method.check(info.layout, name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Heads, attend, attention_received, attention_rows
@@ -20,21 +21,24 @@ class Signals:
         heads: the projected heads, or a function that projects them when first needed.
         bias: bias of the attention logits [B, 1 or H, 1 or N, N] or None.
         tokens: the tokens that the heads were projected from.
+        training: whether the block is in training mode.
+
+    Attributes:
         module: the learned module that a method keeps in this block, None for methods without parameters.
     """
 
     def __init__(
-        self, heads: Heads | Callable[[], Heads], bias: Tensor | None, tokens: Tokens, module: nn.Module | None = None
+        self, heads: Heads | Callable[[], Heads], bias: Tensor | None, tokens: Tokens, training: bool = False
     ) -> None:
-        self._heads, self._bias, self._tokens = heads, bias, tokens
+        self._heads, self._bias, self._tokens, self.training = heads, bias, tokens, training
         self._maps: tuple[TokenMap, ...] = ()
         self._values: Tensor | None = None
         self._values_from = 0  # maps before this one were applied already when the values were projected
-        self.module = module
+        self.module: nn.Module | None = None
 
     def after(self, token_map: TokenMap) -> Signals:
         """The same signals for the tokens that a map leaves."""
-        other = Signals(self._heads, self._bias, self._tokens)
+        other = Signals(self._heads, self._bias, self._tokens, self.training)
         other._maps, other._values, other._values_from = (*self._maps, token_map), self._values, self._values_from
         return other
 
@@ -147,6 +151,8 @@ def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kep
             if bias is not None and bias.shape[-2] != 1:
                 bias = take_rows(bias.transpose(1, 2), token_map.heads).transpose(1, 2)
         return attend(heads._replace(q=q), bias)
+    if not all(token_map.linear for token_map in ahead):
+        return _attend_explicit(heads, bias, ahead, kept)
     width = heads.v.shape[-1]
     v = heads.v.transpose(1, 2).flatten(2)
     for token_map in reversed(ahead):
@@ -156,3 +162,24 @@ def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kep
     for token_map in (*ahead, *kept):
         out = token_map.apply(out)
     return out
+
+
+def _attend_explicit(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kept: list[TokenMap]) -> Tensor:
+    """`attend_through` for maps that are no matrices (elementwise maxima): the map itself, one head at a time."""
+    outs = []
+    step = 1 if heads.lam is None else 2
+    for head in range(heads.v.shape[1]):
+        part = slice(head * step, (head + 1) * step)
+        lam = heads.lam if heads.lam is None or heads.lam.dim() == 0 else heads.lam[:, head : head + 1]
+        one = heads._replace(q=heads.q[:, part], k=heads.k[:, part], lam=lam)
+        own_bias = bias if bias is None or bias.shape[1] == 1 else bias[:, part]
+        attention = attention_rows(one, 0, one.q.shape[2], own_bias).squeeze(1)
+        for token_map in ahead:
+            attention = token_map.pool(attention.transpose(1, 2)).transpose(1, 2)
+            attention = token_map.apply(attention)
+        for token_map in kept:
+            attention = token_map.apply(attention)
+        if heads.dropout:
+            attention = F.dropout(attention, heads.dropout)
+        outs.append(torch.bmm(attention.to(heads.v.dtype), heads.v[:, head]))
+    return torch.cat(outs, dim=2)

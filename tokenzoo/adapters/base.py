@@ -128,13 +128,13 @@ class ReducingBlock:
         """
         plan = self.tokenzoo
         for step in plan.at("before"):
-            signals = Signals(lambda now=tokens: self.query_keys(now, rope), self._bias(tokens, mask), tokens)
+            signals = Signals(lambda now=tokens: self.query_keys(now, rope), self._bias(tokens, mask), tokens, self.training)
             tokens = self._act(step, tokens, self._with_module(signals, step))[0]
 
         ahead, kept = plan.at("ahead"), plan.at("queries")
         bias = self._bias(tokens, mask)
         heads = self.query_keys(tokens, rope) if ahead else self.heads(tokens, rope)
-        signals = Signals(heads, bias, tokens)
+        signals = Signals(heads, bias, tokens, self.training)
         ahead_maps: list[TokenMap] = []
         kept_maps: list[TokenMap] = []
         for step in ahead:
@@ -322,7 +322,7 @@ class ReducingModel:
         if isinstance(x, Tokens):
             return self.pool_tokens(x, kind)
         recipe = self.tokenzoo_recipe
-        uneven = recipe.mass_weighted_pool or any(m.data_dependent for m in recipe.methods)
+        uneven = recipe.mass_weighted_pool or any(m.pads for m in recipe.methods)
         if kind not in ("token", "") and (uneven or (self.attn_pool is not None and recipe.proportional)):
             raise ValueError(
                 f"{type(self).__name__}.forward_head: pooling {kind!r} needs the size or validity of every token, which "

@@ -71,7 +71,6 @@ class Method:
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
     kind: ClassVar[str] = ""
-    data_dependent: ClassVar[bool] = False  # token counts depend on the images
     uses_positions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -106,6 +105,16 @@ class Method:
     @property
     def mass_weighted_pool(self) -> bool:
         """Whether average pooling weighs tokens by size."""
+        return False
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether token counts depend on the images (shapes are not static)."""
+        return False
+
+    @property
+    def pads(self) -> bool:
+        """Whether images may keep different counts, so that padding rows follow."""
         return False
 
     def default_layers(self, depth: int) -> tuple[int, ...]:

@@ -1,0 +1,98 @@
+"""Queries, keys, values and output of the attention layers of timm's eva.py: `EvaAttention` and `AttentionRope`.
+
+Read from timm 1.0.19 to 1.0.31. Differences from upstream: the projection can be split (queries and keys alone, values
+alone), the output takes fewer rows than there were keys, and rotary rows may differ from image to image. Honoured are
+fused and separate projections, biases of queries and values only (also when added separately), `q_norm` and `k_norm`,
+grouped key and value heads, both pairings of rotary channels, the scale norm, the gate, a head width other than
+dim / heads, dropout and `fused_attn`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionRope
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from ..attention import Heads
+from .base import BlockMacs
+from .rope import rotate
+from .vit_attention import linear_part, split_heads
+
+ATTENTIONS = (EvaAttention, AttentionRope)
+
+
+def head_width(attn: nn.Module) -> int:
+    """Width of a head."""
+    return attn.proj.in_features // attn.num_heads
+
+
+def input_width(attn: nn.Module) -> int:
+    """Channels of the residual stream."""
+    return (attn.q_proj if attn.qkv is None else attn.qkv).in_features
+
+
+def key_width(attn: nn.Module) -> int:
+    """Channels of all key heads together; fewer than those of the queries when heads share keys."""
+    return attn.proj.in_features if attn.k_proj is None else attn.k_proj.out_features
+
+
+def _fused_part(attn: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+    """Outputs start..stop-1 of the fused projection, with the bias as the layer adds it."""
+    if getattr(attn, "q_bias", None) is None:  # AttentionRope has an ordinary bias
+        return linear_part(attn.qkv, x, start, stop)
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))[start:stop]
+    if attn.qkv_bias_separate:
+        return linear_part(attn.qkv, x, start, stop) + bias
+    return F.linear(x, attn.qkv.weight[start:stop], bias)
+
+
+def _share(attn: nn.Module, x: Tensor) -> Tensor:
+    """Keys or values of grouped heads repeated for every query head [B, H, N, D]."""
+    groups = attn.num_heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def rotary_heads(attn: nn.Module, x: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
+    """Heads of normed tokens.
+
+    Args:
+        attn: the layer.
+        x: [B, N, C].
+        rows: rotations [..., N, 2D], those of prefix tokens included, or None.
+        with_values: project the values too.
+    """
+    width, v = head_width(attn), None
+    if attn.qkv is not None:
+        dim = attn.proj.in_features
+        parts = _fused_part(attn, x, 0, dim * (3 if with_values else 2)).split(dim, dim=2)
+        q, k = split_heads(parts[0], width), split_heads(parts[1], width)
+        v = split_heads(parts[2], width) if with_values else None
+    else:
+        q, k = split_heads(attn.q_proj(x), width), split_heads(attn.k_proj(x), width)
+        v = split_heads(attn.v_proj(x), width) if with_values else None
+    dtype = q.dtype  # also that of the values; norms and tables may be wider
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rows is not None:
+        half = getattr(attn, "rotate_half", False)  # timm < 1.0.20 pairs neighbours only
+        q, k = rotate(q, rows, half).to(dtype), rotate(k, rows, half).to(dtype)
+    v = None if v is None else _share(attn, v)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    return Heads(q, _share(attn, k), v, attn.scale, fused=attn.fused_attn, dropout=dropout)
+
+
+def rotary_values(attn: nn.Module, x: Tensor) -> Tensor:
+    """Values of normed tokens x [B, N, C] -> [B, H, N, D]."""
+    if attn.qkv is not None:
+        dim = attn.proj.in_features
+        return split_heads(_fused_part(attn, x, 2 * dim, 3 * dim), head_width(attn))
+    return _share(attn, split_heads(attn.v_proj(x), head_width(attn)))
+
+
+def rotary_macs(attn: nn.Module) -> BlockMacs:
+    """Multiply-adds of an attention layer alone (`mlp` is 0); rotations are no products with weights."""
+    queries, keys, dim = attn.proj.in_features, key_width(attn), input_width(attn)
+    gate = getattr(attn, "gate", None)  # an attribute of newer versions
+    out = attn.proj.weight.numel() + (gate.weight.numel() if gate is not None else 0)
+    return BlockMacs((queries + keys) * dim, keys * dim, 2 * queries, out, 0)

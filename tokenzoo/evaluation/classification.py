@@ -1,0 +1,227 @@
+"""Accuracy of several runs over the same pictures, and their paired differences to the unpatched model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import length_hint
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..patching import is_patched, recipe
+from .memory import Pieces
+from .runs import Candidate, Precision, Run, forward_counted, image_size, param_count, prepare
+
+_log = logging.getLogger(__name__)
+
+
+class Estimate(NamedTuple):
+    """A mean in percent and its standard error.
+
+    Attributes:
+        mean: percent.
+        se: percent points; None with fewer than two values.
+    """
+
+    mean: float
+    se: float | None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What one run reached.
+
+    Attributes:
+        method: names of the methods, "unpatched" without one.
+        method_kwargs: options as given.
+        label: both in one short text.
+        recipe: what `tokenzoo.patch_model` takes to get this run again, solved strengths included; None if unpatched.
+        n_images: pictures seen.
+        top1, top5: share of right answers.
+        diff_top1, diff_top5: this run minus the unpatched model on the same pictures; None for the unpatched model.
+        agreement: percent of pictures with the unpatched model's prediction.
+        tokens_out: mean tokens that reach the head (prefix included, padding not); None if unknown.
+        gmacs: 1e9 multiply-adds an image; None if unknown.
+        attn_impl: "fused" or "unfused".
+        param_count: millions.
+    """
+
+    method: str
+    method_kwargs: dict[str, Any]
+    label: str
+    recipe: dict[str, Any] | None
+    n_images: int
+    top1: Estimate
+    top5: Estimate
+    diff_top1: Estimate | None
+    diff_top5: Estimate | None
+    agreement: float
+    tokens_out: float | None
+    gmacs: float | None
+    attn_impl: str
+    param_count: float
+
+    def row(self) -> dict[str, Any]:
+        """Flat values under timm's column names; `top1_err` is 100 - top1 as there, `top1_se` the standard error."""
+        d1, d5 = self.diff_top1, self.diff_top5
+        return {
+            "method": self.method,
+            "method_kwargs": self.method_kwargs,
+            "top1": round(self.top1.mean, 4),
+            "top1_err": round(100 - self.top1.mean, 4),
+            "top1_se": _rounded(self.top1.se),
+            "top5": round(self.top5.mean, 4),
+            "top5_err": round(100 - self.top5.mean, 4),
+            "top5_se": _rounded(self.top5.se),
+            "param_count": self.param_count,
+            "tokens_out": _rounded(self.tokens_out, 2),
+            "attn_impl": self.attn_impl,
+            "gmacs": _rounded(self.gmacs),
+            "n_images": self.n_images,
+            "diff_top1": None if d1 is None else round(d1.mean, 4),
+            "diff_top1_se": None if d1 is None else _rounded(d1.se),
+            "diff_top5": None if d5 is None else round(d5.mean, 4),
+            "diff_top5_se": None if d5 is None else _rounded(d5.se),
+            "agreement": round(self.agreement, 4),
+            "recipe": self.recipe,
+        }
+
+
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Mean and standard error, sample standard deviation / sqrt(n), in percent.
+
+    Args:
+        values: one a picture [n]: 0 or 1 for right answers, -1, 0 or 1 for paired differences.
+    """
+    values = values.double()
+    se = None if len(values) < 2 else 100 * values.std().item() / len(values) ** 0.5
+    return Estimate(100 * values.mean().item(), se)
+
+
+@dataclass
+class _Tally:
+    """What one run answered, picture by picture."""
+
+    top1: list[Tensor] = field(default_factory=list)
+    top5: list[Tensor] = field(default_factory=list)
+    answer: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    not_finite: int = 0
+
+    def add(self, logits: Tensor, tokens: Tensor | None, targets: Tensor) -> None:
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == targets.unsqueeze(1)
+        self.top1.append(hits[:, 0])
+        self.top5.append(hits.any(1))
+        self.answer.append(best[:, 0])
+        self.not_finite += int((~logits.isfinite()).any(1).sum())
+        if tokens is not None:
+            self.tokens.append(tokens.cpu())
+
+
+def evaluate(
+    model: nn.Module,
+    runs: Sequence[Run],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    precision: Precision | None = None,
+    progress: bool | None = False,
+) -> list[Accuracy]:
+    """Top-1 and top-5 accuracy of the unpatched model and of every run, each batch going through all of them.
+
+    The model is not changed. When memory runs out the batch is halved and the same pictures are tried again.
+
+    Args:
+        model: unpatched, on the device to use.
+        runs: what to compare with it.
+        loader: batches of images [B, C, H, W] and class indices [B]; a `PictureLoader`, or any DataLoader.
+        input_size: channels, height and width that multiply-adds are counted at; the model's own by default.
+        precision: number formats, float32 by default.
+        progress: bar on stderr; None shows it on a terminal only.
+
+    Returns:
+        One result a run, the unpatched model first.
+
+    Raises:
+        ValueError: no pictures, a target the model has no class for, a run that cannot be reached, a patched model.
+        TypeError: a model that is not served.
+    """
+    from tqdm import tqdm
+
+    precision = precision or Precision()
+    candidates = prepare(model, runs, input_size or image_size(model), precision.dtype)
+    device = next(model.parameters()).device
+    pieces = Pieces(device)
+    tallies = [_Tally() for _ in candidates]
+    batches = length_hint(loader, 0) or None
+    with torch.inference_mode(), tqdm(total=batches, unit="batch", disable=None if progress is None else not progress) as bar:
+        for images, targets in loader:
+            for candidate, tally in zip(candidates, tallies):
+                logits, tokens = _answers(candidate, pieces, images, device, precision)
+                _check_targets(targets, logits.shape[1])
+                tally.add(logits, tokens, targets)
+            bar.update()
+    if not tallies[0].top1:
+        raise ValueError("there are no pictures to evaluate; give a folder with at least one readable picture")
+    return _results(candidates, tallies)
+
+
+def _answers(
+    candidate: Candidate, pieces: Pieces, images: Tensor, device: torch.device, precision: Precision
+) -> tuple[Tensor, Tensor | None]:
+    """Scores on the host in float32 [B, classes], and tokens that reach the head [B]."""
+
+    def step(piece: Tensor) -> tuple[Tensor, Tensor | None]:
+        with precision.autocast(device):
+            logits, tokens = forward_counted(candidate.model, piece.to(device, precision.dtype))
+        return logits.float().cpu(), tokens
+
+    parts = pieces.run(step, images, candidate.run.label)
+    tokens = None if parts[0][1] is None else torch.cat([t for _, t in parts])
+    return torch.cat([logits for logits, _ in parts]), tokens
+
+
+def _check_targets(targets: Tensor, classes: int) -> None:
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"a picture has class index {low if low < 0 else high}, the model answers with {classes} classes; give "
+            "--num-classes or a --class-map that fits the model"
+        )
+
+
+def _results(candidates: list[Candidate], tallies: list[_Tally]) -> list[Accuracy]:
+    base1, base5, base_answer = (torch.cat(part) for part in (tallies[0].top1, tallies[0].top5, tallies[0].answer))
+    results = []
+    for candidate, tally in zip(candidates, tallies):
+        run, first = candidate.run, candidate is candidates[0]
+        top1, top5 = torch.cat(tally.top1), torch.cat(tally.top5)
+        if tally.not_finite:
+            _log.warning("%s: scores of %d pictures are not finite; try --dtype float32", run.label, tally.not_finite)
+        results.append(
+            Accuracy(
+                method=run.name,
+                method_kwargs=run.settings(),
+                label=run.label,
+                recipe=recipe(candidate.model) if is_patched(candidate.model) else None,
+                n_images=len(top1),
+                top1=estimate(top1),
+                top5=estimate(top5),
+                diff_top1=None if first else estimate(top1.double() - base1.double()),
+                diff_top5=None if first else estimate(top5.double() - base5.double()),
+                agreement=estimate(torch.cat(tally.answer) == base_answer).mean,
+                tokens_out=torch.cat(tally.tokens).double().mean().item() if tally.tokens else None,
+                gmacs=candidate.gmacs,
+                attn_impl=candidate.attn_impl,
+                param_count=param_count(candidate.model),
+            )
+        )
+    return results

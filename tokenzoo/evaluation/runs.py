@@ -1,0 +1,193 @@
+"""What is compared: runs (a method with its options), and the models that stand for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.family import find_family
+from ..patching import describe, is_patched, patch_model
+from ..recipes import Recipe
+from ..registry import list_methods
+
+
+class Run(NamedTuple):
+    """One row of a comparison: a method with its options, or the unpatched model (method None).
+
+    Attributes:
+        method: whatever `tokenzoo.patch_model` takes as its method, None for the unpatched model.
+        options: its options, `flops` included.
+    """
+
+    method: Any = None
+    options: dict[str, Any] = {}
+
+    @property
+    def label(self) -> str:
+        """Short text for tables and legends."""
+        first = self.method if isinstance(self.method, str) else self.name
+        return " ".join([first, *(f"{k}={v}" for k, v in self.options.items())])
+
+    @property
+    def name(self) -> str:
+        """Names of the methods, "unpatched" without one."""
+        return "unpatched" if self.method is None else "+".join(m.name for m in self.recipe().methods)
+
+    def settings(self) -> dict[str, Any]:
+        """The options as given, or the whole recipe where they stand in an object or a file."""
+        if self.method is None or self.method in list_methods():
+            return dict(self.options)
+        return {**self.recipe().to_dict(), **self.options}
+
+    def recipe(self) -> Recipe:
+        """The recipe of a reducing run (without `flops`, which patch_model takes itself)."""
+        return Recipe.parse(self.method, **{k: v for k, v in self.options.items() if k != "flops"})
+
+
+class Precision(NamedTuple):
+    """Number formats of a measurement.
+
+    Attributes:
+        dtype: of weights and images.
+        amp: what autocast computes in, None for no autocast.
+    """
+
+    dtype: torch.dtype = torch.float32
+    amp: torch.dtype | None = None
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """The context in which the models run."""
+        return nullcontext() if self.amp is None else torch.autocast(device.type, self.amp)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return name if self.amp is None else f"{name}, amp {str(self.amp).removeprefix('torch.')}"
+
+
+class Candidate(NamedTuple):
+    """A run and its model, ready to be called.
+
+    Attributes:
+        run: what it stands for.
+        model: in eval mode; weights are shared with the other candidates.
+        gmacs: 1e9 multiply-adds of one image, None for a backbone that tokenzoo does not serve.
+        attn_impl: "fused" if every attention runs on `scaled_dot_product_attention`, else "unfused".
+    """
+
+    run: Run
+    model: nn.Module
+    gmacs: float | None
+    attn_impl: str
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares every parameter and buffer with the original."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def prepare(
+    model: nn.Module, runs: Sequence[Run], input_size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+) -> list[Candidate]:
+    """One model a run, the unpatched one first; the model handed over stays as it is.
+
+    Every run gets its own modules on shared weights: 25 ms once for a DeiT-S. Patching the one model in place for
+    each batch would be as cheap, but a method's learned modules and a compiled graph would be lost with every change.
+
+    Args:
+        model: unpatched.
+        runs: what to compare; a run without method is added if there is none.
+        input_size: channels, height, width of the images.
+        dtype: of the weights; a type other than the model's costs one full copy.
+
+    Raises:
+        ValueError: the model is patched already, or a run cannot be reached on it.
+        TypeError: a model that is not served.
+    """
+    if is_patched(model):
+        raise ValueError(
+            f"{type(model).__name__} is patched already, so there is nothing to compare with; call "
+            "tokenzoo.unpatch_model(model) and name the methods as runs"
+        )
+    if next(model.parameters()).dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)
+    candidates = []
+    for run in (Run(), *(r for r in runs if r.method is not None)):
+        own = shared_copy(model).eval()
+        if run.method is not None:
+            patch_model(own, run.recipe(), flops=run.options.get("flops"))
+        candidates.append(Candidate(run, own, gmacs_of(own, input_size), attention_path(own)))
+    return candidates
+
+
+def is_served(model: nn.Module) -> bool:
+    """Whether tokenzoo knows the model's class (a patched model is served)."""
+    if is_patched(model):
+        return True
+    try:
+        find_family(model)
+    except TypeError:
+        return False
+    return True
+
+
+def gmacs_of(model: nn.Module, input_size: tuple[int, int, int]) -> float | None:
+    """1e9 multiply-adds of one image, None for a backbone that is not served."""
+    from ..counting import count_macs
+
+    return count_macs(model, input_size=input_size).total / 1e9 if is_served(model) else None
+
+
+def attention_path(model: nn.Module) -> str:
+    """ "fused" if every attention layer runs on `scaled_dot_product_attention`, else "unfused"."""
+    flags = [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]
+    return "fused" if flags and all(flags) else "unfused"
+
+
+def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, classes] and the tokens that reach the head [B] (prefix included, padding not).
+
+    Counts are None for an unpatched model of a class that is not served.
+    """
+    if not is_patched(model):
+        if not is_served(model):
+            return model(images), None
+        grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+        layout = describe(model, tuple(grid)).layout
+        count = layout.num_prefix + layout.num_patches
+        return model(images), torch.full((len(images),), count, device=images.device)
+    tokens = model.forward_tokens(images)
+    logits = model.forward_head(tokens)
+    if tokens.valid is not None:
+        return logits, tokens.valid.sum(1)
+    return logits, torch.full((len(images),), tokens.length, device=images.device)
+
+
+def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of a model's images.
+
+    Args:
+        model: a timm model.
+        img_size: overrides height and width, one side or two.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = tuple(config.get("input_size", (3, 224, 224)))
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "img_size", None) is not None:
+        size = (size[0], *embed.img_size)
+    if hasattr(embed, "proj"):
+        size = (embed.proj.weight.shape[1], *size[1:]) if embed.proj.weight.dim() == 4 else size
+    if img_size:
+        size = (size[0], img_size[0], img_size[-1])
+    if len(size) != 3 or min(size) < 1:
+        raise ValueError(f"image size {size} is not channels, height, width; give --img-size one side or two, all positive")
+    return size
+
+
+def param_count(model: nn.Module) -> float:
+    """Parameters in millions, as timm's scripts print them."""
+    return round(sum(p.numel() for p in model.parameters()) / 1e6, 2)

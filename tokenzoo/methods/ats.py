@@ -1,0 +1,155 @@
+"""ATS: sample tokens by the inverse of their cumulative significance; the count follows the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..maps import KeepMap, TokenMap
+from ..registry import register
+from ..schedules import spread
+from ..selection import real_rows, with_prefix
+from ..signals import Signals
+from ..tokens import Layout, Tokens
+from .base import BlockShape, Method, Step
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ATS(Method):
+    """Samples tokens where the cumulative significance (class attention times value norm) hits evenly spaced heights.
+
+    Acts on the queries, so attention itself gets cheaper. Images keep different counts; a batch is padded to its
+    longest one and carries a validity mask. The longest count is read on the host once a block; `max_tokens` gives
+    static shapes without that (compile, export). Results do not depend on batch mates: the lowest token can only be
+    dropped while nothing was removed before (`batch_invariant=False` restores the released rule).
+
+    Args:
+        max_tokens: fixed budget, the class token included: that many heights and that much storage, an int or one
+            entry a layer; None lets the image decide, with as many heights as the model had patches.
+        batch_invariant: see above.
+        layers: blocks to act in; by default from a quarter of the depth on (3 to 11 of 12).
+
+    Source: Fayyaz, Abbasi Koohpayegani, Rezaei Jafari et al., "Adaptive Token Sampling for Efficient Vision
+    Transformers", ECCV 2022.
+    """
+
+    max_tokens: int | tuple[int | None, ...] | None = None
+    batch_invariant: bool = True
+
+    name: ClassVar[str] = "ats"
+    source: ClassVar[str] = "Fayyaz et al., ECCV 2022"
+    kind: ClassVar[str] = "sample"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        value = tuple(self.max_tokens) if isinstance(self.max_tokens, list) else self.max_tokens
+        object.__setattr__(self, "max_tokens", value)
+        for count in value if isinstance(value, tuple) else (value,):
+            if count is not None and (type(count) is not int or count < 3):
+                raise ValueError(f"ats: max_tokens={count!r}; give at least 3 (the class token and two patches) or None")
+
+    @property
+    def place(self) -> str:
+        return "queries"
+
+    @property
+    def data_dependent(self) -> bool:
+        return self.max_tokens is None or (isinstance(self.max_tokens, tuple) and None in self.max_tokens)
+
+    @property
+    def pads(self) -> bool:
+        return True
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth // 4, depth))
+
+    def strengths(self, depth: int) -> dict[int, Any]:
+        return spread(self.max_tokens, self.resolve_layers(depth), "ats: max_tokens")
+
+    def check(self, layout: Layout, model: str) -> None:
+        if not layout.has_class:
+            raise ValueError(
+                f"ats scores tokens by the attention of the class token, which {model} lacks; use evit, topk or a "
+                "merging method"
+            )
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        return layout.num_prefix + min(n - layout.num_prefix, self._heights(step, layout))
+
+    def _heights(self, step: Step, layout: Layout) -> int:
+        if step.strength is None:
+            return layout.num_patches
+        return min(step.strength - 1, layout.num_patches)
+
+    def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
+        prefix = tokens.layout.num_prefix
+        with torch.no_grad():
+            attention = signals.class_attention.sum(1)[:, prefix:]
+            norms = signals.values.float().flatten(2).norm(dim=2)[:, prefix:]
+            scores = attention * norms
+            whole = torch.ones_like(scores[:, :1], dtype=torch.bool)
+            if tokens.valid is not None:
+                real = tokens.valid[:, prefix:]
+                scores = scores * real
+                # released: an image without padding loses its lowest token again, whatever was removed before
+                whole = torch.zeros_like(whole) if self.batch_invariant else real.all(1, keepdim=True)
+            picked, order = sample_heights(scores, self._heights(step, tokens.layout), whole)
+            counts = picked.sum(1, keepdim=True)
+            if step.strength is None:
+                length = int(counts.max())  # the one look of the host at the data
+            else:
+                length = min(tokens.num_patches, self._heights(step, tokens.layout))
+            front = (~picked).long().argsort(dim=1, stable=True)[:, :length]
+        idx = with_prefix(order.gather(1, front), prefix)
+        return KeepMap(idx, tokens.length, real_rows(counts, length, prefix))
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+        return n * shape.num_heads * shape.head_dim * 2
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Method:
+        return replace(self, max_tokens=max(3, 1 + round((1 - t) * layout.num_patches)))
+
+
+def sample_heights(
+    scores: Tensor, heights: int, skip_lowest: Tensor, candidates: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Inverse-transform sampling: which tokens are nearest to some height of the cumulative score.
+
+    With G the cumulative sum of the ascending scores, scaled to [0, 1], and g0 its smallest non-zero value, the heights
+    are g0 + k (1 - g0) / (heights - 1). A token is picked if at least one height lies in its cell (the stretch of [0, 1]
+    that is nearer to its G than to any other), so counting heights up to each cell's upper end answers it in O(N).
+
+    Args:
+        scores: significance of every patch [B, M], not negative, zero for padding.
+        heights: number of heights.
+        skip_lowest: [B, 1] bool, scale so that the lowest token gets G = 0 and cannot be picked.
+        candidates: only this many of the highest scores can be picked; None for all.
+
+    Returns:
+        picked: [B, M] bool in ascending order of score; the highest score is always picked.
+        order: [B, M] patch number at each place of that order.
+    """
+    ascending, order = scores.float().sort(dim=1)
+    total = (ascending / ascending.sum(1, keepdim=True).clamp(min=1e-30)).cumsum(1)
+    low = torch.where(skip_lowest, total[:, :1], torch.zeros_like(total[:, :1]))
+    span = total[:, -1:] - low
+    g = torch.where(span > 0, (total - low) / span.clamp(min=1e-30), torch.ones_like(total))
+    if candidates is not None and candidates < g.shape[1]:
+        g = g[:, -candidates:]
+    first = g.masked_fill(g <= 0, 2.0).amin(1, keepdim=True).clamp(max=1.0)
+    distance = (1 - first) / max(heights - 1, 1)
+    middle = (g[:, :-1] + g[:, 1:]) / 2
+    below = torch.where(
+        distance > 0, ((middle - first) / distance.clamp(min=1e-30)).floor(), torch.full_like(middle, -1.0)
+    ).clamp(-1, heights - 1)
+    last = torch.full_like(below[:, :1], heights - 1) if below.shape[1] else torch.full_like(first, heights - 1)
+    below = torch.cat([torch.full_like(last, -1.0), below, last], dim=1)
+    picked = below[:, 1:] > below[:, :-1]
+    missing = scores.shape[1] - picked.shape[1]
+    if missing:
+        picked = torch.cat([picked.new_zeros(picked.shape[0], missing), picked], dim=1)
+    return picked, order

@@ -1,0 +1,69 @@
+"""EViT: keep the patches that the class token attends to, fuse the rest into one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..maps import ChainMap, FuseMap, TokenMap
+from ..registry import register
+from ..selection import compact, keep_best
+from ..signals import Signals
+from ..tokens import Layout, Tokens
+from ._keep_rate import KeepRate
+from .base import BlockShape, Step
+from .topk import importance_macs
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class EViT(KeepRate):
+    """Keeps the patches with the highest class attention and fuses the rest into one attention-weighted token.
+
+    A fused token is an ordinary candidate at later layers. Without a class token, patches are ranked and weighted by
+    the mean attention they receive. The keep rate can be changed between steps with `tokenzoo.update_method`; the
+    authors' warm-up is `tokenzoo.schedules.cosine_keep_rate`.
+
+    Args:
+        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
+        tokens: patches to keep instead, an int or one entry a layer.
+        fuse_token: append the weighted sum of the dropped patches (weights are not normalised, as published).
+        layers: blocks to act in; by default at one, two and three quarters of the depth (3, 6, 9 of 12).
+
+    Source: Liang, Ge, Tong, Song, Wang, Xie, "Not All Patches are What You Need", ICLR 2022.
+    """
+
+    fuse_token: bool = True
+
+    name: ClassVar[str] = "evit"
+    source: ClassVar[str] = "Liang et al., ICLR 2022"
+    kind: ClassVar[str] = "prune + fuse"
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        patches = n - layout.num_prefix
+        kept = self.kept_patches(patches, step)
+        return n if kept == patches else layout.num_prefix + kept + self.fuse_token
+
+    def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
+        if self.kept_patches(tokens.num_patches, step) == tokens.num_patches and tokens.valid is None:
+            return None
+        importance = signals.importance
+        keep = keep_best(importance, tokens, self.kept(step))
+        if not self.fuse_token:
+            return keep
+        left_out = keep.assign < 0
+        if tokens.valid is not None:
+            left_out = left_out & tokens.valid
+        # the weights carry gradient, the choice does not
+        weight = torch.where(left_out, importance, torch.zeros_like(importance))
+        if keep.valid is None:
+            return FuseMap(keep.idx, weight, left_out)
+        # an image whose count leaves nothing out gets no fused token
+        valid = torch.cat([keep.valid, left_out.any(dim=1, keepdim=True)], dim=1)
+        return ChainMap(FuseMap(keep.idx, weight, left_out, valid), compact(valid))
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+        fused = (n - layout.num_prefix) * shape.dim if self.fuse_token else 0
+        return importance_macs(n, shape, layout) + fused

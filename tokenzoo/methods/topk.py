@@ -1,0 +1,48 @@
+"""topk: keep the patches that the class token attends to, drop the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..maps import TokenMap
+from ..registry import register
+from ..selection import keep_best
+from ..signals import Signals
+from ..tokens import Layout, Tokens
+from ._keep_rate import KeepRate
+from .base import BlockShape, Step
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class TopK(KeepRate):
+    """Keeps the patches with the highest class attention and drops the rest, without fusion.
+
+    Without a class token, patches are ranked by the mean attention they receive.
+
+    Args:
+        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
+        tokens: patches to keep instead, an int or one entry a layer.
+        layers: blocks to act in; by default at one, two and three quarters of the depth.
+
+    Source: the baseline of Haurum et al., "Which Tokens to Use?", ICCV Workshops 2023; EViT without its fused token.
+    """
+
+    name: ClassVar[str] = "topk"
+    source: ClassVar[str] = "Haurum et al., ICCV-W 2023"
+    kind: ClassVar[str] = "prune"
+
+    def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
+        if self.kept_patches(tokens.num_patches, step) == tokens.num_patches and tokens.valid is None:
+            return None
+        return keep_best(signals.importance, tokens, self.kept(step))
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+        return importance_macs(n, shape, layout)
+
+
+def importance_macs(n: int, shape: BlockShape, layout: Layout) -> int:
+    """Multiply-adds of ranking tokens: one softmax row, or all rows where there is no class token."""
+    rows = 1 if layout.has_class else n
+    return rows * n * shape.num_heads * shape.head_dim

@@ -1,0 +1,47 @@
+"""uniform: keep patches at even distances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..maps import KeepMap, TokenMap
+from ..registry import register
+from ..selection import own_counts, real_rows, with_prefix
+from ..signals import Signals
+from ..tokens import Tokens
+from ._keep_rate import KeepRate
+from .base import Step
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Uniform(KeepRate):
+    """Keeps patches at even distances in the sequence (every k-th for a rate of 1/k): a baseline that looks at nothing.
+
+    Args:
+        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
+        tokens: patches to keep instead, an int or one entry a layer.
+        layers: blocks to act in; by default at one, two and three quarters of the depth.
+    """
+
+    name: ClassVar[str] = "uniform"
+    source: ClassVar[str] = "baseline"
+    kind: ClassVar[str] = "prune"
+
+    def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
+        kept = self.kept_patches(tokens.num_patches, step)
+        slots = torch.arange(kept, device=tokens.x.device)
+        counts = own_counts(self.kept(step), tokens)
+        if counts is None:
+            # the middle of each of `kept` equal stretches
+            patches = ((2 * slots + 1) * tokens.num_patches).div(2 * kept, rounding_mode="floor")
+            patches = patches.expand(tokens.x.shape[0], -1)
+        else:
+            real = tokens.valid_patches.unsqueeze(1)
+            patches = ((2 * slots + 1) * real).div(2 * counts.clamp(min=1), rounding_mode="floor")
+            patches = patches.clamp(max=tokens.num_patches - 1)
+        valid = real_rows(counts, kept, tokens.layout.num_prefix)
+        return KeepMap(with_prefix(patches, tokens.layout.num_prefix), tokens.length, valid)
