@@ -1,6 +1,8 @@
 """tokenzoo: token reduction for vision backbones, one call on the model you have."""
 
-from . import methods as methods
+from . import methods
+from .counting import MacReport, Report, count_macs, report
+from .methods.base import Method
 from .patching import (
     is_patched,
     list_backbones,
@@ -11,6 +13,32 @@ from .patching import (
     update_method,
 )
 from .recipes import Recipe
-from .registry import create_method, list_methods, register
+from .registry import create_method, list_methods, method_class, register
 
 __version__ = "0.1.0"
+
+# every registered class is a public name: tokenzoo.ToMe, tokenzoo.EViT, ...
+_CLASSES = {method_class(name).__name__: method_class(name) for name in list_methods()}
+globals().update(_CLASSES)
+
+__all__ = [
+    "MacReport",
+    "Method",
+    "Recipe",
+    "Report",
+    "count_macs",
+    "create_method",
+    "is_patched",
+    "list_backbones",
+    "list_methods",
+    "method_class",
+    "methods",
+    "patch_model",
+    "patched",
+    "recipe",
+    "register",
+    "report",
+    "unpatch_model",
+    "update_method",
+    *_CLASSES,
+]

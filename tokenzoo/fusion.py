@@ -74,23 +74,25 @@ def fusion_pairs(
     r2 = r - r1
     own1 = None if own_r is None else (own_r // 2 if bidirectional else own_r)
 
-    def best(rows: Tensor, row_factor: Tensor, others: Tensor, other_factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Best partner of every row: (score, index), in slices of rows when there are many."""
-        parts = []
-        step = rows.shape[1] if rows.shape[1] <= _CHUNK_ABOVE else _CHUNK
-        for start in range(0, rows.shape[1], step):
-            score = other_factor.unsqueeze(1)
-            if taus[0]:
-                cosine = torch.bmm(rows[:, start : start + step], others.transpose(1, 2))
-                similarity = ((cosine + 1) / 2).clamp(min=0)
-                score = score * (similarity if taus[0] == 1 else similarity ** (1 / taus[0]))
-            else:
-                score = score.expand(-1, rows[:, start : start + step].shape[1], -1)
-            parts.append(score.max(dim=2))
-        value = torch.cat([p[0] for p in parts], dim=1) * row_factor
-        return value, torch.cat([p[1] for p in parts], dim=1)
+    def scores(rows: Tensor, row_factor: Tensor, others: Tensor, other_factor: Tensor) -> Tensor:
+        """Score of every row with every other token."""
+        score = row_factor.unsqueeze(2) * other_factor.unsqueeze(1)
+        if taus[0]:
+            similarity = ((torch.bmm(rows, others.transpose(1, 2)) + 1) / 2).clamp(min=0)
+            score = score * (similarity if taus[0] == 1 else similarity ** (1 / taus[0]))
+        return score
 
-    value, partner = best(even, even_factor, odd, odd_factor)
+    def best(rows: Tensor, row_factor: Tensor, others: Tensor, other_factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Best partner of every row, (score, index), in slices of rows."""
+        parts = [
+            scores(r, f, others, other_factor).max(dim=2)
+            for r, f in zip(rows.split(_CHUNK, dim=1), row_factor.split(_CHUNK, dim=1))
+        ]
+        return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1)
+
+    # few tokens: one score table serves both directions; many: recompute it in slices rather than keep it
+    table = scores(even, even_factor, odd, odd_factor) if even.shape[1] <= _CHUNK_ABOVE else None
+    value, partner = best(even, even_factor, odd, odd_factor) if table is None else table.max(dim=2)
     src1, stay1, merges1 = split_ranked(value, r1, real_even, own1)
     if num_prefix:
         stay1 = stay1.sort(dim=1)[0]
@@ -99,7 +101,10 @@ def fusion_pairs(
 
     odd_start = num_prefix + stay1.shape[1]
     if r2:
-        value2, partner2 = best(odd, odd_factor, even, even_factor * left)
+        if table is None:
+            value2, partner2 = best(odd, odd_factor, even, even_factor * left)
+        else:
+            value2, partner2 = (table * left.unsqueeze(2)).max(dim=1)
         own2 = None if own_r is None else own_r - own1
         src2, stay2, merges2 = split_ranked(value2, r2, real_odd, own2)
         slot_odd = _numbered(stay2, odd.shape[1], odd_start)

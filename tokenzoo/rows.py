@@ -33,7 +33,7 @@ def add_rows(x: Tensor, slot: Tensor, delta: Tensor) -> Tensor:
     count = slot.shape[1]
     if count == 0:
         return x
-    exporting = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    exporting = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
     if exporting or (x.is_cuda and length * count <= 1 << 16):
         at = torch.arange(length, device=x.device).view(1, length, 1)
         return torch.baddbmm(x, (slot.unsqueeze(1) == at).to(x.dtype), delta.to(x.dtype))

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from ..recipes import Recipe
+from ..evaluation.runs import Precision, Run
 from ..registry import list_methods
 
-
-class Run(NamedTuple):
-    """One row of a comparison: a method with its options, or the unpatched model (method None)."""
-
-    method: str | None
-    options: dict[str, Any]
-
-    @property
-    def label(self) -> str:
-        """Short text for tables and legends."""
-        if self.method is None:
-            return "unpatched"
-        return " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
-
-    def recipe(self) -> Recipe:
-        """The recipe of a reducing run (without `flops`, which patch_model takes itself)."""
-        return Recipe.parse(self.method, **{k: v for k, v in self.options.items() if k != "flops"})
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def say(text: str = "") -> None:
@@ -65,6 +49,19 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="options added to every --method"
     )
+
+
+def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """--dtype, --amp, --amp-dtype."""
+    group = parser.add_argument_group("precision")
+    group.add_argument("--dtype", choices=_DTYPES, default="float32", help="of weights and images")
+    group.add_argument("--amp", action="store_true", help="run under autocast")
+    group.add_argument("--amp-dtype", choices=_DTYPES[1:], default="bfloat16", help="what autocast computes in")
+
+
+def precision_of(args: argparse.Namespace) -> Precision:
+    """The number formats of the arguments."""
+    return Precision(getattr(torch, args.dtype), getattr(torch, args.amp_dtype) if args.amp else None)
 
 
 def key_values(pairs: list[str], what: str) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class Accuracy:
         diff_top1, diff_top5: this run minus the unpatched model on the same pictures; None for the unpatched model.
         agreement: percent of pictures with the unpatched model's prediction.
         tokens_out: mean tokens that reach the head (prefix included, padding not); None if unknown.
-        gmacs: 1e9 multiply-adds an image; None if unknown.
-        attn_impl: "fused" or "unfused".
+        gmacs: 1e9 multiply-adds an image (of a random one where they depend on the image).
+        attn_impl: "fused" or "unfused"; "" for an unpatched backbone that is not served.
         param_count: millions.
     """
 
@@ -60,7 +60,7 @@ class Accuracy:
     diff_top5: Estimate | None
     agreement: float
     tokens_out: float | None
-    gmacs: float | None
+    gmacs: float
     attn_impl: str
     param_count: float
 
@@ -79,7 +79,7 @@ class Accuracy:
             "param_count": self.param_count,
             "tokens_out": _rounded(self.tokens_out, 2),
             "attn_impl": self.attn_impl,
-            "gmacs": _rounded(self.gmacs),
+            "gmacs": round(self.gmacs, 4),
             "n_images": self.n_images,
             "diff_top1": None if d1 is None else round(d1.mean, 4),
             "diff_top1_se": None if d1 is None else _rounded(d1.se),
@@ -144,7 +144,7 @@ def evaluate(
         runs: what to compare with it.
         loader: batches of images [B, C, H, W] and class indices [B]; a `PictureLoader`, or any DataLoader.
         input_size: channels, height and width that multiply-adds are counted at; the model's own by default.
-        precision: number formats, float32 by default.
+        precision: number formats, the model's own by default.
         progress: bar on stderr; None shows it on a terminal only.
 
     Returns:
@@ -156,13 +156,13 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    precision = precision or Precision()
+    precision = (precision or Precision()).of(model)
     candidates = prepare(model, runs, input_size or image_size(model), precision.dtype)
     device = next(model.parameters()).device
     pieces = Pieces(device)
     tallies = [_Tally() for _ in candidates]
-    batches = length_hint(loader, 0) or None
-    with torch.inference_mode(), tqdm(total=batches, unit="batch", disable=None if progress is None else not progress) as bar:
+    bar = tqdm(total=length_hint(loader) or None, unit="batch", disable=None if progress is None else not progress)
+    with torch.inference_mode(), bar:
         for images, targets in loader:
             for candidate, tally in zip(candidates, tallies):
                 logits, tokens = _answers(candidate, pieces, images, device, precision)

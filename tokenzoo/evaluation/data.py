@@ -1,18 +1,15 @@
-"""Pictures for evaluation: folders, tar files and timm's data sets, with broken files named instead of replaced."""
+"""Labelled pictures: folders, tar files and timm's data sets, with broken files named instead of replaced."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-
-from .runs import image_size
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +110,7 @@ def read_class_map(path: str | Path, root: str | Path | None = None) -> dict[str
     indices = {name: index for index, name in enumerate(names)}
     if "" in indices or len(indices) < len(names):
         wrong = "an empty line" if "" in indices else "a name twice"
-        raise ValueError(f"class map {path} holds {wrong}; give every class folder name once, in the order of the model")
+        raise ValueError(f"class map {path} holds {wrong}; give every folder name once, in the order of the classes")
     return indices
 
 
@@ -125,7 +122,7 @@ def open_pictures(
     Args:
         root: folder with one subfolder a class, or a tar file of such folders, or the cache of a named data set. A
             subfolder named after the split is used if there is one.
-        dataset: timm's data set name with its prefix ("hfds/...", "wds/...", "torch/cifar10"); empty for folders and tar.
+        dataset: timm's name with its prefix ("hfds/...", "wds/...", "torch/cifar10"); empty for folders and tar files.
         split: which part.
         class_map: see `read_class_map`; by default classes are numbered in the order of their folder names.
 
@@ -184,8 +181,8 @@ def _check_folder(reader: Any, indices: dict[str, int] | None) -> None:
     loose = [file for file, _ in reader.samples if Path(file).parent == Path(reader.root)]
     if loose:
         raise ValueError(
-            f"{len(loose)} pictures, such as {Path(loose[0]).name}, lie in {reader.root} itself, so their class is unknown; "
-            "move them into one subfolder a class"
+            f"{len(loose)} pictures, such as {Path(loose[0]).name}, lie in {reader.root} itself, so their class is "
+            "unknown; move them into one subfolder a class"
         )
     if indices is not None:
         everything, names = find_images_and_targets(reader.root)
@@ -193,112 +190,3 @@ def _check_folder(reader: Any, indices: dict[str, int] | None) -> None:
         if missing:
             left = len(everything) - len(reader.samples)
             _log.warning("%d pictures left out: the class map does not name %s", left, ", ".join(missing))
-
-
-def data_config(
-    model: nn.Module,
-    img_size: Sequence[int] | None = None,
-    crop_pct: float | None = None,
-    crop_mode: str | None = None,
-    interpolation: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> dict[str, Any]:
-    """How pictures become images: timm's `resolve_data_config` at the size of the model, with overrides.
-
-    Args:
-        model: a timm model; its `pretrained_cfg` gives what is not overridden.
-        img_size: one side or height and width.
-        crop_pct: side of the crop over the side after resizing.
-        crop_mode: "center", "squash" or "border".
-        interpolation: of the resizing.
-        mean: of the channels, one value or one a channel.
-        std: likewise.
-
-    Raises:
-        ValueError: mean or std for another number of channels, a crop outside (0, 1].
-    """
-    from timm.data import resolve_data_config
-
-    size = image_size(model, img_size)
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise ValueError(f"--crop-pct {crop_pct} is not in (0, 1]")
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) not in (1, size[0]):
-            raise ValueError(f"--{name} has {len(values)} values; the images have {size[0]} channels, give 1 or {size[0]}")
-    given = {"input_size": size, "crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
-    given |= {"mean": mean, "std": std}
-    config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=model)
-    for name in ("mean", "std"):
-        if len(config[name]) != size[0]:
-            raise ValueError(
-                f"{type(model).__name__} takes {size[0]} channels, its configuration has a {name} for {len(config[name])}; "
-                f"give --{name} with 1 or {size[0]} values"
-            )
-    return config
-
-
-class PictureLoader:
-    """Batches of images and targets; broken pictures raise, or are left out and listed in `skipped`.
-
-    Args:
-        pictures: from `open_pictures`.
-        config: from `data_config`.
-        batch_size: pictures read together; a batch with broken ones is shorter.
-        workers: processes that decode, 0 decodes in this one.
-        skip_broken: leave broken pictures out.
-    """
-
-    def __init__(
-        self,
-        pictures: Pictures | PictureStream,
-        config: dict[str, Any],
-        batch_size: int = 64,
-        workers: int = 0,
-        skip_broken: bool = False,
-    ) -> None:
-        from timm.data import create_transform
-
-        if batch_size < 1:
-            raise ValueError(f"--batch-size {batch_size} is not positive")
-        self.pictures = pictures
-        self.skip_broken = skip_broken
-        self.skipped: list[Broken] = []
-        pictures.transform = _Transform("L" if config["input_size"][0] == 1 else "RGB", create_transform(**config))
-        stream = isinstance(pictures, IterableDataset)  # more workers would read the stream more than once
-        workers = 0 if stream else min(workers, -(-len(pictures) // batch_size))
-        self._loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_collate)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.skipped = []
-        for images, targets, broken in self._loader:
-            for name, reason in broken:
-                if not self.skip_broken:
-                    raise ValueError(
-                        f"picture {name} cannot be read ({reason}); repair or remove it, or leave such files out with "
-                        "--skip-broken"
-                    )
-                _log.warning("skipped %s (%s)", name, reason)
-            self.skipped += broken
-            if len(targets):
-                yield images, targets
-
-
-class _Transform:
-    """Colour mode, then timm's transform."""
-
-    def __init__(self, mode: str, rest: Callable[[Image.Image], Tensor]) -> None:
-        self.mode = mode
-        self.rest = rest
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.rest(image.convert(self.mode))
-
-
-def _collate(items: list[tuple[Tensor, int] | Broken]) -> tuple[Tensor, Tensor, list[Broken]]:
-    good = [item for item in items if not isinstance(item, Broken)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([target for _, target in good]), [item for item in items if isinstance(item, Broken)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .throughput import Speed, Spread
+from .throughput import Speed
+from .timing import Spread
 
 
 def plot_speed(results: Sequence[Speed], path: str | Path, title: str = "") -> None:
@@ -18,15 +19,12 @@ def plot_speed(results: Sequence[Speed], path: str | Path, title: str = "") -> N
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: multiply-adds are unknown for this backbone.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("--plot needs matplotlib; pip install 'tokenzoo[plot]'") from error
 
-    if results[0].gmacs is None:
-        raise ValueError("--plot needs multiply-adds, which are not known for this backbone; leave it out")
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     shares = sorted({1 / r.gmac_ratio for r in results} | {0.4})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.family import find_family
+from ..counting import count_macs, report
 from ..patching import describe, is_patched, patch_model
 from ..recipes import Recipe
 from ..registry import list_methods
@@ -53,12 +54,16 @@ class Precision(NamedTuple):
     """Number formats of a measurement.
 
     Attributes:
-        dtype: of weights and images.
+        dtype: of weights and images, None for the model's own.
         amp: what autocast computes in, None for no autocast.
     """
 
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     amp: torch.dtype | None = None
+
+    def of(self, model: nn.Module) -> Precision:
+        """The same with the model's own type filled in."""
+        return self if self.dtype else self._replace(dtype=next(model.parameters()).dtype)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """The context in which the models run."""
@@ -75,13 +80,14 @@ class Candidate(NamedTuple):
     Attributes:
         run: what it stands for.
         model: in eval mode; weights are shared with the other candidates.
-        gmacs: 1e9 multiply-adds of one image, None for a backbone that tokenzoo does not serve.
-        attn_impl: "fused" if every attention runs on `scaled_dot_product_attention`, else "unfused".
+        gmacs: 1e9 multiply-adds of one image (of a random one where they depend on the image).
+        attn_impl: "fused" if every attention runs on `scaled_dot_product_attention`, else "unfused"; "" for a backbone
+            that tokenzoo does not serve.
     """
 
     run: Run
     model: nn.Module
-    gmacs: float | None
+    gmacs: float
     attn_impl: str
 
 
@@ -91,7 +97,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def prepare(
-    model: nn.Module, runs: Sequence[Run], input_size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+    model: nn.Module, runs: Sequence[Run], input_size: tuple[int, int, int], dtype: torch.dtype | None = None
 ) -> list[Candidate]:
     """One model a run, the unpatched one first; the model handed over stays as it is.
 
@@ -102,7 +108,7 @@ def prepare(
         model: unpatched.
         runs: what to compare; a run without method is added if there is none.
         input_size: channels, height, width of the images.
-        dtype: of the weights; a type other than the model's costs one full copy.
+        dtype: of the weights, None for the model's own; another one costs a full copy.
 
     Raises:
         ValueError: the model is patched already, or a run cannot be reached on it.
@@ -113,14 +119,16 @@ def prepare(
             f"{type(model).__name__} is patched already, so there is nothing to compare with; call "
             "tokenzoo.unpatch_model(model) and name the methods as runs"
         )
-    if next(model.parameters()).dtype != dtype:
+    if dtype not in (None, next(model.parameters()).dtype):
         model = copy.deepcopy(model).to(dtype)
     candidates = []
     for run in (Run(), *(r for r in runs if r.method is not None)):
         own = shared_copy(model).eval()
         if run.method is not None:
             patch_model(own, run.recipe(), flops=run.options.get("flops"))
-        candidates.append(Candidate(run, own, gmacs_of(own, input_size), attention_path(own)))
+        gmacs = count_macs(own, input_size).total / 1e9
+        path = report(own, input_size[1:]).attn_impl if is_served(own) else ""
+        candidates.append(Candidate(run, own, gmacs, path))
     return candidates
 
 
@@ -133,19 +141,6 @@ def is_served(model: nn.Module) -> bool:
     except TypeError:
         return False
     return True
-
-
-def gmacs_of(model: nn.Module, input_size: tuple[int, int, int]) -> float | None:
-    """1e9 multiply-adds of one image, None for a backbone that is not served."""
-    from ..counting import count_macs
-
-    return count_macs(model, input_size=input_size).total / 1e9 if is_served(model) else None
-
-
-def attention_path(model: nn.Module) -> str:
-    """ "fused" if every attention layer runs on `scaled_dot_product_attention`, else "unfused"."""
-    flags = [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]
-    return "fused" if flags and all(flags) else "unfused"
 
 
 def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -184,7 +179,7 @@ def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple
     if img_size:
         size = (size[0], img_size[0], img_size[-1])
     if len(size) != 3 or min(size) < 1:
-        raise ValueError(f"image size {size} is not channels, height, width; give --img-size one side or two, all positive")
+        raise ValueError(f"image size {size} is not channels, height, width; give --img-size one or two positive sides")
     return size
 
 

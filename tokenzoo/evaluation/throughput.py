@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..patching import is_patched, recipe
-from .memory import free_memory, is_out_of_memory
-from .runs import Candidate, Precision, Run, forward_counted, image_size, param_count, prepare
-
-_log = logging.getLogger(__name__)
-
-
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    q1: float
-    q3: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Spread of values."""
-        q1, median, q3 = (float(q) for q in np.percentile(values, (25, 50, 75)))
-        return cls(median, q1, q3)
+from .runs import Precision, Run, forward_counted, image_size, param_count, prepare
+from .timing import Spread, clock_for, compiled, interleave, room_for_graphs, warm_up
 
 
 @dataclass(frozen=True)
@@ -48,10 +30,10 @@ class Speed:
         latency_speedups: the same for one image.
         batch_size: images a step.
         input_size: channels, height, width.
-        gmacs: 1e9 multiply-adds an image; None if unknown.
+        gmacs: 1e9 multiply-adds an image (of a random one where they depend on the image).
         gmac_ratio: the unpatched model's over this run's.
         tokens_out: mean tokens that reach the head on the images used; None if unknown.
-        attn_impl: "fused" or "unfused".
+        attn_impl: "fused" or "unfused"; "" for an unpatched backbone that is not served.
         param_count: millions.
         compiled: backend of torch.compile, "" for eager.
         precision: number formats in words.
@@ -69,8 +51,8 @@ class Speed:
     latency_speedups: list[float]
     batch_size: int
     input_size: tuple[int, int, int]
-    gmacs: float | None
-    gmac_ratio: float | None
+    gmacs: float
+    gmac_ratio: float
     tokens_out: float | None
     attn_impl: str
     param_count: float
@@ -85,9 +67,9 @@ class Speed:
         return Spread.of(self.speedups).median
 
     @property
-    def speedup_per_gmac_ratio(self) -> float | None:
+    def speedup_per_gmac_ratio(self) -> float:
         """1 where every multiply-add saved is time saved."""
-        return None if self.gmac_ratio is None else self.speedup / self.gmac_ratio
+        return self.speedup / self.gmac_ratio
 
     def row(self) -> dict[str, Any]:
         """Flat values under timm's column names; times in milliseconds."""
@@ -104,7 +86,7 @@ class Speed:
             "infer_step_time_q3": _ms(step.q3),
             "infer_batch_size": self.batch_size,
             "infer_img_size": height if height == width else f"{height}x{width}",
-            "infer_gmacs": _rounded(self.gmacs),
+            "infer_gmacs": round(self.gmacs, 4),
             "param_count": self.param_count,
             "tokens_out": _rounded(self.tokens_out, 2),
             "attn_impl": self.attn_impl,
@@ -115,8 +97,8 @@ class Speed:
             "speedup": round(ratio.median, 4),
             "speedup_q1": round(ratio.q1, 4),
             "speedup_q3": round(ratio.q3, 4),
-            "gmac_ratio": _rounded(self.gmac_ratio),
-            "speedup_per_gmac_ratio": _rounded(self.speedup_per_gmac_ratio),
+            "gmac_ratio": round(self.gmac_ratio, 4),
+            "speedup_per_gmac_ratio": round(self.speedup_per_gmac_ratio, 4),
             "peak_memory_mb": _rounded(self.peak_memory_mb, 1),
             "rounds": len(self.step_times),
             "compiled": self.compiled,
@@ -134,43 +116,6 @@ def _ms(seconds: float) -> float:
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)
-
-
-def clock_for(device: torch.device) -> tuple[Callable[[], float], str]:
-    """A clock in seconds and its name: process time for one CPU thread, else wall time, the device waited for."""
-    if device.type == "cpu":
-        return (time.process_time, "cpu time") if torch.get_num_threads() == 1 else (time.perf_counter, "wall time")
-    synchronize = torch.get_device_module(device).synchronize
-
-    def synchronized() -> float:
-        synchronize(device)
-        return time.perf_counter()
-
-    return synchronized, "wall time, synchronized"
-
-
-def interleave(
-    steps: Sequence[Callable[[], Any]], rounds: int, clock: Callable[[], float], tick: Callable[[], Any] = lambda: None
-) -> list[list[float]]:
-    """Times steps round robin: A B C A B C ...
-
-    Args:
-        steps: what to time.
-        rounds: how often each one is timed.
-        clock: seconds.
-        tick: called after every step, outside of the timing.
-
-    Returns:
-        Seconds, one list a step with one value a round.
-    """
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, row in zip(steps, times):
-            start = clock()
-            step()
-            row.append(clock() - start)
-            tick()
-    return times
 
 
 def bench(
@@ -200,7 +145,7 @@ def bench(
         warmup: steps of each run before that; compilation falls into them.
         latency: also time one image.
         input_size: channels, height, width; the model's own by default.
-        precision: number formats, float32 by default.
+        precision: number formats, the model's own by default.
         compiler: backend of torch.compile, None for eager.
         seed: of the random images.
         progress: bar on stderr; None shows it on a terminal only.
@@ -218,7 +163,7 @@ def bench(
     for name, value in (("batch size", batch_size), ("rounds", rounds), ("warm-up", warmup)):
         if value < 1:
             raise ValueError(f"bench: {name} is {value}; give at least 1")
-    precision = precision or Precision()
+    precision = (precision or Precision()).of(model)
     size = input_size or image_size(model)
     device = next(model.parameters()).device
     candidates = prepare(model, runs, size, precision.dtype)
@@ -226,16 +171,16 @@ def bench(
     images = images.to(device, precision.dtype)
     own_clock, clock_name = clock_for(device)
     total = rounds * len(candidates) * (1 + latency)
-    with torch.inference_mode(), precision.autocast(device), _room_for_graphs(2 * len(candidates)):
-        calls = [_callable(c, compiler) for c in candidates]
-        images = _warm_up(candidates, calls, images, warmup)
+    with torch.inference_mode(), precision.autocast(device), room_for_graphs(2 * len(candidates)):
+        calls = [compiled(c, compiler) for c in candidates]
+        images = warm_up(candidates, calls, images, warmup)
         memory = [_peak_memory(call, images) for call in calls]
         tokens = [_tokens_out(c.model, images) for c in candidates]
         with tqdm(total=total, unit="step", disable=None if progress is None else not progress) as bar:
-            measured = [interleave(_steps(calls, images), rounds, clock or own_clock, bar.update)]
+            measured = [interleave(_on(images, calls), rounds, clock or own_clock, bar.update)]
             if latency:
-                _warm_up(candidates, calls, images[:1], warmup)
-                measured.append(interleave(_steps(calls, images[:1]), rounds, clock or own_clock, bar.update))
+                warm_up(candidates, calls, images[:1], warmup)
+                measured.append(interleave(_on(images[:1], calls), rounds, clock or own_clock, bar.update))
     base = candidates[0].gmacs
     return [
         Speed(
@@ -250,7 +195,7 @@ def bench(
             batch_size=len(images),
             input_size=size,
             gmacs=c.gmacs,
-            gmac_ratio=None if c.gmacs is None else base / c.gmacs,
+            gmac_ratio=base / c.gmacs,
             tokens_out=tokens[i],
             attn_impl=c.attn_impl,
             param_count=param_count(c.model),
@@ -261,52 +206,6 @@ def bench(
         )
         for i, c in enumerate(candidates)
     ]
-
-
-def _callable(candidate: Candidate, compiler: str | None) -> Callable[[Tensor], Tensor]:
-    if compiler is None:
-        return candidate.model
-    if compiler not in torch.compiler.list_backends(()):
-        raise ValueError(f"--torchcompile {compiler!r} is unknown; use one of {', '.join(torch.compiler.list_backends(()))}")
-    # fullgraph: a graph break or a full cache must not fall back to eager unseen; data-dependent counts need breaks
-    dynamic = candidate.run.method is not None and any(m.data_dependent for m in candidate.run.recipe().methods)
-    return torch.compile(candidate.model, backend=compiler, dynamic=None if dynamic else False, fullgraph=not dynamic)
-
-
-def _room_for_graphs(graphs: int) -> Any:
-    """All candidates run the same Python code, so their graphs share one cache; its limit must not send them to eager."""
-    import torch._dynamo.config as dynamo
-
-    return dynamo.patch(recompile_limit=max(graphs, dynamo.recompile_limit))
-
-
-def _steps(calls: Sequence[Callable[[Tensor], Tensor]], images: Tensor) -> list[Callable[[], Tensor]]:
-    return [lambda call=call: call(images) for call in calls]
-
-
-def _warm_up(candidates: list[Candidate], calls: list[Callable], images: Tensor, times: int) -> Tensor:
-    """Runs every candidate; returns the images of the largest batch that all of them can hold."""
-    while True:
-        reason = None
-        for candidate, call in zip(candidates, calls):
-            try:
-                for _ in range(times):
-                    call(images)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = f"{candidate.run.label}: {str(error).partition(chr(10))[0] or type(error).__name__}"
-                break
-        if reason is None:
-            return images
-        if len(images) == 1:
-            raise ValueError(
-                f"not even one image of {tuple(images.shape[1:])} fits into the memory of {images.device} ({reason}); use "
-                "a smaller --img-size, a smaller model or another --device"
-            )
-        images = images[: len(images) // 2]
-        _log.warning("out of memory, going on with batch %d (%s)", len(images), reason)
-        free_memory(images.device)
 
 
 def _peak_memory(call: Callable[[Tensor], Tensor], images: Tensor) -> float | None:
@@ -324,3 +223,7 @@ def _tokens_out(model: nn.Module, images: Tensor) -> float | None:
 
 def _ratios(times: list[list[float]], index: int) -> list[float]:
     return [base / own for base, own in zip(times[0], times[index])]
+
+
+def _on(images: Tensor, calls: Sequence[Callable[[Tensor], Tensor]]) -> list[Callable[[], Tensor]]:
+    return [partial(call, images) for call in calls]

@@ -138,9 +138,9 @@ def sample_heights(
     low = torch.where(skip_lowest, total[:, :1], torch.zeros_like(total[:, :1]))
     span = total[:, -1:] - low
     g = torch.where(span > 0, (total - low) / span.clamp(min=1e-30), torch.ones_like(total))
+    first = g.masked_fill(g <= 0, 2.0).amin(1, keepdim=True).clamp(max=1.0)
     if candidates is not None and candidates < g.shape[1]:
         g = g[:, -candidates:]
-    first = g.masked_fill(g <= 0, 2.0).amin(1, keepdim=True).clamp(max=1.0)
     distance = (1 - first) / max(heights - 1, 1)
     middle = (g[:, :-1] + g[:, 1:]) / 2
     below = torch.where(

@@ -108,6 +108,16 @@ class Method:
         return False
 
     @property
+    def reads_attention(self) -> bool:
+        """Whether the decision looks at queries or keys (before attention, these have to be projected for it)."""
+        return False
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens come to stand for several patches."""
+        return "merge" in self.kind or "fuse" in self.kind
+
+    @property
     def data_dependent(self) -> bool:
         """Whether token counts depend on the images (shapes are not static)."""
         return False

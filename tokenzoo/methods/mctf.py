@@ -84,6 +84,10 @@ class MCTF(Method):
         return _PLACES[self.one_step_ahead]
 
     @property
+    def reads_attention(self) -> bool:
+        return True
+
+    @property
     def proportional(self) -> bool:
         return self.prop_attn
 

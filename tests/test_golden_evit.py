@@ -1,0 +1,101 @@
+"""EViT against the published implementation."""
+
+import re
+
+import torch
+from goldens import Case, cases, check_settings, close, fixture_model, read, small_block
+
+import tokenzoo
+from tokenzoo.methods.evit import EViT
+from tokenzoo.schedules import cosine_keep_rate
+from tokenzoo.signals import Signals
+from tokenzoo.tokens import Layout, Tokens
+
+
+@cases("evit", "ops")
+def test_block(case: Case):
+    s = case.settings
+    check_settings(s, "B", "N", "C", "heads", "keep_rate", "keep_rate_passed", "tokens", "fuse", "left_tokens", "N_out")
+    passed = s["keep_rate_passed"]
+    rate = passed if passed is not None and s["keep_rate"] < 1 else s["keep_rate"]
+    method = EViT(fuse_token=s["fuse"])
+    layout = Layout(1, True, (1, s["N"] - 1))
+    block = small_block(case.part("weights"), s["heads"], method, layout, (rate, s["tokens"]))
+    seen = {}
+    block.norm2.register_forward_hook(lambda module, args, out: seen.update(tokens=args[0]))
+    tokens = Tokens(case["x"], layout, trace=())
+    with torch.no_grad():
+        heads = block.heads(tokens, None)
+        signals = Signals(heads, None, tokens)
+        out = block(tokens)
+    close(signals.attention, case["attn"], 1e-5)
+    close(seen["tokens"], case["out_tokens"], 1e-5)
+    close(out.x, case["out_block"])
+    assert out.x.shape[1] == s["N_out"]
+    if not case.has("out_idx"):
+        assert not out.trace
+        return
+    close(signals.class_attention.mean(1)[:, 1:], case["out_cls_attn"], 1e-5)
+    (step,) = out.trace
+    idx, kept = step.map.heads[:, 1:] - 1, s["left_tokens"]
+    assert torch.equal(idx[:, :kept], case["out_idx"])
+    gone = step.map.assign[:, 1:] == (s["N_out"] - 1 if s["fuse"] else -1)
+    assert torch.equal(gone.nonzero()[:, 1].view(s["B"], -1), case["out_complement"])
+
+
+@cases("evit", "keep_rate_schedule")
+def test_keep_rate_schedule(case: Case):
+    steps, start, length, target = re.fullmatch(
+        r"ipe(\d+)_start(\d+)_shrink(\d+)_base([\d.]+)", case.name
+    ).groups()
+    for iteration, epoch, rate in read(case.file)[0][case.name].tolist():
+        got = cosine_keep_rate(int(iteration), int(epoch), int(steps), int(start), int(length), float(target))
+        assert abs(got - rate) < 1e-6
+
+
+@cases("evit", "model")
+def test_model(case: Case):
+    s = case.settings
+    check_settings(s, "keep_rate", "keep_rate_passed", "tokens", "fuse", "fp64_diff")
+    x = case.input(case["out_logits"].shape[0])
+    model = fixture_model(case.fixture())
+    if x.shape[-1] != model.patch_embed.img_size[0]:
+        resize(model, x.shape[-1])
+    counts = s["tokens"] or [None] * len(model.blocks)
+    layers = [i for i, (rate, count) in enumerate(zip(s["keep_rate"], counts)) if rate < 1 or count is not None]
+    rates = [s["keep_rate"][i] for i in layers]
+    tokenzoo.patch_model(
+        model, "evit", layers=layers, keep_rate=rates, tokens=[counts[i] for i in layers], fuse_token=s["fuse"]
+    )
+    passed = s["keep_rate_passed"]
+    if passed is not None:  # a rate given at run time holds for the blocks that reduce
+        tokenzoo.update_method(model, keep_rate=passed)
+    with torch.no_grad():
+        tokens = model.forward_tokens(x, trace=True)
+        close(model(x), case["out_logits"])
+    if case.has("out_features"):
+        close(tokens.x, case["out_features"])
+    expected = case.matching(r"out_idx\d+")
+    assert len(expected) == len(tokens.trace)
+    original = torch.arange(x.shape[-1] // model.patch_embed.patch_size[0]).numel() ** 2
+    place = torch.arange(original).expand(len(x), -1)
+    for j, step in enumerate(tokens.trace):
+        fused = int(s["fuse"])
+        idx = step.map.heads[:, 1 : step.map.n_out - fused] - 1
+        assert torch.equal(idx, case[f"out_idx{j}"])
+        place = place.gather(1, idx)
+        # upstream enters its fused slot as patch 0
+        assert torch.equal(place, case[f"out_real_idx{j}"])
+        place = torch.cat([place, torch.zeros_like(place[:, :fused])], dim=1)
+    counts = tokenzoo.report(model, x.shape[-1]).rows
+    assert [row.tokens_out for row in counts if row.name.startswith("blocks")] == case["out_tokens_per_block"].tolist()
+
+
+def resize(model, side):
+    """Bicubic resize of the position table without antialiasing, as upstream does at every forward."""
+    table, grid = model.pos_embed, model.patch_embed.grid_size
+    new = side // model.patch_embed.patch_size[0]
+    patches = table[:, 1:].reshape(1, *grid, -1).permute(0, 3, 1, 2)
+    patches = torch.nn.functional.interpolate(patches, size=(new, new), mode="bicubic", align_corners=False)
+    model.patch_embed.set_input_size(img_size=(side, side))
+    model.pos_embed = torch.nn.Parameter(torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1))

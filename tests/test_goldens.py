@@ -1,0 +1,17 @@
+"""No recorded number is left unread."""
+
+import importlib
+
+import goldens
+import pytest
+
+
+@pytest.mark.golden
+def test_every_case_is_read_by_some_test():
+    for method in goldens.LANDED:
+        importlib.import_module(f"test_golden_{method}")
+    importlib.import_module("test_visualize")
+    there = {(f, name) for method in goldens.LANDED for f in goldens.files(method) for name in goldens.case_names(f)}
+    assert there, f"no recorded numbers below {goldens.ROOT}"
+    unread = sorted(there - goldens.READ)
+    assert not unread, f"read by no test: {unread}"

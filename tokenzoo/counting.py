@@ -1,0 +1,360 @@
+"""Multiply-adds: by formula for every block (fast, exact about tokens), and by tracing for a check of the formula.
+
+One multiply-add counts once. Counted are linear layers, convolutions, attention products, and what deciding and
+applying a reduction costs; norms, activations, softmax and sorting are not, as usual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters.base import BackboneInfo, BlockMacs
+from .adapters.family import Family, families, find_family, linear_macs
+from .methods.base import BlockShape, Step
+from .patching import backbone_of, describe
+from .recipes import Recipe
+from .tokens import Layout
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One row of a report.
+
+    Attributes:
+        name: "blocks.3", "embed" or "head".
+        methods: names of the methods that act there.
+        tokens_in: tokens before, prefix included.
+        tokens_out: tokens after (the largest possible count where it depends on the images).
+        macs: multiply-adds for one image, reduction included.
+        reduction_macs: the part of it that reduction itself costs.
+        attention: attention path, empty where there is none.
+    """
+
+    name: str
+    methods: str
+    tokens_in: int
+    tokens_out: int
+    macs: int
+    reduction_macs: int
+    attention: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a model costs, block by block, for one image.
+
+    Attributes:
+        rows: embed, the blocks, head.
+        unpatched: multiply-adds of the same model without reduction.
+        data_dependent: counts depend on the images, the rows are upper bounds.
+    """
+
+    rows: tuple[BlockRow, ...]
+    unpatched: int
+    data_dependent: bool = False
+
+    @property
+    def total(self) -> int:
+        """Multiply-adds of the whole model for one image."""
+        return sum(row.macs for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """Share of the unpatched model's multiply-adds."""
+        return self.total / self.unpatched
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens after the last block, prefix included."""
+        return [row for row in self.rows if row.name.startswith("blocks.")][-1].tokens_out
+
+    @property
+    def attn_impl(self) -> str:
+        """"fused" if every block attends on the fused kernel, else "unfused"."""
+        return "unfused" if any(row.attention.startswith("unfused") for row in self.rows) else "fused"
+
+    def __str__(self) -> str:
+        head = ("block", "method", "tokens", "GMACs", "attention")
+        body = []
+        for row in self.rows:
+            same = row.tokens_in == row.tokens_out
+            tokens = f"{row.tokens_in}" if same else f"{row.tokens_in} -> {row.tokens_out}"
+            body.append((row.name, row.methods, tokens, f"{row.macs / 1e9:.3f}", row.attention))
+        share = f"{self.total / 1e9:.3f}"
+        bound = "at most " if self.data_dependent else ""
+        body.append(("total", "", "", share, f"{bound}{self.ratio:.1%} of {self.unpatched / 1e9:.3f} unpatched"))
+        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Everything about a model that the formulas need, read once."""
+
+    blocks: tuple[tuple[BlockMacs, BlockShape, bool], ...]
+    embed: int
+    head: int
+    head_per_token: int
+    head_per_pair: int
+
+
+def _costs(backbone: nn.Module, family: Family, layout: Layout) -> _Costs:
+    kinds = {cls: cls for cls in family.blocks.values()} | family.blocks
+    blocks = []
+    for block in backbone.blocks:
+        cls = kinds[type(block)]
+        blocks.append((cls.macs(block), cls.shape(block), cls.fused.fget(block)))
+    head, per_token, per_pair = _head_costs(backbone)
+    return _Costs(tuple(blocks), _embed_macs(backbone, layout), head, per_token, per_pair)
+
+
+def _embed_macs(backbone: nn.Module, layout: Layout) -> int:
+    """Multiply-adds of the patch embedding, convolutional stems included, from the shapes that really occur."""
+    embed, total = backbone.patch_embed, 0
+    patch = embed.patch_size if isinstance(embed.patch_size, tuple) else (embed.patch_size,) * 2
+    if isinstance(getattr(embed, "proj", None), nn.Conv2d) and not hasattr(embed, "backbone"):
+        return embed.proj.weight.numel() * layout.num_patches
+
+    def count(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+        nonlocal total
+        positions = out[0, 0].numel() if isinstance(module, nn.Conv2d) else out[0].numel() // out.shape[-1]
+        total += module.weight.numel() * positions
+
+    layers = [m for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    weight = layers[0].weight
+    size = embed.img_size if embed.img_size is not None else tuple(g * p for g, p in zip(layout.grid, patch))
+    training = embed.training
+    try:
+        embed.eval()
+        with torch.no_grad():
+            embed(torch.zeros(1, layers[0].weight.shape[1], *size, device=weight.device, dtype=weight.dtype))
+    finally:
+        embed.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def _head_costs(backbone: nn.Module) -> tuple[int, int, int]:
+    """Multiply-adds of pooling and head: fixed, per pooled token, and per pair of pooled tokens."""
+    heads = [m for name in ("head", "head_dist") if (m := getattr(backbone, name, None)) is not None]
+    fixed = sum(linear_macs(m) for m in heads)
+    pool = backbone.attn_pool
+    if pool is None:
+        # without pooling the head sees every token
+        return (0, fixed, 0) if backbone.global_pool == "" else (fixed, 0, 0)
+    if not hasattr(pool, "latent"):
+        return fixed, 0, 2 * pool.num_heads * pool.head_dim
+    width = pool.kv.out_features // 2
+    once = linear_macs(pool.q) + linear_macs(pool.proj) + (linear_macs(pool.mlp) if pool.mlp is not None else 0)
+    return fixed + pool.latent_len * once, pool.kv.weight.numel() + 2 * width * pool.latent_len, 0
+
+
+def _block_cost(
+    macs: BlockMacs, shape: BlockShape, steps: list[tuple[Step, int, int]], n: int, layout: Layout
+) -> tuple[int, int, int]:
+    """(tokens out, multiply-adds, the part that reduction costs) of one block that n tokens enter."""
+    reduction = 0
+    by_place: dict[str, list[tuple[Step, int, int]]] = {}
+    for step, before, after in steps:
+        by_place.setdefault(step.method.place, []).append((step, before, after))
+        reduction += step.method.macs(before, after, shape, layout)
+
+    def through(place: str, n: int) -> int:
+        return by_place[place][-1][2] if place in by_place else n
+
+    for step, before, _ in by_place.get("before", ()):
+        if step.method.reads_attention:
+            reduction += macs.qk * before  # projected for the decision alone
+    n = through("before", n)
+    merged = through("ahead", n)
+    kept = through("queries", merged)
+    pairs = n * n if "ahead" in by_place else kept * n
+    total = macs.qk * n + macs.v * merged + macs.pair * pairs + macs.out * kept
+    between = through("between", kept)
+    total += macs.mlp * between
+    return through("after", between), total + reduction, reduction
+
+
+def _rows(costs: _Costs, recipe: Recipe | None, layout: Layout) -> tuple[BlockRow, ...]:
+    depth = len(costs.blocks)
+    counts = recipe.token_counts(depth, layout) if recipe is not None else [[] for _ in range(depth)]
+    n = layout.num_prefix + layout.num_patches
+    rows = [BlockRow("embed", "", n, n, costs.embed, 0, "")]
+    sized = padded = False
+    for index, ((macs, shape, fused), steps) in enumerate(zip(costs.blocks, counts)):
+        after, total, reduction = _block_cost(macs, shape, steps, n, layout)
+        path = "fused" if fused else "unfused"
+        if sized or padded:
+            path += ", " + " and ".join([*(["log-size bias"] if sized else []), *(["padding mask"] if padded else [])])
+        names = ", ".join(step.method.name for step, _, _ in steps)
+        rows.append(BlockRow(f"blocks.{index}", names, n, after, total, reduction, path))
+        sized = sized or (recipe is not None and recipe.proportional and any(s.method.merges for s, _, _ in steps))
+        padded = padded or any(step.method.pads for step, _, _ in steps)
+        n = after
+    head = costs.head + costs.head_per_token * n + costs.head_per_pair * n * n
+    rows.append(BlockRow("head", "", n, n, head, 0, ""))
+    return tuple(rows)
+
+
+def report(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Report:
+    """Tokens, multiply-adds and attention path of a model, block by block, by formula.
+
+    Args:
+        model: a served model, patched or not.
+        img_size: image (height, width) or one side; None for the model's own.
+
+    Raises:
+        TypeError: a model that is not served.
+        ValueError: the recipe cannot be met at this size.
+    """
+    backbone = backbone_of(model)
+    recipe = getattr(backbone, "tokenzoo_recipe", None)
+    family = next((f for f in families() if type(backbone) in f.models.values()), None) or find_family(backbone)
+    grid = None
+    if img_size is not None:
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        grid = tuple(backbone.patch_embed.dynamic_feat_size(size))
+    info = describe(backbone, grid, recipe)
+    costs = _costs(backbone, family, info.layout)
+    unpatched = sum(row.macs for row in _rows(costs, None, info.layout))
+    data_dependent = recipe is not None and any(m.data_dependent for m in recipe.methods)
+    return Report(_rows(costs, recipe, info.layout), unpatched, data_dependent)
+
+
+def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, share: float) -> Recipe:
+    """The recipe at the strength whose multiply-adds are nearest to a share of the unpatched model's.
+
+    Args:
+        backbone: the unpatched model.
+        family: the family that serves it.
+        recipe: methods whose strength is solved for, all at the same relative strength.
+        info: layout at the resolution that counts.
+        share: target in (0, 1].
+
+    Raises:
+        ValueError: the share is outside (0, 1], or below what the methods can reach.
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError(f"flops={share!r}; give a share of the unpatched multiply-adds in (0, 1], such as 0.6")
+    costs = _costs(backbone, family, info.layout)
+    base = sum(row.macs for row in _rows(costs, None, info.layout))
+
+    def reached(t: float) -> tuple[Recipe, float]:
+        dialled = recipe.dial(t, info.depth, info.layout)
+        return dialled, sum(row.macs for row in _rows(costs, dialled, info.layout)) / base
+
+    (weakest, high), (strongest, low) = reached(0.0), reached(1.0)
+    if share < low - 0.005:
+        raise ValueError(
+            f"flops={share} cannot be reached: at full strength {', '.join(m.name for m in recipe.methods)} leaves "
+            f"{low:.3f} of the multiply-adds; act in earlier layers or ask for more"
+        )
+    best = min((weakest, high), (strongest, low), key=lambda found: abs(found[1] - share))
+    bottom, top = 0.0, 1.0
+    for _ in range(40):
+        middle = (bottom + top) / 2
+        found = reached(middle)
+        best = min(best, found, key=lambda pair: abs(pair[1] - share))
+        bottom, top = (middle, top) if found[1] > share else (bottom, middle)
+    return best[0]
+
+
+@dataclass(frozen=True)
+class MacReport:
+    """Traced multiply-adds of one image.
+
+    Attributes:
+        total: multiply-adds of the whole model.
+        rows: (module, multiply-adds) for every block, then for everything else together.
+    """
+
+    total: int
+    rows: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{name:<12} {macs / 1e9:.3f} GMACs" for name, macs in self.rows]
+        return "\n".join([*lines, f"{'total':<12} {self.total / 1e9:.3f} GMACs (multiply-adds, counted once)"])
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> MacReport:
+    """Counts the multiply-adds of one image by tracing the model with fvcore.
+
+    fvcore sees nothing of fused attention and of reduction; handlers for both are added here. Where counts depend on
+    the image, those of a random image are meant.
+
+    Args:
+        model: any module; patched and unpatched models alike.
+        input_size: channels, height, width.
+    """
+    import logging
+
+    from fvcore.nn import FlopCountAnalysis
+
+    backbone = backbone_of(model)
+    parameter = next(backbone.parameters())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *input_size, generator=generator).to(parameter.device, parameter.dtype)
+    training = backbone.training
+    backbone.eval()
+    quiet = logging.getLogger("fvcore.nn.jit_analysis")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with torch.no_grad():
+            analysis = FlopCountAnalysis(backbone, image).set_op_handle(**_handlers())
+            analysis = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            analysis = analysis.tracer_warnings("none")
+            by_module, total = analysis.by_module(), int(analysis.total())
+    finally:
+        quiet.setLevel(level)
+        backbone.train(training)
+    names = [f"blocks.{i}" for i in range(len(getattr(backbone, "blocks", ())))]
+    rows = [(name, int(by_module[name])) for name in names]
+    return MacReport(total, (*rows, ("elsewhere", total - sum(macs for _, macs in rows))))
+
+
+def _handlers() -> dict[str, Any]:
+    """fvcore handlers: fused attention, batched products with addition, added rows; norms are not counted."""
+
+    def shape(value: Any) -> list[int]:
+        return value.type().sizes() or []
+
+    def attention(inputs: list[Any], outputs: list[Any]) -> int:
+        (*batch, queries, width), keys, value = shape(inputs[0]), shape(inputs[1]), shape(inputs[2])
+        count = 1
+        for size in batch:
+            count *= size
+        return count * queries * keys[-2] * (width + value[-1])
+
+    def product(inputs: list[Any], outputs: list[Any]) -> int:
+        batch, rows, inner = shape(inputs[1])
+        return batch * rows * inner * shape(inputs[2])[-1]
+
+    def free(inputs: list[Any], outputs: list[Any]) -> int:
+        return 0
+
+    def added(position: int) -> Any:
+        def count(inputs: list[Any], outputs: list[Any]) -> int:
+            total = 1
+            for size in shape(inputs[position]):
+                total *= size
+            return total
+
+        return count
+
+    return {
+        "aten::scaled_dot_product_attention": attention,
+        "aten::baddbmm": product,
+        "aten::index_add": added(3),
+        "aten::scatter_add": added(3),
+        "aten::scatter_reduce": added(3),
+        "aten::layer_norm": free,
+        "aten::batch_norm": free,
+    }
