@@ -1,0 +1,154 @@
+"""The table that the matrix runs over: one row a method, one row a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import nn
+
+import tokenzoo
+
+# method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
+ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "ats": ({"layers": ()}, {"layers": (1, 2)}, {"layers": (1, 2), "max_tokens": 10}),
+    "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
+    "pool": ({"stride": 1}, {"stride": 2}, {}),
+    "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "tome": ({"r": 0}, {"r": 2}, {}),
+    "topk": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "uniform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+}
+METHODS = sorted(ZOO)
+
+VIT = partial(
+    VisionTransformer, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7
+)
+EVA = partial(Eva, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7)
+
+
+def _gated(**kwargs: Any) -> nn.Module:
+    """A ViT whose attention is gated and has its own width (timm builds it for GenLIP-like models)."""
+    model = VIT(**kwargs)
+    for block in model.blocks:
+        block.attn = timm.layers.Attention(32, 2, attn_head_dim=24, qkv_bias=True, gated=True)
+    return model
+
+
+def _differential(**kwargs: Any) -> nn.Module:
+    return VIT(attn_layer="diff", **kwargs)
+
+
+def _diff_parallel() -> nn.Module:
+    from timm.models.vision_transformer import DiffParallelScalingBlock
+
+    return VIT(block_fn=DiffParallelScalingBlock)
+
+
+# name -> model; everything that the adapters claim to serve
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "deit": VIT,
+    "layer_scale": partial(VIT, init_values=0.3),
+    "qk_norm": partial(VIT, qk_norm=True),
+    "scale_norms": partial(VIT, scale_attn_norm=True, scale_mlp_norm=True),
+    "res_post": partial(VIT, block_fn=ResPostBlock, init_values=0.3),
+    "parallel_scaling": partial(VIT, block_fn=ParallelScalingBlock, qk_norm=True, init_values=0.3),
+    "parallel_things": partial(VIT, block_fn=ParallelThingsBlock, init_values=0.3),
+    "gated": _gated,
+    "differential": _differential,
+    "diff_parallel": _diff_parallel,
+    "distilled": partial(
+        VisionTransformerDistilled,
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7,
+    ),
+    "registers": partial(VIT, reg_tokens=4, no_embed_class=True, init_values=0.3),
+    "registers_only": partial(VIT, class_token=False, reg_tokens=1, no_embed_class=True, global_pool="avg"),
+    "gap": partial(VIT, class_token=False, global_pool="avg"),
+    "gap_with_class": partial(VIT, global_pool="avg"),
+    "avgmax": partial(VIT, class_token=False, global_pool="avgmax"),
+    "max": partial(VIT, class_token=False, global_pool="max"),
+    "map": partial(VIT, class_token=False, global_pool="map"),
+    "map_with_class": partial(VIT, global_pool="map"),
+    "prr": partial(VIT, global_pool="prr"),
+    "prr_gap": partial(VIT, class_token=False, global_pool="prr"),
+    "no_head": partial(VIT, num_classes=0, global_pool=""),
+    "dynamic": partial(VIT, dynamic_img_size=True),
+    "non_square": partial(VIT, img_size=(32, 48)),
+    "clip_like": partial(VIT, pre_norm=True),
+    "siglip_like": partial(VIT, class_token=False, global_pool="map", norm_layer=partial(nn.LayerNorm, eps=1e-6)),
+    "dinov2_like": partial(
+        VIT, img_size=28, patch_size=7, init_values=1e-5, mlp_layer=timm.layers.SwiGLUPacked, reg_tokens=4,
+        no_embed_class=True,
+    ),
+    "eva02": partial(EVA, swiglu_mlp=True, scale_mlp=True, qkv_fused=False, use_rot_pos_emb=True),
+    "eva_giant": partial(EVA, global_pool="avg"),
+    "eva_post_norm": partial(EVA, use_post_norm=True, use_rot_pos_emb=True),
+    "dinov3": partial(
+        EVA, qkv_bias=False, init_values=1e-5, num_reg_tokens=4, use_rot_pos_emb=True, use_abs_pos_emb=False,
+        rope_type="dinov3", rope_rotate_half=True, no_embed_class=True,
+    ),
+    "rope_mixed": partial(EVA, use_rot_pos_emb=True, rope_type="mixed", num_reg_tokens=1, global_pool="avg"),
+    "pe_like": partial(
+        EVA, attn_type="rope", use_pre_transformer_norm=True, use_rot_pos_emb=True, global_pool="map",
+        ref_feat_shape=(8, 8),
+    ),
+}  # fmt: skip
+NEEDS_CLASS = {"ats"}
+
+
+def _supported(name: str) -> bool:
+    """Whether the installed timm has what a row needs (the oldest served release lacks differential attention)."""
+    try:
+        BACKBONES[name]()
+    except (ImportError, TypeError):
+        return False
+    return True
+
+
+def backbone_names() -> list[str]:
+    """Rows that the installed timm can build."""
+    return [name for name in BACKBONES if _supported(name)]
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A tiny model with random weights in which mistakes show: gammas 0.1 to 0.5, norms and tokens away from their start."""
+    torch.manual_seed(seed)
+    model = BACKBONES[name]()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "gamma" in key or ".ls" in key:
+                parameter.uniform_(0.1, 0.5)
+            elif "norm" in key and key.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif key.endswith("bias") or "token" in key or "pos_embed" in key:
+                parameter.normal_(std=0.3)
+            elif "lambda" in key or parameter.dim() < 2:
+                parameter.uniform_(-0.3, 0.3)
+            elif "rope" not in key:
+                parameter.normal_(std=1.5 / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
+    """Random images of the model's size."""
+    size = model.patch_embed.img_size
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def serves(method: str, model: nn.Module) -> bool:
+    """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
+    return method not in NEEDS_CLASS or model.cls_token is not None
+
+
