@@ -18,11 +18,9 @@ from timm.models.vision_transformer import (
 )
 from torch import nn
 
-import tokenzoo
-
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
 ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "ats": ({"layers": ()}, {"layers": (1, 2)}, {"layers": (1, 2), "max_tokens": 10}),
+    "ats": ({"layers": (3,)}, {"layers": (1, 2)}, {"layers": (1, 2), "max_tokens": 10}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
     "pool": ({"stride": 1}, {"stride": 2}, {}),
@@ -123,7 +121,7 @@ def backbone_names() -> list[str]:
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A tiny model with random weights in which mistakes show: gammas 0.1 to 0.5, norms and tokens away from their start."""
+    """A tiny model with random weights in which mistakes show: gammas 0.1 to 0.5, norms and tokens off their start."""
     torch.manual_seed(seed)
     model = BACKBONES[name]()
     with torch.no_grad():

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ READ: set[tuple[str, str]] = set()
 _SHARED = ("weights", "input", "output", "distilled_extra_weights")
 
 
-@lru_cache(maxsize=None)
+@cache
 def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, given without suffix below the folder."""
     with safe_open(str(ROOT / f"{name}.safetensors"), "pt") as file:
@@ -162,7 +162,7 @@ def small_block(weights: dict[str, Tensor], heads: int, method: Any, layout: Any
 
     from timm.models.vision_transformer import Block
 
-    from tokenzoo.adapters.base import BlockPlan
+    from tokenzoo.adapters.block import BlockPlan
     from tokenzoo.adapters.vit import ReducingVitBlock
     from tokenzoo.methods.base import Step
 

@@ -105,7 +105,8 @@ def test_consistency(case: Case):
     names = ("r", "r_teacher", "trace", "prop_attn", "one_step_ahead", "tau_sim", "tau_info", "tau_size", "bidirection",
              "pooling_type")  # fmt: skip
     model = fixture_model(case.fixture()).train()
-    tokenzoo.patch_model(model, "mctf", **options({**dict(zip(names, kind)), "activate": s["activate"]}, s["r_student"]))
+    given = {**dict(zip(names, kind)), "activate": s["activate"]}
+    tokenzoo.patch_model(model, "mctf", **options(given, s["r_student"]))
     student = model.forward_tokens(x)
     student_logits = model.forward_head(student)
     tokenzoo.update_method(model, r=s["r_teacher_used"])

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters.base import BackboneInfo, BlockMacs
+from .adapters.block import BlockMacs
 from .adapters.family import Family, families, find_family, linear_macs
+from .adapters.model import BackboneInfo
 from .methods.base import BlockShape, Step
 from .patching import backbone_of, describe
 from .recipes import Recipe

@@ -93,7 +93,9 @@ def _plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor
     return compact_pairs(Pairs(order, 2 * (src + pe), torch.where(merges, slot, -1)), valid)
 
 
-def split_ranked(value: Tensor, r: int, real: Tensor | None, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def split_ranked(
+    value: Tensor, r: int, real: Tensor | None, own: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ranks rows by falling value: the r that merge, those that stay, and which of the r count (None: all).
 
     Args:

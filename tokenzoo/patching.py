@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from .adapters.base import BackboneInfo, BlockPlan
+from .adapters.block import BlockPlan
 from .adapters.family import Family, families, find_family
+from .adapters.model import BackboneInfo
 from .recipes import Recipe
 from .registry import create_method
 from .tokens import Layout
@@ -58,7 +59,9 @@ def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Reci
     if grid is None:
         grid = model.patch_embed.grid_size
         if grid is None:
-            raise ValueError(f"{type(model).__name__}.patch_embed has no grid size; call model.set_input_size(img_size=...)")
+            raise ValueError(
+                f"{type(model).__name__}.patch_embed has no grid size; call model.set_input_size(img_size=...) first"
+            )
     size = recipe is not None and recipe.track_size
     positions = recipe is not None and recipe.track_positions
     layout = Layout(model.num_prefix_tokens, model.cls_token is not None, tuple(grid), size, positions)
@@ -93,6 +96,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
     _check_recipe(recipe, info, type(backbone).__name__)
+    family.check_recipe(backbone, recipe)
     if flops is not None:
         from .counting import solve_flops
 
@@ -110,8 +114,8 @@ def _check(backbone: nn.Module, family: Family) -> None:
     for index, block in enumerate(backbone.blocks):
         if type(block) not in family.blocks:
             raise TypeError(
-                f"blocks.{index} is {type(block).__module__}.{type(block).__qualname__}, which the {family.name} family "
-                f"does not serve; it serves exactly {', '.join(cls.__name__ for cls in family.blocks)}"
+                f"blocks.{index} is {type(block).__module__}.{type(block).__qualname__}, which the {family.name} "
+                f"family does not serve; it serves exactly {', '.join(cls.__name__ for cls in family.blocks)}"
             )
         inner = family.check_block(block)
         if inner is not None:
@@ -123,7 +127,9 @@ def _check(backbone: nn.Module, family: Family) -> None:
 
 def _check_recipe(recipe: Recipe, info: BackboneInfo, name: str) -> None:
     if not recipe.steps(info.depth) and all(m.layers in ((), "others") for m in recipe.methods):
-        raise ValueError(f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers below {info.depth}")
+        raise ValueError(
+            f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers from 0 to {info.depth - 1}"
+        )
     for method in recipe.methods:
         method.check(info.layout, name)
 

@@ -149,6 +149,7 @@ def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kep
             # rows per image: [B, H, N, D] viewed as [B, N, H * D] would copy; index the token axis directly
             q = take_rows(q.transpose(1, 2), token_map.heads).transpose(1, 2)
             if bias is not None and bias.shape[-2] != 1:
+                bias = bias.expand(q.shape[0], -1, -1, -1)
                 bias = take_rows(bias.transpose(1, 2), token_map.heads).transpose(1, 2)
         return attend(heads._replace(q=q), bias)
     if not all(token_map.linear for token_map in ahead):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention import full_precision
 from .maps import TokenMap
 from .rows import take_rows
 
@@ -106,7 +107,7 @@ class Tokens(NamedTuple):
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
         size = self.size
         if self.layout.track_size:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision(self.x):
                 size = token_map.mass(size, self.x.shape[0], self.x.device)
         valid = token_map.valid
         if valid is None and self.valid is not None:
@@ -116,7 +117,7 @@ class Tokens(NamedTuple):
             positions = _side(self.original_positions().unsqueeze(-1), token_map.heads, -1).squeeze(-1)
         coords = self.coords
         if coords is not None:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision(self.x):
                 mass = self.sizes()
                 coords = token_map.pool(coords * mass) / token_map.pool(mass).clamp(min=1e-12)
         trace = self.trace

@@ -19,9 +19,11 @@ from ..attention import Heads, key_bias
 from ..methods.base import BlockShape
 from ..recipes import Recipe
 from ..tokens import Layout, Tokens
-from .base import BlockMacs, ReducingBlock, ReducingModel, pool_plain
+from .block import BlockMacs, ReducingBlock
 from .eva_attention import ATTENTIONS, head_width, input_width, rotary_heads, rotary_macs, rotary_values
 from .family import Family, linear_macs
+from .model import ReducingModel
+from .pooling import pool_plain
 from .rope import Rope, check_rebuild, waves_of
 from .vit_attention import attention_output
 
@@ -166,4 +168,5 @@ FAMILY = Family(
     blocks={EvaBlock: ReducingEvaBlock, EvaBlockPostNorm: ReducingEvaBlockPostNorm},
     check=check,
     check_block=check_block,
+    check_recipe=check_recipe,
 )

@@ -16,7 +16,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from ..attention import Heads
-from .base import BlockMacs
+from .block import BlockMacs
 from .rope import rotate
 from .vit_attention import linear_part, split_heads
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..recipes import Recipe
+
 
 @dataclass(frozen=True)
 class Family:
@@ -19,6 +21,7 @@ class Family:
         blocks: exact block class -> reducing subclass.
         check: raises ValueError for settings of a model that cannot be served.
         check_block: returns an inner module of a block that is not exactly known, None if all are.
+        check_recipe: raises ValueError for recipes that a model of the family cannot follow.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Family:
     blocks: dict[type, type]
     check: Callable[[nn.Module], None]
     check_block: Callable[[nn.Module], nn.Module | None]
+    check_recipe: Callable[[nn.Module, Recipe], None] = lambda model, recipe: None
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -52,6 +56,6 @@ def find_family(model: nn.Module) -> Family:
             return family
     served = ", ".join(cls.__name__ for family in families() for cls in family.models)
     raise TypeError(
-        f"{type(model).__module__}.{type(model).__qualname__} is no backbone that tokenzoo can patch; it serves exactly "
-        f"{served} (see tokenzoo.list_backbones()); a model that wraps one: patch the wrapped module"
+        f"{type(model).__module__}.{type(model).__qualname__} is no backbone that tokenzoo can patch; it serves "
+        f"exactly {served} (see tokenzoo.list_backbones()); a model that wraps one: patch the wrapped module"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.layers import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
@@ -24,26 +23,25 @@ from torch import Tensor, nn
 from ..attention import Heads, attend, key_bias
 from ..methods.base import BlockShape
 from ..tokens import Tokens
-from .base import BlockMacs, ReducingBlock, ReducingModel, pool_plain
+from .block import BlockMacs, ReducingBlock
 from .family import Family, linear_macs
+from .model import ReducingModel
+from .pooling import pool_plain
 from .vit_attention import (
     ATTENTIONS,
     attention_heads,
     attention_macs,
     attention_output,
     attention_values,
-    differential_lambda,
-    differential_output,
     is_differential,
-    linear_part,
     split_heads,
-    value_width,
 )
-
-try:  # timm >= 1.0.20
-    from timm.models.vision_transformer import DiffParallelScalingBlock
-except ImportError:
-    DiffParallelScalingBlock = None
+from .vit_parallel import (
+    DiffParallelScalingBlock,
+    ReducingDiffParallelScalingBlock,
+    ReducingParallelScalingBlock,
+    ReducingParallelThingsBlock,
+)
 
 
 class _OneAttention(ReducingBlock):
@@ -104,127 +102,6 @@ class ReducingResPostBlock(_OneAttention, ResPostBlock):
 
     def close_mlp(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.norm2(self.mlp(x)))
-
-
-class _ParallelScaling(ReducingBlock):
-    """Attention and MLP side by side from one input projection, rows [mlp hidden, q, k, v]."""
-
-    def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Outputs start..stop-1 of the input projection, with the bias as the installed timm adds it."""
-        out = linear_part(self.in_proj, self.in_norm(x), start, stop)
-        qkv_bias = getattr(self, "qkv_bias", None)
-        if qkv_bias is not None:  # timm < 1.0.20 lays zeros before the MLP's bias, although the MLP's rows come first
-            return out + torch.cat((qkv_bias, self.mlp_bias))[start:stop]
-        hidden = self.in_split[0]
-        if self.mlp_bias is not None and start < hidden:
-            return out + self.mlp_bias[start:stop]
-        return out
-
-    def _heads(self, x: Tensor, with_values: bool) -> Heads:
-        hidden, dim = self.in_split[:2]
-        parts = self._project(x, hidden, hidden + dim * (3 if with_values else 2)).split(dim, dim=2)
-        if is_differential(self):  # norms act on [B, H, N, d]
-            q, k = self.q_norm(split_heads(parts[0], self.head_dim)), self.k_norm(split_heads(parts[1], self.head_dim))
-        else:  # norms act on [B, N, H, d], which matters for norms that look at more than the last axis
-            q, k = (n(p.unflatten(2, (-1, self.head_dim))).transpose(1, 2) for n, p in zip(self._qk_norms(), parts))
-        v = split_heads(parts[2], value_width(self)) if with_values else None
-        dropout = self.attn_drop.p if self.training else 0.0
-        return Heads(q, k, v, self.scale, differential_lambda(self, q), self.fused_attn, dropout)
-
-    def _qk_norms(self) -> tuple[nn.Module, nn.Module]:
-        return self.q_norm, self.k_norm
-
-    def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._heads(tokens.x, with_values=True)
-
-    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._heads(tokens.x, with_values=False)
-
-    def values(self, x: Tensor) -> Tensor:
-        hidden, dim = self.in_split[:2]
-        return split_heads(self._project(x, hidden + 2 * dim, hidden + 3 * dim), value_width(self))
-
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        out = differential_output(self, out)
-        hidden = self.mlp_drop(self.mlp_act(self._project(x, 0, self.in_split[0])))
-        if getattr(self, "out_proj", None) is not None:
-            y = self.out_proj(torch.cat((out, hidden), dim=-1))
-        else:
-            y = self.attn_out_proj(out) + self.mlp_out_proj(hidden)
-        return x + self.drop_path(self.ls(y))
-
-    def close_mlp(self, x: Tensor) -> Tensor:
-        return x  # the MLP ran beside attention
-
-    def shape(self) -> BlockShape:
-        return BlockShape(self.in_split[1], self.num_heads * (1 + is_differential(self)), self.head_dim)
-
-    def macs(self) -> BlockMacs:
-        hidden, dim = self.in_split[:2]
-        pair = dim * (3 if is_differential(self) else 2)
-        return BlockMacs(2 * dim * dim, dim * dim, pair, dim * dim + 2 * hidden * dim, 0)
-
-    @property
-    def fused(self) -> bool:
-        return self.fused_attn
-
-    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Any = None) -> Any:
-        return self.call(x, rope, attn_mask, is_causal)
-
-
-class ReducingParallelScalingBlock(_ParallelScaling, ParallelScalingBlock):
-    """`ParallelScalingBlock` (ViT-22B)."""
-
-
-class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
-    """Several attention layers side by side, then several MLPs; the heads of all layers stand together as signals."""
-
-    def _all(self, x: Tensor, with_values: bool) -> Heads:
-        parts = [attention_heads(a.attn, a.norm(x), with_values) for a in self.attns]
-        first = parts[0]
-        joined = {name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("q", "k")}
-        v = torch.cat([p.v for p in parts], dim=1) if with_values else None
-        lam = None
-        if first.lam is not None:  # one factor a layer, broadcast over its heads
-            heads = first.q.shape[1] // 2
-            lam = torch.cat([p.lam.expand(heads) for p in parts]).view(1, -1, 1, 1)
-        return first._replace(v=v, lam=lam, **joined)
-
-    def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._all(tokens.x, with_values=True)
-
-    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._all(tokens.x, with_values=False)
-
-    def values(self, x: Tensor) -> Tensor:
-        return torch.cat([attention_values(a.attn, a.norm(x)) for a in self.attns], dim=1)
-
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        branches = []
-        for layer, part in zip(self.attns, out.chunk(len(self.attns), dim=2)):
-            gated = getattr(layer.attn, "gate", None) is not None
-            y = attention_output(layer.attn, part, layer.norm(x) if gated else x)
-            branches.append(layer.drop_path(layer.ls(y)))
-        return x + torch.stack(branches).sum(dim=0)
-
-    def close_mlp(self, x: Tensor) -> Tensor:
-        return x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
-
-    def shape(self) -> BlockShape:
-        attn = self.attns[0].attn
-        heads = attn.num_heads * (1 + is_differential(attn)) * len(self.attns)
-        return BlockShape(attn.qkv.in_features, heads, attn.head_dim)
-
-    def macs(self) -> BlockMacs:
-        parts = [attention_macs(a.attn) for a in self.attns]
-        return BlockMacs(*(sum(column) for column in zip(*parts)))._replace(mlp=linear_macs(self.ffns))
-
-    @property
-    def fused(self) -> bool:
-        return self.attns[0].attn.fused_attn
-
-    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Any = None) -> Any:
-        return self.call(x, rope, attn_mask, is_causal)
 
 
 class _VitModel(ReducingModel):
@@ -289,11 +166,7 @@ BLOCKS: dict[type, type] = {
     ParallelScalingBlock: ReducingParallelScalingBlock,
     ParallelThingsBlock: ReducingParallelThingsBlock,
 }
-if DiffParallelScalingBlock is not None:
-
-    class ReducingDiffParallelScalingBlock(_ParallelScaling, DiffParallelScalingBlock):
-        """`DiffParallelScalingBlock`: parallel block with differential attention."""
-
+if ReducingDiffParallelScalingBlock is not None:
     BLOCKS[DiffParallelScalingBlock] = ReducingDiffParallelScalingBlock
 
 FAMILY = Family(

@@ -12,7 +12,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from ..attention import Heads
-from .base import BlockMacs
+from .block import BlockMacs
 
 try:  # timm >= 1.0.20
     from timm.layers import DiffAttention

@@ -1,4 +1,4 @@
-"""The command line: `tokenzoo list | eval | bench | show | export`. One command a file, each with an example that runs."""
+"""The command line: `tokenzoo list | eval | bench | show | export`, one command a file with an example that runs."""
 
 from __future__ import annotations
 

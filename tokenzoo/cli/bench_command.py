@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..evaluation.environment import environment
-from ..evaluation.plots import plot_speed
+from ..evaluation.plots import plot_speed, require_matplotlib
 from ..evaluation.results import BENCH_COLUMNS, check_file, number, result_line, table, write_results
 from ..evaluation.runs import image_size
 from ..evaluation.throughput import Speed, bench
@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-bench-iter", type=int, default=20, help="rounds; every model is timed once a round")
     group.add_argument("--no-latency", action="store_true", help="leave the batch-1 latency out")
     group.add_argument(
-        "--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND", help="time torch.compile'd models"
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        default=None,
+        metavar="BACKEND",
+        help="time torch.compile'd models",
     )
     parser.add_argument("--results-file", default=None, help="file.csv or file.json")
     parser.add_argument("--plot", default=None, metavar="FILE.png", help="speed-up against the share of multiply-adds")
@@ -52,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         check_file(args.results_file, (".csv", ".json"), "--results-file")
     if args.plot:
         check_file(args.plot, (".png",), "--plot")
+        require_matplotlib()
     runs, precision = runs_of(args), precision_of(args)
     model = load_model(args)
     results = bench(
@@ -85,7 +91,9 @@ def setting(model: str, first: Speed, record: dict) -> str:
     height, width = first.input_size[1:]
     threads = f", {record['threads']} threads" if first.clock.startswith(("cpu", "wall time")) else ""
     how = f"torch.compile {first.compiled}" if first.compiled else "eager"
-    return f"{model} at {height}x{width}, batch {first.batch_size}, {how}, {first.precision}, {record['device']}{threads}"
+    return (
+        f"{model} at {height}x{width}, batch {first.batch_size}, {how}, {first.precision}, {record['device']}{threads}"
+    )
 
 
 def _print(results: list[Speed]) -> None:
@@ -111,4 +119,6 @@ def _print(results: list[Speed]) -> None:
         ]
         body.append(row if r.peak_memory_mb is None else [*row, number(r.peak_memory_mb, 0)])
     say(table(body, header))
-    say(f"medians of {len(results[0].step_times)} rounds, {results[0].clock}; speed-up = unpatched / own time within a round")
+    say(
+        f"medians of {len(results[0].step_times)} rounds, {results[0].clock}; speed-up = unpatched / own time, by round"
+    )

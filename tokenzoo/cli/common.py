@@ -64,6 +64,12 @@ def precision_of(args: argparse.Namespace) -> Precision:
     return Precision(getattr(torch, args.dtype), getattr(torch, args.amp_dtype) if args.amp else None)
 
 
+def argv_of(args: argparse.Namespace) -> list[str] | None:
+    """The words of the command as typed; None where Python called it and there are none."""
+    words = sys.argv[1:]
+    return words if words[:1] == [getattr(args, "command", None)] else None
+
+
 def key_values(pairs: list[str], what: str) -> dict[str, Any]:
     """KEY=VALUE words as a dict; values are read as YAML, so 0.7, [3,6,9], true and text all work.
 
@@ -103,7 +109,9 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
     if not timm.is_model(args.model):
         near = timm.list_models(f"*{args.model}*")[:5]
-        raise ValueError(f"--model {args.model!r} is no timm model" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        raise ValueError(
+            f"--model {args.model!r} is no timm model" + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
     kwargs = key_values(args.model_kwargs, "--model-kwargs")
     if args.img_size:
         kwargs["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)

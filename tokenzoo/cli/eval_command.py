@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from pathlib import Path
 from typing import Any
 
 from ..evaluation.classification import Accuracy, Estimate, evaluate
@@ -21,6 +23,8 @@ from .common import (
     say,
 )
 
+_log = logging.getLogger(__name__)
+
 HELP = "top-1 and top-5 of a model, unpatched and with methods, over the same pictures"
 EXAMPLE = (
     "tokenzoo eval --model vit_tiny_patch16_224 --num-classes 10 --data-dir images/ --method tome r=13 "
@@ -34,11 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_arguments(parser)
     add_precision_arguments(parser)
     data = parser.add_argument_group("pictures")
-    data.add_argument("--data-dir", default=None, help="folder with one subfolder a class, or a tar file of such folders")
+    data.add_argument(
+        "--data-dir", default=None, help="folder with one subfolder a class, or a tar file of such folders"
+    )
     data.add_argument("--dataset", default="", help="timm data set name with its prefix: hfds/..., wds/..., torch/...")
     data.add_argument("--split", default="validation", help="split; a subfolder of that name is used if there is one")
-    data.add_argument("--class-map", default=None, help="text file, one class folder per line; line number = class index")
-    data.add_argument("--skip-broken", action="store_true", help="leave unreadable pictures out and name them at the end")
+    data.add_argument(
+        "--class-map", default=None, help="text file, one class folder per line; line number = class index"
+    )
+    data.add_argument(
+        "--skip-broken", action="store_true", help="leave unreadable pictures out and name them at the end"
+    )
     data.add_argument("--batch-size", "-b", type=int, default=64, help="halved when memory runs out")
     data.add_argument("--workers", "-j", type=int, default=2, help="processes that decode, 0 for none")
     data.add_argument("--crop-pct", type=float, default=None)
@@ -59,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
     runs, precision = runs_of(args), precision_of(args)
     pictures = open_pictures(args.data_dir, args.dataset, args.split, args.class_map)
     model = load_model(args)
-    config = data_config(
-        model, args.img_size, args.crop_pct, args.crop_mode, args.interpolation, args.mean, args.std
-    )
+    config = data_config(model, args.img_size, args.crop_pct, args.crop_mode, args.interpolation, args.mean, args.std)
     _check_classes(pictures.num_classes, model.num_classes, args.class_map)
     loader = PictureLoader(pictures, config, args.batch_size, args.workers, args.skip_broken)
     results = evaluate(
@@ -85,24 +93,26 @@ def run(args: argparse.Namespace) -> int:
     _print(args, results, common, loader)
     if args.results_file:
         record = environment(args.device, argv_of(args))
-        record["skipped"] = [f"{name} ({reason})" for name, reason in loader.skipped]
+        record["skipped"] = ["/".join(Path(name).parts[-2:]) for name, _ in loader.skipped]
         write_results(args.results_file, rows, EVAL_COLUMNS, record)
     say(result_line(rows))
     return 0
 
 
 def _check_classes(found: int | None, served: int, class_map: str | None) -> None:
-    if found is None or found <= served and (found == served or class_map):
-        return
-    if found > served:
+    if found is not None and found > served:
         raise ValueError(
             f"the pictures have {found} classes, the model answers with {served}; give --num-classes {found} with "
             "weights to match, or a --class-map"
         )
-    raise ValueError(
-        f"the pictures have {found} classes, the model answers with {served}, and nothing says which is which; give a "
-        f"--class-map (one class folder a line, in the order of the model's classes) or a model with --num-classes {found}"
-    )
+    if found is not None and found < served and class_map is None:
+        _log.warning(
+            "the pictures have %d classes, the model %d: folders in sorted order are taken as its classes 0 to %d; "
+            "give a --class-map if they are others",
+            found,
+            served,
+            found - 1,
+        )
 
 
 def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, Any], loader: PictureLoader) -> None:

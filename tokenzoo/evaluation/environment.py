@@ -6,7 +6,6 @@ import platform
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ def environment(device: torch.device | str, argv: Sequence[str] | None = None) -
 
     Args:
         device: where the models run.
-        argv: arguments after the program's name; this process's by default.
+        argv: arguments after the program's name, None where no command was typed.
     """
     import timm
 
@@ -36,7 +35,7 @@ def environment(device: torch.device | str, argv: Sequence[str] | None = None) -
         "threads": torch.get_num_threads(),
         "commit": commit,
         "dirty": dirty,
-        "command": command_line(sys.argv[1:] if argv is None else argv),
+        "command": None if argv is None else command_line(argv),
     }
 
 
@@ -77,4 +76,4 @@ def _git(folder: Path, *args: str) -> str | None:
 
 def command_line(argv: Sequence[str]) -> str:
     """The command as typed, absolute paths cut down to their last part."""
-    return shlex.join(["tokenzoo", *(re.sub(r"^([\w-]+=)?[/~].*/(?=[^/])", r"\1", word) for word in argv)])
+    return shlex.join(["tokenzoo", *(re.sub(r"^([\w-]+=)?[/~](?:.*/)?(?=[^/])", r"\1", word) for word in argv)])

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from .throughput import Speed
 from .timing import Spread
+
+
+def require_matplotlib() -> None:
+    """Raises ImportError with the remedy if matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib; pip install 'tokenzoo[plot]'")
 
 
 def plot_speed(results: Sequence[Speed], path: str | Path, title: str = "") -> None:
@@ -20,10 +27,8 @@ def plot_speed(results: Sequence[Speed], path: str | Path, title: str = "") -> N
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib; pip install 'tokenzoo[plot]'") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()

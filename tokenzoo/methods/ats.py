@@ -50,7 +50,7 @@ class ATS(Method):
         object.__setattr__(self, "max_tokens", value)
         for count in value if isinstance(value, tuple) else (value,):
             if count is not None and (type(count) is not int or count < 3):
-                raise ValueError(f"ats: max_tokens={count!r}; give at least 3 (the class token and two patches) or None")
+                raise ValueError(f"ats: max_tokens={count!r}; give None or at least 3 (class token and two patches)")
 
     @property
     def place(self) -> str:
@@ -120,8 +120,8 @@ def sample_heights(
     """Inverse-transform sampling: which tokens are nearest to some height of the cumulative score.
 
     With G the cumulative sum of the ascending scores, scaled to [0, 1], and g0 its smallest non-zero value, the heights
-    are g0 + k (1 - g0) / (heights - 1). A token is picked if at least one height lies in its cell (the stretch of [0, 1]
-    that is nearer to its G than to any other), so counting heights up to each cell's upper end answers it in O(N).
+    are g0 + k (1 - g0) / (heights - 1). A token is picked if at least one height lies in its cell (the stretch of
+    [0, 1] that is nearer to its G than to any other): counting heights up to each cell's upper end answers it in O(N).
 
     Args:
         scores: significance of every patch [B, M], not negative, zero for padding.

@@ -79,7 +79,7 @@ class Method:
             layers = (layers,)
         if layers is not None and layers != "others":
             if isinstance(layers, str) or not isinstance(layers, Sequence) or any(type(i) is not int for i in layers):
-                raise TypeError(f"{self.name}: layers={self.layers!r}; give block indices such as (3, 6, 9) or 'others'")
+                raise TypeError(f"{self.name}: layers={self.layers!r}; give indices such as (3, 6, 9) or 'others'")
             if len(set(layers)) != len(layers):
                 raise ValueError(f"{self.name}: layers={tuple(layers)} names a block twice")
             layers = tuple(layers)

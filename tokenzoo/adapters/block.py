@@ -1,0 +1,212 @@
+"""A reducing block: the flow between attention and MLP, and everything about maps, written once for all families."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention import Heads, key_bias
+from ..maps import TokenMap
+from ..methods.base import BlockShape, Step
+from ..signals import Signals, attend_through
+from ..tokens import Layout, Tokens
+
+
+class BlockPlan(NamedTuple):
+    """What one block does about tokens; the only thing patching adds to it.
+
+    Attributes:
+        index: index of the block.
+        depth: blocks of the model.
+        steps: methods in the order in which they act.
+        proportional: attention adds log sizes.
+        layout: layout at the model's own image size, used when the block is called with a plain tensor.
+    """
+
+    index: int
+    depth: int
+    steps: tuple[Step, ...]
+    proportional: bool
+    layout: Layout
+
+    def at(self, place: str) -> tuple[Step, ...]:
+        """The steps at one place."""
+        return tuple(s for s in self.steps if s.method.place == place)
+
+
+class BlockMacs(NamedTuple):
+    """Multiply-adds of a block by what they scale with.
+
+    Attributes:
+        qk: per token that is projected to queries and keys.
+        v: per token that is projected to values.
+        pair: per (query, key) pair.
+        out: per token that leaves attention (output projection, gate).
+        mlp: per token of the MLP.
+    """
+
+    qk: int
+    v: int
+    pair: int
+    out: int
+    mlp: int
+
+
+class ReducingBlock:
+    """Mixin that lets an attention block take and return `Tokens`.
+
+    A family's subclass says how its halves are spelled: `heads`, `query_keys`, `values`, `close_attention`,
+    `close_mlp`, `shape` and `macs`. The flow between them, and everything about maps, is here once.
+    """
+
+    tokenzoo: BlockPlan
+    training: bool
+
+    # ---- spelled by the family
+
+    def heads(self, tokens: Tokens, rope: Any) -> Heads:
+        """Queries, keys and values of the tokens (the block's own first norm included)."""
+        raise NotImplementedError
+
+    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
+        """Queries and keys only; `v` is None."""
+        raise NotImplementedError
+
+    def values(self, x: Tensor) -> Tensor:
+        """Values of rows x [B, N, C] -> [B, H, N, Dv]."""
+        raise NotImplementedError
+
+    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        """Residual stream after attention: x [B, N, C] the rows that remain, out [B, N, H * Dv] their heads."""
+        raise NotImplementedError
+
+    def close_mlp(self, x: Tensor) -> Tensor:
+        """Residual stream after the MLP."""
+        raise NotImplementedError
+
+    def shape(self) -> BlockShape:
+        """Sizes for cost formulas."""
+        raise NotImplementedError
+
+    def macs(self) -> BlockMacs:
+        """Multiply-adds by what they scale with."""
+        raise NotImplementedError
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention runs on the fused kernel."""
+        raise NotImplementedError
+
+    # ---- the flow
+
+    def run(self, tokens: Tokens, rope: Any = None, mask: Tensor | None = None) -> Tokens:
+        """One block on tokens.
+
+        Args:
+            tokens: what the block before left.
+            rope: the family's rotary table or None.
+            mask: the user's attention mask in original positions, [B or 1, 1 or H, N0 or 1, N0], or None.
+        """
+        plan = self.tokenzoo
+        for step in plan.at("before"):
+            project = partial(self.query_keys, tokens, rope)  # projected only if the method looks
+            signals = Signals(project, self._bias(tokens, mask), tokens, self.training)
+            tokens = self._act(step, tokens, self._with_module(signals, step))[0]
+
+        ahead, kept = plan.at("ahead"), plan.at("queries")
+        bias = self._bias(tokens, mask)
+        heads = self.query_keys(tokens, rope) if ahead else self.heads(tokens, rope)
+        signals = Signals(heads, bias, tokens, self.training)
+        ahead_maps: list[TokenMap] = []
+        kept_maps: list[TokenMap] = []
+        for step in ahead:
+            tokens, signals = self._act(step, tokens, self._with_module(signals, step), ahead_maps)
+        if ahead:
+            heads = heads._replace(v=self.values(tokens.x))
+            signals = signals.with_values(heads.v)
+        for step in kept:
+            tokens, signals = self._act(step, tokens, self._with_module(signals, step), kept_maps)
+        out = attend_through(heads, bias, ahead_maps, kept_maps)
+
+        tokens = tokens._replace(x=self.close_attention(tokens.x, out))
+        for step in plan.at("between"):
+            tokens, signals = self._act(step, tokens, self._with_module(signals, step))
+        tokens = tokens._replace(x=self.close_mlp(tokens.x))
+        for step in plan.at("after"):
+            tokens, signals = self._act(step, tokens, self._with_module(signals, step))
+        return tokens
+
+    def _act(
+        self, step: Step, tokens: Tokens, signals: Signals, maps: list[TokenMap] | None = None
+    ) -> tuple[Tokens, Signals]:
+        token_map = step.method.map(tokens, signals, step)
+        if token_map is None:
+            return tokens, signals
+        if maps is not None:
+            maps.append(token_map)
+        return tokens.reduce(token_map, step.block, step.method.name), signals.after(token_map)
+
+    def _with_module(self, signals: Signals, step: Step) -> Signals:
+        return signals.with_module(getattr(self, step.key, None) if step.key else None)
+
+    def _bias(self, tokens: Tokens, mask: Tensor | None) -> Tensor | None:
+        size = tokens.size if self.tokenzoo.proportional else None
+        bias = key_bias(size, tokens.valid)
+        if mask is None:
+            return bias
+        rows = _gather_mask(mask, tokens)
+        return rows if bias is None else rows + bias
+
+    def call(self, x: Tensor | Tokens, rope: Any, attn_mask: Tensor | None, is_causal: bool) -> Tensor | Tokens:
+        """What a family's `forward` does: tokens to tokens.
+
+        A plain tensor (the blocks called without their model) is wrapped by the first block and unwrapped by the last.
+        """
+        refuse_causal(self, is_causal)
+        if not isinstance(x, Tokens):
+            positions = self.tokenzoo.layout.track_positions or attn_mask is not None
+            x = Tokens(x, self.tokenzoo.layout._replace(standalone=True, track_positions=positions))
+        if attn_mask is not None and attn_mask.dim() < 4:
+            attn_mask = four_dims(attn_mask, attn_mask.shape[-1])
+        tokens = self.run(x, rope, attn_mask)
+        if tokens.layout.standalone and self.tokenzoo.index == self.tokenzoo.depth - 1:
+            return tokens.x
+        return tokens
+
+
+def _gather_mask(mask: Tensor, tokens: Tokens) -> Tensor:
+    """The user's mask for the tokens that are left, as an additive float mask [B, 1 or H, N or 1, N]."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+    if tokens.positions is None:
+        return mask
+    batch = tokens.x.shape[0]
+    index = tokens.positions.clamp(min=0)
+    mask = mask.expand(batch, *mask.shape[1:])
+    columns = index[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    mask = mask.gather(3, columns)
+    if mask.shape[2] > 1:
+        mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return mask
+
+
+def four_dims(mask: Tensor, length: int) -> Tensor:
+    """A mask [N, N], [B, N, N] or [B, H, N, N] as four dimensions, checked against the sequence."""
+    if mask.dim() not in (2, 3, 4) or mask.shape[-1] != length or mask.shape[-2] not in (1, length):
+        raise ValueError(
+            f"attn_mask has shape {tuple(mask.shape)}; give [N, N], [B, N, N] or [B, H, N, N] with N = {length} tokens"
+        )
+    if mask.dim() == 3:
+        return mask.unsqueeze(1)
+    return mask.reshape(1, 1, *mask.shape) if mask.dim() == 2 else mask
+
+
+def refuse_causal(model: Any, is_causal: bool) -> None:
+    if is_causal:
+        raise ValueError(
+            f"{type(model).__name__}: is_causal=True needs tokens in their original order, which reduction does not "
+            "keep; unpatch the model or pass an attn_mask"
+        )
