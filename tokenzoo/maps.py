@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from .rows import add_rows, max_rows, scatter_values, take_rows
+from .rows import add_rows, max_rows, scatter_values, stable_order, take_rows
 
 
 class TokenMap(ABC):
@@ -156,8 +156,8 @@ class MergeMap(TokenMap):
         """A map given by the new index of every token [B, N] (-1 drops it) and the head of every new one [B, N']."""
         n_in, n_out = assign.shape[1], order.shape[1]
         is_head = scatter_values(n_in, order, torch.ones_like(order), 0)
-        # heads come last in a stable sort, so the first N - N' entries are the sources
-        src = is_head.sort(dim=1, stable=True)[1][:, : n_in - n_out]
+        # heads come last, so the first N - N' entries are the sources
+        src = stable_order(is_head)[:, : n_in - n_out]
         return cls(order, src, assign.gather(1, src), n_in, weight, "mean", valid)
 
     @property

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import stable_order
+
 _CHUNK_ABOVE = 1024  # score rows are computed in slices when there are more of them than this
 _CHUNK = 256
 
@@ -119,7 +121,7 @@ def split_ranked(
 def compact_pairs(pairs: Pairs, valid: Tensor) -> Pairs:
     """Moves real tokens to the front of the new order: valid [B, N] is that of the old tokens."""
     new_valid = valid.gather(1, pairs.order)
-    back = (~new_valid).long().argsort(dim=1, stable=True)
+    back = stable_order(~new_valid)
     slot = back.argsort(dim=1).gather(1, pairs.slot.clamp(min=0))
     slot = torch.where(pairs.slot >= 0, slot, -1)
     return Pairs(pairs.order.gather(1, back), pairs.src, slot, new_valid.gather(1, back))

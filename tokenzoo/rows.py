@@ -48,6 +48,15 @@ def max_rows(x: Tensor, slot: Tensor, other: Tensor) -> Tensor:
     return x.scatter_reduce(1, index, other.to(x.dtype), reduce="amax", include_self=True)
 
 
+def stable_order(keys: Tensor) -> Tensor:
+    """Ascending order of small integers or flags [B, N], equal ones as they stand: [B, N] indices.
+
+    Unique keys give what a stable sort would, which ONNX has no operator for.
+    """
+    length = keys.shape[1]
+    return (keys.long() * length + torch.arange(length, device=keys.device)).argsort(dim=1)
+
+
 def scatter_values(length: int, idx: Tensor, values: Tensor, fill: int) -> Tensor:
     """Writes integers to positions: idx [B, M], values [B, M] -> [B, length], `fill` elsewhere."""
     out = torch.full((idx.shape[0], length), fill, dtype=values.dtype, device=idx.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .maps import KeepMap
+from .rows import stable_order
 from .tokens import Tokens
 
 
@@ -58,5 +59,5 @@ def keep_best(scores: Tensor, tokens: Tokens, kept: Callable[[int], int]) -> Kee
 
 def compact(valid: Tensor) -> KeepMap:
     """Moves real rows to the front and padding to the end, keeping the order otherwise: valid [B, N]."""
-    order = (~valid).long().argsort(dim=1, stable=True)
+    order = stable_order(~valid)
     return KeepMap(order, valid.shape[1], valid.gather(1, order))

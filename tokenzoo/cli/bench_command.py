@@ -23,7 +23,7 @@ from .common import (
 
 HELP = "throughput and batch-1 latency of a model, unpatched and with methods, measured round robin"
 EXAMPLE = (
-    "tokenzoo bench --model vit_tiny_patch16_224 --threads 1 --batch-size 4 --num-bench-iter 5 --method tome r=13 "
+    "tokenzoo bench --model vit_tiny_patch16_224 --threads 1 --batch-size 2 --num-bench-iter 5 --method tome r=13 "
     "--method evit keep_rate=0.7"
 )
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 def setting(model: str, first: Speed, record: dict) -> str:
     """What was measured, in one line."""
     height, width = first.input_size[1:]
-    threads = f", {record['threads']} threads" if first.clock.startswith(("cpu", "wall time")) else ""
+    threads = f", threads {record['threads']}" if not first.clock.endswith("synchronized") else ""
     how = f"torch.compile {first.compiled}" if first.compiled else "eager"
     return (
         f"{model} at {height}x{width}, batch {first.batch_size}, {how}, {first.precision}, {record['device']}{threads}"

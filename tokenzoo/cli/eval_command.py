@@ -136,7 +136,7 @@ def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, 
     ]
     say(table(body, header))
     if loader.skipped:
-        say(f"skipped {len(loader.skipped)} broken pictures:")
+        say(f"broken pictures skipped: {len(loader.skipped)}")
         for name, reason in loader.skipped:
             say(f"  {name} ({reason})")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -62,7 +62,9 @@ class Pictures(Dataset):
         except MemoryError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-            return Broken(self.name(index), f"{type(error).__name__}: {error}")
+            unknown = isinstance(error, UnidentifiedImageError)  # its text names a file object
+            reason = "not a picture in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
+            return Broken(self.name(index), reason)
         return self.transform(image), -1 if target is None else int(target)
 
 
@@ -181,8 +183,8 @@ def _check_folder(reader: Any, indices: dict[str, int] | None) -> None:
     loose = [file for file, _ in reader.samples if Path(file).parent == Path(reader.root)]
     if loose:
         raise ValueError(
-            f"{len(loose)} pictures, such as {Path(loose[0]).name}, lie in {reader.root} itself, so their class is "
-            "unknown; move them into one subfolder a class"
+            f"--data-dir {reader.root} itself holds pictures, such as {Path(loose[0]).name}, whose class is unknown; "
+            "move them into one subfolder a class"
         )
     if indices is not None:
         everything, names = find_images_and_targets(reader.root)

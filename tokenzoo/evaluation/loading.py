@@ -105,10 +105,11 @@ class PictureLoader:
                         f"picture {name} cannot be read ({reason}); repair or remove it, or leave such files out with "
                         "--skip-broken"
                     )
-                _log.warning("skipped %s (%s)", name, reason)
             self.skipped += broken
             if len(targets):
                 yield images, targets
+        if self.skipped:
+            _log.warning("%d broken pictures left out: %s", len(self.skipped), ", ".join(b.name for b in self.skipped))
 
 
 class _Transform:

@@ -77,9 +77,9 @@ def compiled(candidate: Candidate, compiler: str | None) -> Callable[[Tensor], T
     """
     if compiler is None:
         return candidate.model
-    known = torch.compiler.list_backends(exclude_tags=())
-    if compiler not in known:
-        raise ValueError(f"--torchcompile {compiler!r} is unknown; use one of {', '.join(known)}")
+    if compiler not in torch.compiler.list_backends(exclude_tags=()):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise ValueError(f"--torchcompile {compiler!r} is not a backend of torch.compile; use one of {usual}")
     # fullgraph: a graph break or a full cache must not fall back to eager unseen; data-dependent counts need breaks
     dynamic = candidate.run.method is not None and any(m.data_dependent for m in candidate.run.recipe().methods)
     return torch.compile(candidate.model, backend=compiler, dynamic=None if dynamic else False, fullgraph=not dynamic)

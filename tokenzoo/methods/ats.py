@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..maps import KeepMap, TokenMap
 from ..registry import register
+from ..rows import stable_order
 from ..schedules import spread
 from ..selection import real_rows, with_prefix
 from ..signals import Signals
@@ -103,7 +104,7 @@ class ATS(Method):
                 length = int(counts.max())  # the one look of the host at the data
             else:
                 length = min(tokens.num_patches, self._heights(step, tokens.layout))
-            front = (~picked).long().argsort(dim=1, stable=True)[:, :length]
+            front = stable_order(~picked)[:, :length]
         idx = with_prefix(order.gather(1, front), prefix)
         return KeepMap(idx, tokens.length, real_rows(counts, length, prefix))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..maps import MergeMap, TokenMap
 from ..registry import register
+from ..rows import stable_order
 from ..selection import own_counts, real_rows
 from ..signals import Signals
 from ..tokens import Layout, Tokens
@@ -117,7 +118,7 @@ class Pool(Method):
             real = tokens.valid[:, layout.num_prefix :]
             count, raster = real.sum(1, keepdim=True), torch.where(real, raster, raster.max() + 1)
         own_kept = torch.full_like(count, kept) if own is None else own
-        by_place = raster.argsort(dim=1, stable=True)
+        by_place = stable_order(raster)
         rank = by_place.argsort(dim=1)
         stretch = rank * own_kept // count.clamp(min=1)
         assign = torch.where(rank < count, stretch, -1)
@@ -161,6 +162,6 @@ def _cell_plan(grid: tuple[int, int], cells: tuple[int, int], device: torch.devi
 def _fill_unused(heads: Tensor, patches: int, assign: Tensor) -> Tensor:
     """Replaces -1 in heads [B, K] by indices of padding patches (assign -1), each used once."""
     missing = heads < 0
-    padding = (assign >= 0).long().argsort(dim=1, stable=True)  # padding first
+    padding = stable_order(assign >= 0)  # padding first
     nth = (missing.long().cumsum(1) - 1).clamp(min=0)
     return torch.where(missing, padding.gather(1, nth), heads)
