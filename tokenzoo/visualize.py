@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -11,20 +10,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 
-from .patching import backbone_of, is_patched
-
-_GOLDEN_RATIO = 0.618034
-_KEPT, _MERGED, _FUSED, _DROPPED = range(4)
-_LEGEND = (
-    "kept: the patch as it is",
-    "merged: mean colour, one outline colour a token",
-    "fused: the rest as one token",
-    "dropped",
+from .panels import (
+    LEGEND,
+    compose,
+    darkened,
+    inner_edges,
+    mean_colors,
+    paint,
+    patch_kinds,
+    pixel_labels,
+    swatch,
+    to_image,
+    token_colors,
 )
-_MARGIN, _TEXT = 12, 14
+from .patching import backbone_of, is_patched
 
 
 class BlockMap(NamedTuple):
@@ -70,7 +72,9 @@ def token_maps(model: nn.Module, images: Tensor) -> TokenMaps:
         ValueError: the model is not patched.
     """
     if not is_patched(model):
-        raise ValueError(f"{type(model).__name__} is not patched, it has no token maps; call tokenzoo.patch_model first")
+        raise ValueError(
+            f"{type(model).__name__} is not patched, it has no token maps; call tokenzoo.patch_model first"
+        )
     with torch.no_grad():
         tokens = backbone_of(model).forward_tokens(images, trace=True)
         layout, batch = tokens.layout, images.shape[0]
@@ -87,9 +91,7 @@ def token_maps(model: nn.Module, images: Tensor) -> TokenMaps:
             if blocks and blocks[-1].block == step.block:  # several methods in one block: one entry
                 last = blocks.pop()
                 before, method = last.tokens_in, f"{last.method} + {method}"
-            blocks.append(
-                BlockMap(step.block, method, before, valid.sum(1), assign[:, layout.num_prefix :], origin)
-            )
+            blocks.append(BlockMap(step.block, method, before, valid.sum(1), assign[:, layout.num_prefix :], origin))
     return TokenMaps(tuple(layout.grid), tuple(blocks))
 
 
@@ -114,7 +116,7 @@ def group_picture(
 
     Source: the pictures of Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023.
     """
-    labels = _labels(np.asarray(assign), grid, image.shape[:2])
+    labels = pixel_labels(np.asarray(assign), grid, image.shape[:2])
     count = int(labels.max(initial=0)) + 1
     if colors is None:
         seeded = random.Random(0)
@@ -122,11 +124,11 @@ def group_picture(
     if len(colors) < count:
         raise ValueError(f"colors has {len(colors)} rows, the picture shows token {count - 1}; give one row a token")
     pixels = image.astype(np.float64) / 255
-    out = _means(pixels, labels)[labels]
-    edge = _edges(labels, 1)
+    out = mean_colors(pixels, labels)[labels]
+    edge = inner_edges(labels, 1)
     out[edge] = np.asarray(colors, dtype=np.float64)[labels[edge]]
     dropped = labels < 0
-    out[dropped] = _dropped(pixels)[dropped]
+    out[dropped] = darkened(pixels)[dropped]
     return (out * 255).astype(np.uint8)
 
 
@@ -152,140 +154,14 @@ def draw_token_maps(
     panels, seen = [(picture, "picture", f"{tokens} tokens")], []
     for block in maps.blocks:
         assign, origin = block.assign[index].cpu().numpy(), block.origin[index].cpu().numpy()
-        kind = _kinds(assign, origin)
-        labels, kinds = (_labels(values, maps.grid, (high, wide)) for values in (assign, kind))
-        hues = _hues(origin)
-        panel = _paint(pixels, labels, kinds, hues, max(1, cell // 12))
+        kind = patch_kinds(assign, origin)
+        labels, kinds = (pixel_labels(values, maps.grid, (high, wide)) for values in (assign, kind))
+        panel = paint(pixels, labels, kinds, token_colors(assign, origin), max(1, cell // 12))
         counts = f"{int(block.tokens_in[index])} -> {int(block.tokens_out[index])} tokens"
-        panels.append((_image(panel), f"block {block.block}: {block.method}", counts))
+        panels.append((to_image(panel), f"block {block.block}: {block.method}", counts))
         seen.append(set(kind.tolist()))
-    legend = [(_swatch(kind), _LEGEND[kind]) for kind in sorted(set().union(*seen))]
-    return _compose(panels, legend, title, columns)
-
-
-def _labels(values: np.ndarray, grid: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """Values of the patches [P] for every pixel [H, W]."""
-    high, wide = grid
-    if values.shape != (high * wide,):
-        raise ValueError(f"assign has shape {values.shape}; a grid of {high} x {wide} patches needs ({high * wide},)")
-    if shape[0] % high or shape[1] % wide:
-        raise ValueError(f"image has {shape[0]} x {shape[1]} pixels, no multiple of {high} x {wide} patches; resize it")
-    return values.reshape(grid).repeat(shape[0] // high, axis=0).repeat(shape[1] // wide, axis=1)
-
-
-def _edges(labels: np.ndarray, width: int) -> np.ndarray:
-    """Inner edge of every group: pixels that a 4-neighbour erosion of the group takes away, `width` times."""
-    high, wide = labels.shape
-    edge = np.zeros((high, wide), dtype=bool)
-    # what lies outside the picture belongs to no group
-    around = np.pad(labels, width, constant_values=-2)
-    for step in range(1, width + 1):
-        for down, right in ((step, 0), (-step, 0), (0, step), (0, -step)):
-            there = around[width + down : width + down + high, width + right : width + right + wide]
-            edge |= there != labels
-    return edge
-
-
-def _means(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean colour of every label from 0 on; the last row, which index -1 reads, is that of the dropped pixels."""
-    flat = labels.ravel() % (labels.max(initial=0) + 2)
-    count = np.bincount(flat)
-    sums = np.stack([np.bincount(flat, weights=pixels[..., c].ravel()) for c in range(3)], axis=1)
-    means = sums / np.maximum(count, 1)[:, None]
-    return means if labels.min() < 0 else np.concatenate([means, np.zeros((1, 3))])
-
-
-def _grey(pixels: np.ndarray) -> np.ndarray:
-    return (pixels @ np.array([0.299, 0.587, 0.114]))[..., None].repeat(3, axis=-1)
-
-
-def _dropped(pixels: np.ndarray) -> np.ndarray:
-    """Dark, grey and hatched."""
-    down, right = np.indices(pixels.shape[:2])
-    hatch = ((down + right) % 8 < 2)[..., None]
-    return 0.3 * _grey(pixels) + 0.05 + 0.18 * hatch
-
-
-def _kinds(assign: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """Kept, merged, fused or dropped, for every patch."""
-    members = np.bincount(assign[assign >= 0], minlength=len(origin))
-    kind = np.where(members[assign] > 1, _MERGED, _KEPT)
-    kind = np.where(origin[assign] < 0, _FUSED, kind)
-    return np.where(assign < 0, _DROPPED, kind)
-
-
-def _hues(origin: np.ndarray) -> np.ndarray:
-    """A bright colour for every token, by the patch that heads it, so that it stays the same from block to block."""
-    return np.array([colorsys.hsv_to_rgb(o * _GOLDEN_RATIO % 1, 0.85, 1.0) if o >= 0 else (1, 1, 1) for o in origin])
-
-
-def _paint(pixels: np.ndarray, labels: np.ndarray, kinds: np.ndarray, hues: np.ndarray, width: int) -> np.ndarray:
-    """One panel: pixels [H, W, 3] from 0 to 1; token and kind of every pixel [H, W]; colour of every token."""
-    out = pixels.copy()
-    mean = _means(pixels, labels)[labels]
-    merged, fused, dropped = kinds == _MERGED, kinds == _FUSED, kinds == _DROPPED
-    out[merged] = (0.85 * mean + 0.15 * pixels)[merged]
-    down, right = np.indices(labels.shape)
-    dots = ((down % 6 < 2) & (right % 6 < 2))[..., None]
-    out[fused] = np.clip(0.35 * _grey(pixels) + 0.2 * mean + np.array([0.25, 0.12, 0.4]) + 0.25 * dots, 0, 1)[fused]
-    out[dropped] = _dropped(pixels)[dropped]
-    edge = _edges(labels, width) & (merged | fused)
-    out[edge] = hues[labels[edge]]
-    return out
-
-
-def _image(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray((pixels * 255).round().astype(np.uint8))
-
-
-def _swatch(kind: int) -> Image.Image:
-    """A small sample for the legend, painted as in the panels."""
-    side = _TEXT + 4
-    down, right = np.indices((side, side)) / side
-    pixels = np.stack([0.55 + 0.3 * down, 0.45 + 0.3 * right, 0.35 + 0.2 * (1 - down)], axis=-1)
-    labels = np.full((side, side), -1 if kind == _DROPPED else 0)
-    hues = np.ones((1, 3)) if kind == _FUSED else _hues(np.array([1]))
-    return _image(_paint(pixels, labels, np.full((side, side), kind), hues, 2))
-
-
-def _compose(
-    panels: list[tuple[Image.Image, str, str]], legend: list[tuple[Image.Image, str]], title: str, columns: int | None
-) -> Image.Image:
-    """Panels in rows with two lines of caption each, a title above and a legend below."""
-    wide, high = panels[0][0].size
-    font, line = ImageFont.load_default(_TEXT), _TEXT + 6
-    if columns is None:
-        columns = min(len(panels), max(3, math.ceil(math.sqrt(len(panels) * high / wide * 1.6))))
-    rows = math.ceil(len(panels) / columns)
-    step_x, step_y = wide + _MARGIN, high + 2 * line + _MARGIN
-    entries = [(sample, text, sample.width + 8 + math.ceil(font.getlength(text)) + 2 * _MARGIN) for sample, text in legend]
-    width = max(columns * step_x + _MARGIN, math.ceil(font.getlength(title)) + 2 * _MARGIN)
-    legend_rows: list[list[tuple[Image.Image, str, int]]] = []
-    room = 0
-    for entry in entries:
-        if entry[2] > room:
-            legend_rows.append([])
-            room = width - 2 * _MARGIN
-        legend_rows[-1].append(entry)
-        room -= entry[2]
-    top = _MARGIN + (line + 4 if title else 0)
-    canvas = Image.new("RGB", (width, top + rows * step_y + len(legend_rows) * (line + 6) + _MARGIN // 2), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, _MARGIN - 2), title, fill="black", font=font)
-    for number, (panel, name, counts) in enumerate(panels):
-        x, y = _MARGIN + number % columns * step_x, top + number // columns * step_y
-        draw.text((x, y), name, fill="black", font=font)
-        draw.text((x, y + line - 3), counts, fill=(90, 90, 90), font=font)
-        canvas.paste(panel, (x, y + 2 * line))
-    y = top + rows * step_y
-    for row in legend_rows:
-        x = _MARGIN
-        for sample, text, space in row:
-            canvas.paste(sample, (x, y))
-            draw.text((x + sample.width + 8, y + 1), text, fill="black", font=font)
-            x += space
-        y += line + 6
-    return canvas
+    legend = [(swatch(kind), LEGEND[kind]) for kind in sorted(set().union(*seen))]
+    return compose(panels, legend, title, columns)
 
 
 def plot_curves(

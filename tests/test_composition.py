@@ -1,0 +1,91 @@
+"""Any two methods together: counts, gradients, recipes that survive, and order where they meet."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+import yaml
+from cases import METHODS, ZOO, build, images
+
+import tokenzoo
+
+
+def _recipe(first, second):
+    """Both methods with their reducing options; MCTF and ToMe at strengths that leave something for the other."""
+    out = []
+    for name in (first, second):
+        options = dict(ZOO[name][1])
+        if "r" in options:
+            options.update(r=1, clip=True)
+        out.append({"method": name, **options})
+    return out
+
+
+@pytest.mark.parametrize("first,second", list(product(METHODS, METHODS)))
+def test_two_methods(first, second, tmp_path):
+    model = build("deit")
+    x = images(model)
+    tokenzoo.patch_model(model, _recipe(first, second))
+    tokens = model.forward_tokens(x, trace=True)
+    names = {step.method for step in tokens.trace}
+    assert names == {first, second}
+    report = tokenzoo.report(model)
+    data_dependent = "ats" in (first, second)
+    assert tokens.length <= report.tokens_out if data_dependent else tokens.length == report.tokens_out
+    out = model(x)
+    out.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in x])
+        torch.testing.assert_close(alone, out, atol=3e-5, rtol=1e-4)
+        saved = tokenzoo.recipe(model)
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(saved))
+        for again in (json.loads(json.dumps(saved)), str(file)):
+            other = build("deit")
+            tokenzoo.patch_model(other, again)
+            assert tokenzoo.recipe(other) == saved
+            assert torch.equal(other(x), out)
+
+
+def test_others_fill_the_gaps():
+    model = build("deit")
+    tokenzoo.patch_model(model, [tokenzoo.EViT(layers=(1, 3)), tokenzoo.ToMe(layers="others", r=1)])
+    rows = [row.methods for row in tokenzoo.report(model).rows if row.name.startswith("blocks")]
+    assert rows == ["tome", "evit", "tome", "evit"]
+
+
+@torch.no_grad()
+def test_same_place_runs_in_list_order():
+    """Two methods between attention and MLP of one block: the second sees what the first leaves."""
+    x = images(build("deit"))
+    outs = {}
+    for order in (("topk", "tome"), ("tome", "topk")):
+        model = build("deit")
+        options = {"topk": {"layers": [1], "tokens": 9}, "tome": {"layers": [1], "r": 3}}
+        tokenzoo.patch_model(model, [{"method": name, **options[name]} for name in order])
+        trace = model.forward_tokens(x, trace=True).trace
+        assert tuple(step.method for step in trace) == order
+        outs[order] = [step.map.n_out for step in trace]
+    assert outs[("topk", "tome")] == [10, 7]
+    assert outs[("tome", "topk")] == [14, 10]
+
+
+def test_sizes_say_how_many_patches_stand_behind_a_token():
+    """EViT's fused token and ToMe's merged ones together: sizes add up to the patches that were not dropped."""
+    model = build("deit")
+    x = images(model)
+    tokenzoo.patch_model(model, [tokenzoo.EViT(layers=(1,), keep_rate=0.5), tokenzoo.ToMe(layers=(2, 3), r=2)])
+    tokens = model.forward_tokens(x, trace=True)
+    torch.testing.assert_close(tokens.size.sum(1), torch.full((len(x), 1), 17.0))
+
+
+def test_others_twice_share_the_same_blocks():
+    model = build("deit")
+    first, second = tokenzoo.ToMe(layers="others", r=1), tokenzoo.TopK(layers="others", tokens=(6, 4))
+    tokenzoo.patch_model(model, [tokenzoo.EViT(layers=(0, 1)), first, second])
+    rows = [row.methods for row in tokenzoo.report(model).rows if row.name.startswith("blocks")]
+    assert rows[:2] == ["evit", "evit"] and rows[2:] == ["tome, topk"] * 2

@@ -1,0 +1,51 @@
+"""No N x N map is stored, and matching works in slices: the largest tensor at N = 4097 is watched."""
+
+import pytest
+import torch
+from cases import METHODS
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokenzoo
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest storage that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor):
+                size = value.untyped_storage().nbytes() // value.element_size()
+                self.elements = max(self.elements, size)
+        return out
+
+
+SMALL = {
+    "ats": {"layers": (0, 1)},
+    "mctf": {"r": 1000, "layers": (0, 1)},
+    "pool": {"layers": (0,)},
+    "tome": {"r": 1000},
+}
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_largest_tensor(method, class_token):
+    torch.manual_seed(0)
+    options = dict(img_size=128, patch_size=2, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, num_classes=0)
+    model = VisionTransformer(class_token=class_token, global_pool="token" if class_token else "avg", **options).eval()
+    x = torch.randn(1, 3, 128, 128)
+    n = 4096 + class_token
+    if method == "ats" and not class_token:
+        pytest.raises(ValueError, tokenzoo.patch_model, model, method)
+        return
+    tokenzoo.patch_model(model, method, **SMALL.get(method, {"layers": (0, 1)}))
+    with Largest() as seen:
+        model(x)
+    assert n * 32 <= seen.elements, "the watch saw nothing"
+    # slices of scores hold at most a quarter of one N x N map
+    assert seen.elements <= n * n / 4, f"{method} stored {seen.elements} elements, N x N are {n * n}"

@@ -1,0 +1,145 @@
+"""Export to a torch.export program or to ONNX; the file is kept only if it answers as the model does."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .patching import backbone_of, is_patched
+
+SUFFIXES = (".pt2", ".onnx")
+_ONNX_LIMIT = 2**31  # bytes that one ONNX file can hold
+
+
+class Exported(NamedTuple):
+    """What was written and how far it is from the model.
+
+    Attributes:
+        path: the file.
+        difference: largest absolute difference to eager of any output, over the batches checked.
+        batch_sizes: batch sizes at which the file was checked.
+        num_bytes: size of the file.
+    """
+
+    path: Path
+    difference: float
+    batch_sizes: tuple[int, ...]
+    num_bytes: int
+
+
+def export(
+    model: nn.Module, path: str | Path, example_input: Tensor, dynamic_batch: bool = True, atol: float = 1e-4
+) -> Exported:
+    """Exports a model, patched or not, and keeps the file only if its outputs equal those of the model.
+
+    The file is written next to its final place under another name, read back, run on two batches, and then moved; a
+    file that was there before stays until then.
+
+    Args:
+        model: in eval mode, with one tensor as output.
+        path: ends in .pt2 (`torch.export` program) or .onnx (one file, opset of the installed torch).
+        example_input: images [B, C, H, W]; height and width are fixed by it.
+        dynamic_batch: leave the batch size open; else it is B.
+        atol: largest difference allowed.
+
+    Returns:
+        What was written, and the largest difference found.
+
+    Raises:
+        ValueError: another suffix, a folder that does not exist, a model in training mode, token counts that depend on
+            the images, a model too large for one ONNX file, or outputs that differ.
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+    """
+    path = Path(path)
+    _check(model, path, example_input)
+    # a batch of one would be taken for a constant
+    traced = example_input if len(example_input) > 1 or not dynamic_batch else torch.cat([example_input] * 2)
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    batches = [example_input, _noise(example_input, 1 if len(example_input) > 1 else 3)]
+    if not dynamic_batch:
+        batches[1] = _noise(example_input, len(example_input))
+    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (traced,), dynamic_shapes=shapes, strict=False)
+            run = (_save_program if path.suffix == ".pt2" else _save_onnx)(program, traced, temporary)
+            difference = max(_difference(run(images), model(images)) for images in batches)
+        if not difference <= atol:
+            raise ValueError(
+                f"{path.name} was not kept: its outputs differ from the model's by up to {difference:.3g}, more than "
+                f"atol={atol:g}; a choice between equal scores may have fallen otherwise, try another example_input"
+            )
+        num_bytes = temporary.stat().st_size
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Exported(path, difference, tuple(len(images) for images in batches), num_bytes)
+
+
+def _check(model: nn.Module, path: Path, example_input: Tensor) -> None:
+    """Refuses what cannot work before the minutes that an export takes."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} does not end in {' or '.join(SUFFIXES)}; the suffix decides the format")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if example_input.dim() != 4 or len(example_input) == 0:
+        raise ValueError(f"example_input has shape {tuple(example_input.shape)}; give images [B, C, H, W]")
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() before exporting it")
+    methods = backbone_of(model).tokenzoo_recipe.methods if is_patched(model) else ()
+    for method in methods:
+        if method.data_dependent:
+            raise ValueError(
+                f"{method.name} keeps as many tokens as the images ask for, which has no static shape to export; set "
+                f"a fixed budget, such as max_tokens=128"
+            )
+    if path.suffix == ".onnx":
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+        if missing:
+            raise ImportError(f"export to ONNX needs {', '.join(missing)}; pip install tokenzoo[onnx]")
+        size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        if size >= _ONNX_LIMIT:
+            raise ValueError(
+                f"{type(model).__name__} holds {size / 2**30:.1f} GiB of weights, more than the 2 GiB of an ONNX file; "
+                "export to .pt2"
+            )
+
+
+def _noise(like: Tensor, batch: int) -> Tensor:
+    """Seeded normal images [batch, C, H, W]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *like.shape[1:], generator=generator).to(like.device, like.dtype)
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference; infinite for other shapes, NaN where only one side is NaN."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    expected = expected.to(actual.device)
+    same = actual.isnan() & expected.isnan()
+    return (actual.double() - expected.double()).abs().masked_fill(same, 0.0).max().item()
+
+
+def _save_program(program: torch.export.ExportedProgram, example: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """Writes a torch.export program and reads it back: a function from images to outputs."""
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def _save_onnx(program: torch.export.ExportedProgram, example: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """Writes an ONNX file and opens it in ONNX Runtime: a function from images to outputs."""
+    import onnxruntime
+
+    torch.onnx.export(
+        program, (example,), str(path), dynamo=True, external_data=False, verbose=False, input_names=["images"],
+        output_names=["logits"],
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0])
