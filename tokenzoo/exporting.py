@@ -7,15 +7,17 @@ import uuid
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from .patching import backbone_of, is_patched
 
 SUFFIXES = (".pt2", ".onnx")
 _ONNX_LIMIT = 2**31  # bytes that one ONNX file can hold
+Shapes = tuple[dict[int, Any]] | None  # which axes are open
 
 
 class Exported(NamedTuple):
@@ -66,21 +68,29 @@ def export(
     if not dynamic_batch:
         batches[1] = _noise(example_input, len(example_input))
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    save = _save_program if path.suffix == ".pt2" else _save_onnx
+    with torch.no_grad():
+        expected = [model(images) for images in batches]
+    if not isinstance(expected[0], Tensor):
+        raise ValueError(
+            f"{type(model).__name__} returns {type(expected[0]).__name__}; export takes models with one tensor"
+        )
     try:
         with torch.no_grad():
             program = torch.export.export(model, (traced,), dynamic_shapes=shapes, strict=False)
-            run = (_save_program if path.suffix == ".pt2" else _save_onnx)(program, traced, temporary)
-            difference = max(_difference(run(images), model(images)) for images in batches)
-        if not difference <= atol:
+            run = save(program, traced, shapes, temporary)
+            differences = [_difference(run(images), wanted) for images, wanted in zip(batches, expected)]
+        largest = max(differences, key=lambda d: (d != d, d))  # NaN is the worst
+        if not largest <= atol:
             raise ValueError(
-                f"{path.name} was not kept: its outputs differ from the model's by up to {difference:.3g}, more than "
-                f"atol={atol:g}; a choice between equal scores may have fallen otherwise, try another example_input"
+                f"{path.name} was not kept: its outputs differ from the model's by up to {largest:.3g}, more than "
+                f"atol={atol:g}; a choice between nearly equal scores may have fallen otherwise: try another example"
             )
         num_bytes = temporary.stat().st_size
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return Exported(path, difference, tuple(len(images) for images in batches), num_bytes)
+    return Exported(path, largest, tuple(len(images) for images in batches), num_bytes)
 
 
 def _check(model: nn.Module, path: Path, example_input: Tensor) -> None:
@@ -98,7 +108,7 @@ def _check(model: nn.Module, path: Path, example_input: Tensor) -> None:
         if method.data_dependent:
             raise ValueError(
                 f"{method.name} keeps as many tokens as the images ask for, which has no static shape to export; set "
-                f"a fixed budget, such as max_tokens=128"
+                "a fixed budget, such as max_tokens=128"
             )
     if path.suffix == ".onnx":
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
@@ -127,19 +137,19 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).abs().masked_fill(same, 0.0).max().item()
 
 
-def _save_program(program: torch.export.ExportedProgram, example: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def _save_program(program: ExportedProgram, example: Tensor, shapes: Shapes, path: Path) -> Callable[[Tensor], Tensor]:
     """Writes a torch.export program and reads it back: a function from images to outputs."""
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
 
-def _save_onnx(program: torch.export.ExportedProgram, example: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def _save_onnx(program: ExportedProgram, example: Tensor, shapes: Shapes, path: Path) -> Callable[[Tensor], Tensor]:
     """Writes an ONNX file and opens it in ONNX Runtime: a function from images to outputs."""
     import onnxruntime
 
     torch.onnx.export(
-        program, (example,), str(path), dynamo=True, external_data=False, verbose=False, input_names=["images"],
-        output_names=["logits"],
+        program, (example,), str(path), dynamo=True, external_data=False, verbose=False, dynamic_shapes=shapes,
+        input_names=["images"], output_names=["logits"],
     )  # fmt: skip
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0])

@@ -13,7 +13,7 @@ from torch import nn
 from .adapters.block import BlockPlan
 from .adapters.family import Family, families, find_family
 from .adapters.model import BackboneInfo
-from .recipes import Recipe
+from .recipes import Recipe, take_flops
 from .registry import create_method
 from .tokens import Layout
 
@@ -75,7 +75,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         model: a timm model of a served family, or timm's `features_only` wrapper of one.
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
-            the method is solved for.
+            the method is solved for. A dict or file may hold it too.
         **options: options of the method, and `merged_positions`.
 
     Returns:
@@ -93,6 +93,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         )
     family = find_family(backbone)
     _check(backbone, family)
+    method, flops = take_flops(method, flops)
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
     _check_recipe(recipe, info, type(backbone).__name__)

@@ -138,6 +138,25 @@ class Recipe:
         )
 
 
+def take_flops(method: Any, flops: float | None) -> tuple[Any, float | None]:
+    """Takes the key `flops` out of a recipe dict or file, which is a budget to solve for and no option of a method.
+
+    Args:
+        method: what `Recipe.parse` takes.
+        flops: budget given beside it; both at once are refused.
+
+    Returns:
+        The recipe without the key, and the budget.
+    """
+    if isinstance(method, (str, Path)) and str(method).endswith((".yaml", ".yml")):
+        method = _read_yaml(Path(method))
+    if not isinstance(method, Mapping) or "flops" not in method:
+        return method, flops
+    if flops is not None:
+        raise ValueError(f"flops is given twice: {method['flops']} in the recipe and {flops} beside it; keep one")
+    return {key: value for key, value in method.items() if key != "flops"}, method["flops"]
+
+
 def _no_options(options: dict[str, Any], what: str) -> None:
     if options:
         raise ValueError(f"options {sorted(options)} cannot be combined with {what}; set them there")
