@@ -37,7 +37,11 @@ def _same_threads():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", **TINY).eval()
+    model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(12)  # random weights attend evenly; sharper maps differ from picture to picture
+    return model
 
 
 def draw(folder, classes=4, count=6, size=(48, 40)):
@@ -85,6 +89,7 @@ def test_equals_a_loop_by_hand(model, folder):
                     logits = model(images)
                     final = model.forward_tokens(images)
                     tokens = final.length if final.valid is None else final.valid.sum(1).double().mean().item()
+                    assert run.method != "ats" or tokens < final.length - 0.5, "all pictures keep the same count"
             right, base = logits.argmax(1) == targets, plain.argmax(1) == targets
             assert result.n_images == len(targets) == 24
             assert result.top1.mean == pytest.approx(100 * right.double().mean().item())
@@ -142,7 +147,9 @@ def test_model_is_left_alone_and_weights_are_shared(model):
     assert [tokenzoo.is_patched(c.model) for c in candidates] == [False, True, True, True]
     for candidate in candidates:
         assert all(a is b for a, b in zip(model.parameters(), candidate.model.parameters(), strict=True))
-        assert candidate.gmacs == tokenzoo.count_macs(candidate.model, (3, 32, 32)).total / 1e9
+        assert candidate.gmacs == pytest.approx(
+            tokenzoo.count_macs(candidate.model, (3, 32, 32)).total / 1e9, rel=0.005
+        )
     assert candidates[1].gmacs < candidates[0].gmacs
 
 
@@ -524,8 +531,8 @@ def test_example_of_the_help_runs_as_printed(tmp_path, monkeypatch, capsys):
     [
         (["eval", "--data-dir", "/home/me/images/"], "tokenzoo eval --data-dir images/"),
         (["eval", "--results-file=/home/me/a.csv", "/tmp"], "tokenzoo eval --results-file=a.csv tmp"),
-        (["eval", "--data-dir", "images/val", "--model-kwargs", "a=[1]"], "tokenzoo eval --data-dir images/val --model-kwargs 'a=[1]'"),
+        (["eval", "--data-dir", "images/val", "a=[1]"], "tokenzoo eval --data-dir images/val 'a=[1]'"),
     ],
-)  # fmt: skip
+)
 def test_recorded_command_holds_no_path_of_the_machine(words, expected):
     assert command_line(words) == expected

@@ -60,7 +60,8 @@ def export(
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     path = Path(path)
-    _check(model, path, example_input)
+    check_target(path)
+    _check_model(model, path, example_input)
     # a batch of one would be taken for a constant
     traced = example_input if len(example_input) > 1 or not dynamic_batch else torch.cat([example_input] * 2)
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
@@ -93,12 +94,24 @@ def export(
     return Exported(path, largest, tuple(len(images) for images in batches), num_bytes)
 
 
-def _check(model: nn.Module, path: Path, example_input: Tensor) -> None:
-    """Refuses what cannot work before the minutes that an export takes."""
+def check_target(path: Path) -> None:
+    """Refuses a file that cannot be written, before the minutes that an export takes.
+
+    Raises:
+        ValueError: another suffix, or a folder that does not exist.
+        ImportError: ONNX is asked for and a package is missing.
+    """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} does not end in {' or '.join(SUFFIXES)}; the suffix decides the format")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.suffix == ".onnx":
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+        if missing:
+            raise ImportError(f"export to ONNX needs {', '.join(missing)}; pip install tokenzoo[onnx]")
+
+
+def _check_model(model: nn.Module, path: Path, example_input: Tensor) -> None:
     if example_input.dim() != 4 or len(example_input) == 0:
         raise ValueError(f"example_input has shape {tuple(example_input.shape)}; give images [B, C, H, W]")
     if model.training:
@@ -110,16 +123,12 @@ def _check(model: nn.Module, path: Path, example_input: Tensor) -> None:
                 f"{method.name} keeps as many tokens as the images ask for, which has no static shape to export; set "
                 "a fixed budget, such as max_tokens=128"
             )
-    if path.suffix == ".onnx":
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-        if missing:
-            raise ImportError(f"export to ONNX needs {', '.join(missing)}; pip install tokenzoo[onnx]")
-        size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        if size >= _ONNX_LIMIT:
-            raise ValueError(
-                f"{type(model).__name__} holds {size / 2**30:.1f} GiB of weights, more than the 2 GiB of an ONNX file; "
-                "export to .pt2"
-            )
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if path.suffix == ".onnx" and size >= _ONNX_LIMIT:
+        raise ValueError(
+            f"{type(model).__name__} holds {size / 2**30:.1f} GiB of weights, more than the 2 GiB of an ONNX file; "
+            "export to .pt2"
+        )
 
 
 def _noise(like: Tensor, batch: int) -> Tensor:

@@ -148,7 +148,8 @@ def _install(backbone: nn.Module, family: Family, recipe: Recipe, info: Backbone
             if module is None:
                 kept.append(step._replace(key=None))
                 continue
-            block.add_module(step.key, module.to(next(block.parameters()).device))
+            like = next(block.parameters())
+            block.add_module(step.key, module.to(like.device, like.dtype).train(block.training))
             new += [f"blocks.{index}.{step.key}.{name}" for name, _ in module.named_parameters()]
             kept.append(step)
         block.tokenzoo = BlockPlan(index, info.depth, tuple(kept), recipe.proportional, info.layout)

@@ -126,9 +126,11 @@ def prepare(
         own = shared_copy(model).eval()
         if run.method is not None:
             patch_model(own, run.recipe(), flops=run.options.get("flops"))
-        gmacs = count_macs(own, input_size).total / 1e9
-        path = report(own, input_size[1:]).attn_impl if is_served(own) else ""
-        candidates.append(Candidate(run, own, gmacs, path))
+        costs = report(own, input_size[1:]) if is_served(own) else None
+        # the formula equals tracing and is immediate; counts that depend on the image have to be traced on one
+        by_formula = costs is not None and not costs.data_dependent
+        macs = costs.total if by_formula else count_macs(own, input_size).total
+        candidates.append(Candidate(run, own, macs / 1e9, costs.attn_impl if costs else ""))
     return candidates
 
 

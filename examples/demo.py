@@ -1,0 +1,168 @@
+"""Every registered method on real test images: accuracy, cost and speed, offline and on the CPU.
+
+    python examples/demo.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import digits
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import tokenzoo
+from tokenzoo.evaluation import Run, bench, environment, evaluate, write_results
+from tokenzoo.visualize import draw_token_maps, plot_curves, token_maps
+
+SHARES = (0.8, 0.6, 0.4)  # of the unpatched model's multiply-adds
+MAPPED = ("tome", "evit", "ats")
+MAPPED_SHARE = 0.6
+MAPPED_DIGITS = (2, 4, 5, 8)
+BATCH = 64
+COLUMNS = (
+    "method", "flops", "top1", "top1_se", "diff_top1", "diff_top1_se", "n_images", "tokens_out", "gmacs", "gmac_share",
+    "infer_samples_per_sec", "infer_batch_size", "speedup", "speedup_q1", "speedup_q3", "recipe",
+)  # fmt: skip
+HEADER = (
+    f"{'method':<10} {'asked':>6} {'GMACs':>7} {'share':>6} {'tokens':>7} {'accuracy':>9} {'difference':>14} "
+    f"{'img/s':>7} {'speed-up':>9}"
+)
+
+
+def measure(
+    model: nn.Module, method: str | None, shares: Sequence[float], batches: Iterable[tuple[Tensor, Tensor]], rounds: int
+) -> list[dict[str, Any]]:
+    """Rows of the table for one method, or the row of the unpatched model.
+
+    Args:
+        model: unpatched.
+        method: name of the method; None for the unpatched model alone.
+        shares: what to land on, as shares of the unpatched model's multiply-adds.
+        batches: normalised test images and labels.
+        rounds: timed rounds; patched and unpatched models take turns in each.
+
+    Raises:
+        ValueError: the method has no strength to solve for, or cannot reach a share.
+    """
+    runs = [Run(method, {"flops": share}) for share in shares] if method else []
+    accuracies, speeds = evaluate(model, runs, batches), bench(model, runs, batch_size=BATCH, rounds=rounds, latency=False)
+    rows = []
+    for share, accuracy, speed in zip((None, *shares), accuracies, speeds):
+        row = {**speed.row(), **accuracy.row(), "flops": share}
+        rows.append({**row, "gmac_share": round(1 / speed.gmac_ratio, 4)})
+    return rows[1:] if method else rows[:1]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table as text."""
+    asked = "" if row["flops"] is None else f"{row['flops']:.2f}"
+    difference = "" if row["diff_top1"] is None else f"{row['diff_top1']:+.2f} ± {row['diff_top1_se']:.2f}"
+    return (
+        f"{row['method']:<10} {asked:>6} {row['gmacs']:>7.4f} {row['gmac_share']:>6.2f} {row['tokens_out']:>7.1f} "
+        f"{row['top1']:>8.2f}% {difference:>14} {row['infer_samples_per_sec']:>7.0f} {row['speedup']:>8.2f}x"
+    )
+
+
+def draw_maps(model: nn.Module, method: str, data: digits.Digits, path: Path) -> None:
+    """Saves what became of the patches of a few test digits, a row a digit."""
+    chosen = torch.stack([(data.test_labels == digit).nonzero()[0, 0] for digit in MAPPED_DIGITS])
+    ink = data.test_images[chosen]
+    with tokenzoo.patched(model, method, flops=MAPPED_SHARE), torch.inference_mode():
+        images = digits.normalize(ink)
+        maps, answers = token_maps(model, images), model(images).argmax(1).tolist()
+    drawn = []
+    for index, answer in enumerate(answers):
+        picture = Image.fromarray((ink[index, 0] * 255).round().byte().numpy())
+        title = f"{method}, flops={MAPPED_SHARE}: a {data.test_labels[chosen[index]]}, read as {answer}"
+        drawn.append(draw_token_maps(picture, maps, index, columns=len(maps.blocks) + 1, side=140, title=title))
+    canvas = Image.new("RGB", (max(d.width for d in drawn), sum(d.height for d in drawn)), "white")
+    top = 0
+    for part in drawn:
+        canvas.paste(part, (0, top))
+        top += part.height
+    canvas.save(path)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the table shows, in words; `rows` starts with the unpatched model."""
+    base, runs = rows[0], rows[1:]
+    words = [
+        f"Unpatched, the model reads {base['top1']:.1f} % of {base['n_images']} test digits at {base['gmacs']:.4f} GMACs "
+        f"and {base['infer_samples_per_sec']:.0f} images a second."
+    ]
+    equal = [row for row in runs if abs(row["diff_top1"]) <= 2 * row["diff_top1_se"]]
+    words.append(f"{len(equal)} of {len(runs)} reduced runs differ from it by at most two standard errors.")
+    for share in sorted({row["flops"] for row in runs}, reverse=True):
+        own = sorted((row for row in runs if row["flops"] == share), key=lambda row: -row["top1"])
+        best, worst = own[0], own[-1]
+        words.append(
+            f"At {share:.0%} of the multiply-adds {best['method']} keeps most ({best['top1']:.1f} %), {worst['method']} "
+            f"least ({worst['top1']:.1f} %)."
+        )
+    close = [row for row in runs if row["diff_top1"] >= -1]
+    if close:
+        fast = max(close, key=lambda row: row["speedup"])
+        words.append(
+            f"Fastest within one point of the unpatched model: {fast['method']} at {fast['flops']:.0%} of the "
+            f"multiply-adds, {fast['speedup']:.2f} times its speed ({fast['diff_top1']:+.2f} points)."
+        )
+    return words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for the table and the pictures")
+    parser.add_argument("--methods", nargs="+", default=tokenzoo.list_methods(), help="all registered ones by default")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each model")
+    args = parser.parse_args()
+    # fvcore's import calls torch.jit.script, which newer versions of torch announce as deprecated
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+
+    start = time.perf_counter()
+    args.output.mkdir(parents=True, exist_ok=True)
+    data = digits.load_digits()
+    model, about = digits.load_checkpoint()
+    batches = list(zip(digits.normalize(data.test_images).split(120), data.test_labels.split(120)))
+    shape = about["architecture"]
+    print(
+        f"A ViT of {shape['depth']} blocks, width {shape['embed_dim']}, {(shape['img_size'] // shape['patch_size']) ** 2} "
+        f"patches; {len(data.test_labels)} test images of scikit-learn's handwritten digits; {torch.get_num_threads()} CPU "
+        "threads.\nEvery method is solved for three shares of the model's multiply-adds. 'difference' is in points of "
+        "accuracy on\nthe same images, with its standard error; 'speed-up' is the median over rounds in which both models "
+        f"take turns,\nbatch {BATCH}.\n\n{HEADER}\n{'-' * len(HEADER)}"
+    )
+    rows = measure(model, None, (), batches, args.rounds)
+    print(line(rows[0]), flush=True)
+    for method in args.methods:
+        try:
+            found = measure(model, method, SHARES, batches, args.rounds)
+        except ValueError as error:
+            print(f"{method:<10} left out: {error}", flush=True)
+            continue
+        print("\n".join(line(row) for row in found), flush=True)
+        rows += found
+
+    written = [args.output / "table.csv", args.output / "curve.png", args.output / "speed.png"]
+    write_results(written[0], rows, COLUMNS, environment("cpu"))
+    title = f"scikit-learn digits, {len(data.test_labels)} test images; bars: standard error of the paired difference"
+    common = {"error": "diff_top1_se", "ylabel": "test accuracy (%)", "title": title}
+    plot_curves(rows, written[1], "gmacs", "top1", xlabel="GMACs an image", **common)
+    plot_curves(rows, written[2], "infer_samples_per_sec", "top1", xlabel="images a second", **common)
+    for method in MAPPED:
+        written.append(args.output / f"token_maps_{method}.png")
+        draw_maps(model, method, data, written[-1])
+
+    print("\n" + "\n".join(summary(rows)))
+    print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
+    print("\n".join(f"  {path}" for path in written))
+
+
+if __name__ == "__main__":
+    main()

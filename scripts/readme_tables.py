@@ -1,0 +1,85 @@
+"""Writes the README's tables of methods and backbones from the registries: python scripts/readme_tables.py [--check]"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenzoo
+from tokenzoo.adapters.family import Family, families
+from tokenzoo.cli.list_command import describe_method
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def methods_table() -> str:
+    """Every registered method: name, class, kind, first sentence of its docstring, source."""
+    rows = [describe_method(name) for name in tokenzoo.list_methods()]
+    return _table(
+        ("name", "class", "kind", "what it does", "source"),
+        [
+            (f"`{r['name']}`", f"`{tokenzoo.method_class(r['name']).__name__}`", r["kind"], r["summary"], r["source"])
+            for r in rows
+        ],
+    )
+
+
+def backbones_table() -> str:
+    """Every family: what it covers, model and block classes, and what its checks refuse."""
+    rows = []
+    for family in families():
+        classes = (", ".join(f"`{cls.__name__}`" for cls in group) for group in (family.models, family.blocks))
+        rows.append((f"`{family.name}`", family.summary, *classes, refusals(family)))
+    return _table(("family", "covers", "models", "blocks", "refused"), rows)
+
+
+def refusals(family: Family) -> str:
+    """What the docstrings of a family's checks name below "Raises"."""
+    found = []
+    for check in (family.check, family.check_recipe):
+        doc = inspect.getdoc(check) or ""
+        found += re.findall(r"^    \w+Error: ((?:.+\n?)(?:      +.+\n?)*)", doc, re.M)
+    return "; ".join(" ".join(text.split()).rstrip(".") for text in found)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = tuple(head)
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def render(text: str) -> str:
+    """The README's text with fresh tables.
+
+    Raises:
+        ValueError: a pair of marker comments is missing.
+    """
+    for name, table in (("methods", methods_table()), ("backbones", backbones_table())):
+        begin, end = f"<!-- begin {name} table -->", f"<!-- end {name} table -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{README.name} needs the lines {begin!r} and {end!r} once each")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the tables are stale")
+    args = parser.parse_args()
+    old = README.read_text(encoding="utf-8")
+    new = render(old)
+    if args.check:
+        if new != old:
+            sys.stderr.write(f"the tables in {README.name} are stale; run python scripts/readme_tables.py\n")
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

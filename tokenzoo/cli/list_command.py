@@ -1,0 +1,71 @@
+"""`tokenzoo list`: methods and backbones, or one method with its options."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+from typing import Any
+
+from ..adapters.family import families
+from ..methods.base import plain
+from ..registry import list_methods, method_class
+from .common import say
+
+HELP = "the methods and backbones of the zoo, or one method with its options"
+EXAMPLE = "tokenzoo list tome"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """METHOD and --json."""
+    parser.add_argument("method", nargs="?", default=None, metavar="METHOD", help="describe this method only")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what the registries hold."""
+    if args.method is not None:
+        method = describe_method(args.method)
+        say(json.dumps(method, indent=2) if args.json else _method_text(method))
+        return
+    methods = [describe_method(name) for name in list_methods()]
+    backbones = [
+        {"family": f.name, "summary": f.summary, "classes": [cls.__name__ for cls in f.models]} for f in families()
+    ]
+    if args.json:
+        say(json.dumps({"methods": methods, "backbones": backbones}, indent=2))
+        return
+    say("methods")
+    widths = {key: max(len(method[key]) for method in methods) for key in ("name", "kind")}
+    for method in methods:
+        say(f"  {method['name']:{widths['name']}}  {method['kind']:{widths['kind']}}  {method['summary']}")
+        say(f"  {'':{widths['name']}}  {'':{widths['kind']}}  {method['source']}")
+    say("\nbackbones")
+    for family in backbones:
+        say(f"  {family['family']}: {', '.join(family['classes'])}")
+        say(f"    {family['summary']}")
+
+
+def describe_method(name: str) -> dict[str, Any]:
+    """Name, kind, one-sentence summary, source, options with defaults, and docstring of a method; JSON safe.
+
+    Raises:
+        ValueError: no method has this name.
+    """
+    cls = method_class(name)
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    first = " ".join(doc.split("\n\n")[0].split())
+    return {
+        "name": cls.name,
+        "kind": cls.kind,
+        "summary": re.match(r".*?(?:\.(?=\s|$)|$)", first).group(),
+        "source": cls.source,
+        "options": {key: plain(value) for key, value in cls.options().items()},
+        "doc": doc,
+    }
+
+
+def _method_text(method: dict[str, Any]) -> str:
+    options = [f"  {key} = {json.dumps(value)}" for key, value in method["options"].items()]
+    return "\n".join([f"{method['name']} ({method['kind']})", "", method["doc"], "", "Defaults:", *options])
