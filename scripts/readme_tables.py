@@ -1,9 +1,11 @@
-"""Writes the README's tables of methods and backbones from the registries: python scripts/readme_tables.py [--check]"""
+"""Writes the README's tables from the registries and from results/: python scripts/readme_tables.py [--check]"""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -14,6 +16,7 @@ from tokenzoo.adapters.family import Family, families
 from tokenzoo.cli.list_command import describe_method
 
 README = Path(__file__).parents[1] / "README.md"
+SPEED = README.parent / "results" / "bench_deit_small.csv"
 
 
 def methods_table() -> str:
@@ -46,6 +49,44 @@ def refusals(family: Family) -> str:
     return "; ".join(" ".join(text.split()).rstrip(".") for text in found)
 
 
+def speed_section(file: Path = SPEED) -> str:
+    """The section on speed, every number from a file that `tokenzoo bench` wrote; nothing without the file."""
+    if not file.is_file():
+        return ""
+    with file.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    first = rows[0]
+    how = f"torch.compile {first['compiled']}" if first["compiled"] else "eager"
+    threads = "" if first["clock"].endswith("synchronized") else f", threads: {first['threads']}"
+    head = ("method", "options", "GMACs", "img/s", "speed-up", "quartiles", "GMAC ratio", "speed-up / GMAC ratio")
+    body = [
+        (
+            r["method"],
+            ", ".join(f"{key}={value}" for key, value in json.loads(r["method_kwargs"] or "{}").items()),
+            f"{float(r['infer_gmacs']):.2f}",
+            f"{float(r['infer_samples_per_sec']):.1f}",
+            f"{float(r['speedup']):.2f}",
+            f"{float(r['speedup_q1']):.2f} to {float(r['speedup_q3']):.2f}",
+            f"{float(r['gmac_ratio']):.2f}",
+            f"{float(r['speedup_per_gmac_ratio']):.2f}",
+        )
+        for r in rows
+    ]
+    loaded = any(flag in first["command"] for flag in ("--pretrained", "--checkpoint"))
+    setting = (
+        f"`{first['model']}`{'' if loaded else ' with random weights'} at {first['infer_img_size']}, "
+        f"batch {first['infer_batch_size']}, {how}, "
+        f"{first['precision']}, {first['device']}{threads}, torch {first['torch']}, timm {first['timm']}."
+    )
+    meaning = (
+        f"Medians of {first['rounds']} rounds; in every round each model is timed once, so that drift hits all alike. "
+        "Speed-up is the unpatched time over the method's own, GMAC ratio the same of multiply-adds. From "
+        f"`results/{file.name}`, written by:"
+    )
+    command = f"```bash\n{first['command']}\n```"
+    return "\n\n".join(["## Speed", f"{setting} {meaning}", command, _table(head, body)]) + "\n"
+
+
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = tuple(head)
     lines = [head, ("---",) * len(head), *rows]
@@ -58,12 +99,13 @@ def render(text: str) -> str:
     Raises:
         ValueError: a pair of marker comments is missing.
     """
-    for name, table in (("methods", methods_table()), ("backbones", backbones_table())):
-        begin, end = f"<!-- begin {name} table -->", f"<!-- end {name} table -->"
+    for name, table in (("methods", methods_table()), ("backbones", backbones_table()), ("speed", speed_section())):
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"{README.name} needs the lines {begin!r} and {end!r} once each")
         before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+        inside = f"{table}\n" if table else ""
+        text = f"{before}{begin}\n{inside}{end}{rest.split(end)[1]}"
     return text
 
 

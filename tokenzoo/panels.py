@@ -136,17 +136,19 @@ def compose(
     if columns is None:
         columns = len(panels) if len(panels) <= 5 else math.ceil(math.sqrt(len(panels) * high / wide * 1.6))
     rows = math.ceil(len(panels) / columns)
-    step_x, step_y = wide + _MARGIN, high + 2 * line + _MARGIN
+    captions = max(font.getlength(text) for _, *texts in panels for text in texts)
+    step_x, step_y = max(wide, math.ceil(captions)) + _MARGIN, high + 2 * line + _MARGIN
     entries = [
         (sample, text, sample.width + 8 + math.ceil(font.getlength(text)) + 2 * _MARGIN) for sample, text in legend
     ]
-    width = max(columns * step_x + _MARGIN, math.ceil(font.getlength(title)) + 2 * _MARGIN)
+    inside = max(columns * step_x - _MARGIN, math.ceil(font.getlength(title)), *(space for *_, space in entries), 0)
+    width = inside + 2 * _MARGIN
     legend_rows: list[list[tuple[Image.Image, str, int]]] = []
     room = 0
     for entry in entries:
         if entry[2] > room:
             legend_rows.append([])
-            room = width - 2 * _MARGIN
+            room = inside
         legend_rows[-1].append(entry)
         room -= entry[2]
     top = _MARGIN + (line + 4 if title else 0)

@@ -20,11 +20,13 @@ EXAMPLE = "tokenzoo show --model vit_tiny_patch16_224 --method tome r=13 --image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--images and --output."""
+    """--images, --output, and how pictures are read and laid out."""
     add_model_arguments(parser)
     add_method_arguments(parser)
     parser.add_argument("--images", required=True, help="a picture, or a folder of them (subfolders included)")
     parser.add_argument("--output", "-o", required=True, help="file.png for one picture, else a folder")
+    parser.add_argument("--mean", type=float, nargs="+", default=None, help="of the channels; the model's by default")
+    parser.add_argument("--std", type=float, nargs="+", default=None)
     parser.add_argument("--columns", type=int, default=None, help="panels a row")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave unreadable pictures out and name them at the end"
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--columns {args.columns} is not positive")
     targets = plan(Path(args.images), Path(args.output))
     model = load_model(args)
-    config = data_config(model, args.img_size)
+    config = data_config(model, args.img_size, mean=args.mean, std=args.std)
     patch_model(model, runs[0].method, **runs[0].options)
     if not args.pretrained and not args.checkpoint:
         say("weights are random (neither --checkpoint nor --pretrained): the maps show the method, not a trained model")
