@@ -120,11 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for the table and the pictures")
     parser.add_argument("--methods", nargs="+", default=tokenzoo.list_methods(), help="all registered ones by default")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each model")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each model")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; one is timed by its own clock, undisturbed")
     args = parser.parse_args()
     # fvcore's import calls torch.jit.script, which newer versions of torch announce as deprecated
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
+    torch.set_num_threads(args.threads)
     start = time.perf_counter()
     args.output.mkdir(parents=True, exist_ok=True)
     data = digits.load_digits()
@@ -133,8 +135,8 @@ def main() -> None:
     shape = about["architecture"]
     print(
         f"A ViT of {shape['depth']} blocks, width {shape['embed_dim']}, {(shape['img_size'] // shape['patch_size']) ** 2} "
-        f"patches; {len(data.test_labels)} test images of scikit-learn's handwritten digits; {torch.get_num_threads()} CPU "
-        "threads.\nEvery method is solved for three shares of the model's multiply-adds. 'difference' is in points of "
+        f"patches; {len(data.test_labels)} test images of scikit-learn's handwritten digits; CPU threads: "
+        f"{args.threads}.\nEvery method is solved for three shares of the model's multiply-adds. 'difference' is in points of "
         "accuracy on\nthe same images, with its standard error; 'speed-up' is the median over rounds in which both models "
         f"take turns,\nbatch {BATCH}.\n\n{HEADER}\n{'-' * len(HEADER)}"
     )

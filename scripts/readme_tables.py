@@ -61,8 +61,9 @@ def speed_section(file: Path = SPEED) -> str:
     head = ("method", "options", "GMACs", "img/s", "speed-up", "quartiles", "GMAC ratio", "speed-up / GMAC ratio")
     body = [
         (
-            r["method"],
-            ", ".join(f"{key}={value}" for key, value in json.loads(r["method_kwargs"] or "{}").items()),
+            f"`{r['method']}`" if r["method"] in tokenzoo.list_methods() else r["method"],
+            ", ".join(f"{key}={value}" for key, value in json.loads(r["method_kwargs"] or "{}").items())
+            or ("" if r["method"] == "unpatched" else "defaults"),
             f"{float(r['infer_gmacs']):.2f}",
             f"{float(r['infer_samples_per_sec']):.1f}",
             f"{float(r['speedup']):.2f}",

@@ -102,6 +102,7 @@ class _Costs:
     head: int
     head_per_token: int
     head_per_pair: int
+    head_skips: int  # prefix tokens that pooling with attention does not see
 
 
 def _costs(backbone: nn.Module, family: Family, layout: Layout) -> _Costs:
@@ -111,7 +112,9 @@ def _costs(backbone: nn.Module, family: Family, layout: Layout) -> _Costs:
         cls = kinds[type(block)]
         blocks.append((cls.macs(block), cls.shape(block), cls.fused.fget(block)))
     head, per_token, per_pair = _head_costs(backbone)
-    return _Costs(tuple(blocks), _embed_macs(backbone, layout), head, per_token, per_pair)
+    sees_all = backbone.attn_pool is None or getattr(backbone, "pool_include_prefix", True)
+    skips = 0 if sees_all else layout.num_prefix
+    return _Costs(tuple(blocks), _embed_macs(backbone, layout), head, per_token, per_pair, skips)
 
 
 def _embed_macs(backbone: nn.Module, layout: Layout) -> int:
@@ -199,7 +202,8 @@ def _rows(costs: _Costs, recipe: Recipe | None, layout: Layout) -> tuple[BlockRo
         sized = sized or (recipe is not None and recipe.proportional and any(s.method.merges for s, _, _ in steps))
         padded = padded or any(step.method.pads for step, _, _ in steps)
         n = after
-    head = costs.head + costs.head_per_token * n + costs.head_per_pair * n * n
+    pooled = n - costs.head_skips
+    head = costs.head + costs.head_per_token * pooled + costs.head_per_pair * pooled * pooled
     rows.append(BlockRow("head", "", n, n, head, 0, ""))
     return tuple(rows)
 

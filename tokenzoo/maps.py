@@ -185,7 +185,8 @@ class MergeMap(TokenMap):
         weight = self.weight
         if weight is None:
             weight = torch.ones(x.shape[0], self.n_in, 1, device=x.device)
-        share = self._shares(weight).to(x.dtype)
+        # shares in float32 at least, and in float64 for values that are
+        share = self._shares(weight.to(torch.promote_types(weight.dtype, x.dtype))).to(x.dtype)
         slot = self.slot.clamp(min=0)
         # weighted mean = head + sum of share * (source - head): rows without sources stay exact
         delta = share * (take_rows(x, self.src) - take_rows(out, slot))
@@ -201,7 +202,7 @@ class MergeMap(TokenMap):
         return add_rows(take_rows(mass, self.order), *self._received(mass))
 
     def matrix(self) -> Tensor:
-        member = self.membership()
+        member = self.membership().double()
         if self.reduce == "sum":
             return member
         if self.reduce == "max":
@@ -257,7 +258,7 @@ class FuseMap(TokenMap):
 
     def matrix(self) -> Tensor:
         kept = KeepMap(self.idx, self.n_in, None if self.valid is None else self.valid[:, :-1]).matrix()
-        return torch.cat([kept, self.weight.unsqueeze(1).to(kept.dtype)], dim=1)
+        return torch.cat([kept.double(), self.weight.unsqueeze(1).double()], dim=1)
 
 
 class MixMap(TokenMap):
@@ -344,7 +345,7 @@ class ChainMap(TokenMap):
         return y
 
     def matrix(self) -> Tensor:
-        matrix = self.maps[0].matrix()
+        matrix = self.maps[0].matrix().double()
         for token_map in self.maps[1:]:
-            matrix = token_map.matrix() @ matrix
+            matrix = token_map.matrix().double() @ matrix
         return matrix

@@ -1,0 +1,182 @@
+"""User errors: one sentence that names the method or module, the value, and what to do."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torchvision
+from cases import VIT, build, images
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import tokenzoo
+
+
+class Subclass(VisionTransformer):
+    """A class that no family names."""
+
+
+class ForeignAttention(timm.layers.Attention):
+    """An attention layer that no family names."""
+
+
+def _foreign_attention():
+    model = VIT()
+    model.blocks[2].attn.__class__ = ForeignAttention
+    return model
+
+
+def _gap():
+    return VIT(class_token=False, global_pool="avg")
+
+
+# what is asked -> (model, method, options, error, words that the message must hold)
+REFUSED = {
+    "unknown method": (VIT, "tomee", {}, ValueError, ["tomee", "did you mean 'tome'"]),
+    "unknown option": (VIT, "tome", {"rr": 3}, ValueError, ["tome", "'rr'", "Options"]),
+    "near option": (VIT, "evit", {"keep_rates": 0.7}, ValueError, ["keep_rates", "did you mean 'keep_rate'"]),
+    "layers out of range": (VIT, "tome", {"layers": [1, 4]}, ValueError, ["tome", "block 4", "0 to 3"]),
+    "negative layer": (VIT, "evit", {"layers": [-1]}, ValueError, ["evit", "block -1", "0 to 3"]),
+    "layer twice": (VIT, "evit", {"layers": [1, 1]}, ValueError, ["evit", "(1, 1)", "twice"]),
+    "layers as text": (VIT, "evit", {"layers": "all"}, TypeError, ["evit", "'all'", "give"]),
+    "no layer": (VIT, "tome", {"layers": []}, ValueError, ["acts in no block", "name layers"]),
+    "r too large": (VIT, "tome", {"r": 9}, ValueError, ["tome at block 0", "r=9", "at most 8", "clip=True"]),
+    "r too large later": (VIT, "tome", {"r": 5}, ValueError, ["tome at block 2", "r=5", "at most 3"]),
+    "r negative": (VIT, "tome", {"r": -1}, ValueError, ["r=-1", "negative"]),
+    "r too long": (VIT, "tome", {"r": [1] * 5}, ValueError, ["5 entries", "4 blocks"]),
+    "r as text": (VIT, "tome", {"r": "many"}, TypeError, ["'many'", "give"]),
+    "slope": (VIT, "tome", {"r": (4, 1.5)}, ValueError, ["1.5", "[-1, 1]"]),
+    "mctf keeps ten": (VIT, "mctf", {"r": 4}, ValueError, ["mctf at block 2", "r=4", "at most 3", "clip=True"]),
+    "mctf pooling": (VIT, "mctf", {"pooling": "sum"}, ValueError, ["mctf", "'sum'", "attention"]),
+    "mctf share": (VIT, "mctf", {"r": 1.5}, ValueError, ["mctf", "1.5", "[0, 1)"]),
+    "mctf temperature": (VIT, "mctf", {"tau_info": -1}, ValueError, ["tau_info=-1", "use 0"]),
+    "keep nothing": (VIT, "evit", {"keep_rate": 0}, ValueError, ["evit", "keep_rate=0", "(0, 1]"]),
+    "keep more": (VIT, "topk", {"keep_rate": 1.5}, ValueError, ["topk", "keep_rate=1.5", "(0, 1]"]),
+    "keep text": (VIT, "uniform", {"keep_rate": "a"}, TypeError, ["uniform", "'a'", "give"]),
+    "rates and layers": (VIT, "evit", {"keep_rate": [0.5], "layers": [1, 2]}, ValueError, ["1 entries", "2 layers"]),
+    "tokens too many": (VIT, "evit", {"tokens": 20}, ValueError, ["evit at block 1", "tokens=20", "16 patches"]),
+    "tokens zero": (VIT, "random", {"tokens": 0}, ValueError, ["random", "tokens=0", "at least 1"]),
+    "grid too large": (VIT, "pool", {"grid": [5, 4]}, ValueError, ["pool at block 1", "(5, 4)", "4 x 4"]),
+    "stride": (VIT, "pool", {"stride": 0}, ValueError, ["pool", "stride=(0, 0)", "at least 1"]),
+    "ats without class token": (_gap, "ats", {}, ValueError, ["ats", "class token", "VisionTransformer", "evit"]),
+    "ats budget": (VIT, "ats", {"max_tokens": 2}, ValueError, ["ats", "max_tokens=2", "at least 3"]),
+    "flops zero": (VIT, "tome", {"flops": 0}, ValueError, ["flops=0", "(0, 1]"]),
+    "flops two": (VIT, "tome", {"flops": 2}, ValueError, ["flops=2", "(0, 1]"]),
+    "flops unreachable": (VIT, "evit", {"flops": 0.05}, ValueError, ["flops=0.05", "evit", "leaves"]),
+    "merged positions": (VIT, "tome", {"merged_positions": "best"}, ValueError, ["'best'", "destination"]),
+    "no method": (VIT, [], {}, ValueError, ["at least one method"]),
+    "dict without method": (VIT, {"r": 3}, {}, ValueError, ["'method'", "'r'"]),
+    "number": (VIT, 3, {}, TypeError, ["3", "int", "give a name"]),
+    "options beside an object": (VIT, tokenzoo.ToMe(), {"r": 3}, ValueError, ["'r'", "tome"]),
+    "missing file": (VIT, "nowhere.yaml", {}, ValueError, ["nowhere.yaml", "does not exist"]),
+    "patch dropout": (lambda: VIT(patch_drop_rate=0.5), "tome", {"r": 1}, ValueError, ["patch_drop", "Identity"]),
+    "foreign attention": (_foreign_attention, "tome", {"r": 1}, TypeError, ["blocks.2", "ForeignAttention"]),
+    "subclass": (
+        lambda: Subclass(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2),
+        "tome", {"r": 1}, TypeError, ["Subclass", "VisionTransformer", "list_backbones"],
+    ),
+    "swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224"), "tome", {}, TypeError, ["SwinTransformer", "patch"]
+    ),
+    "cnn": (lambda: timm.create_model("resnet18"), "tome", {}, TypeError, ["ResNet", "serves exactly"]),
+    "torchvision": (lambda: torchvision.models.vit_b_32(), "tome", {}, TypeError, ["torchvision", "VisionTransformer"]),
+    "no module": (lambda: "deit", "tome", {}, TypeError, ["str", "torch.nn.Module"]),
+    "compiled": (lambda: torch.compile(VIT()), "tome", {"r": 1}, TypeError, ["OptimizedModule", "first"]),
+    "data parallel": (lambda: nn.DataParallel(VIT()), "tome", {"r": 1}, TypeError, ["DataParallel", "afterwards"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_changes(case):
+    make, method, options, error, words = REFUSED[case]
+    model = make()
+    before = type(model)
+    with pytest.raises(error) as caught:
+        tokenzoo.patch_model(model, method, **options)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert type(model) is before
+
+
+@pytest.mark.parametrize("text,words", [
+    ("method: [", ["broken.yaml", "not valid YAML"]),
+    ("- tome\n- evit", ["broken.yaml", "list", "mapping"]),
+    ("method: tome\nradius: 3", ["tome", "'radius'"]),
+    ("method: tome\nr: 2\nflops: 3", ["flops=3"]),
+])  # fmt: skip
+def test_broken_files(text, words, tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        tokenzoo.patch_model(VIT(), file)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_patched_models_say_what_they_cannot_do():
+    model = build("gap")
+    x = images(model)
+    for call in (tokenzoo.unpatch_model, tokenzoo.recipe, tokenzoo.update_method):
+        with pytest.raises(ValueError, match="not patched"):
+            call(model)
+    tokenzoo.patch_model(model, "mctf", r=2, min_tokens=4)
+    with pytest.raises(ValueError, match="patched already.*unpatch_model"):
+        tokenzoo.patch_model(model, "tome")
+    with pytest.raises(ValueError, match="is_causal.*order"):
+        model(x, is_causal=True)
+    with pytest.raises(ValueError, match=r"\(3, 3\).*N = 16"):
+        model(x, attn_mask=torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="output_fmt='NHWC'"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+    with pytest.raises(ValueError, match="pooling 'avg'.*forward_tokens"):
+        model.forward_head(model.forward_features(x))
+    torch.testing.assert_close(model.forward_head(model.forward_tokens(x)), model(x))
+    with pytest.raises(ValueError, match="no option 'strength'"):
+        tokenzoo.update_method(model, strength=1)
+    with pytest.raises(ValueError, match="'evit' does not name"):
+        tokenzoo.update_method(model, method="evit", keep_rate=0.5)
+
+
+def test_a_strength_that_fits_no_smaller_image_is_refused_there():
+    model = VIT(dynamic_img_size=True)
+    tokenzoo.patch_model(model, "tome", r=3)
+    with pytest.raises(ValueError, match="tome at block 1: r=3.*at most"):
+        model(torch.randn(1, 3, 16, 24))
+
+
+def test_budgets_given_twice():
+    with pytest.raises(ValueError, match="flops is given twice"):
+        tokenzoo.patch_model(VIT(), {"method": "tome", "flops": 0.6}, flops=0.7)
+
+
+def test_names_are_taken_once():
+    class Other(tokenzoo.Method):
+        name = "tome"
+
+    with pytest.raises(ValueError, match="'tome' is taken"):
+        tokenzoo.register(Other)
+    assert tokenzoo.method_class("tome") is tokenzoo.ToMe
+
+
+def test_importing_alters_nothing_of_timm_and_loads_nothing_heavy():
+    script = """
+import sys, timm, timm.layers, timm.models.eva, timm.models.deit, timm.models.vision_transformer as vit
+def snapshot():
+    found = {}
+    for module in (timm, timm.layers, timm.models.eva, timm.models.deit, vit):
+        for name, value in vars(module).items():
+            found[module.__name__, name] = id(value)
+            if isinstance(value, type):
+                found.update({(module.__name__, name, k): id(v) for k, v in vars(value).items()})
+    return found
+before = snapshot()
+heavy = {m for m in ("matplotlib", "onnx", "onnxruntime", "sklearn", "fvcore.nn") if m in sys.modules}
+import tokenzoo, tokenzoo.cli
+assert snapshot() == before, "timm was altered"
+new = {m for m in ("matplotlib", "onnx", "onnxruntime", "sklearn", "fvcore.nn") if m in sys.modules} - heavy
+assert not new, f"import loads {new}"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
