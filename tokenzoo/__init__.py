@@ -1,7 +1,7 @@
 """tokenzoo: token reduction for vision backbones, one call on the model you have."""
 
 from . import methods
-from .counting import MacReport, Report, count_macs, report
+from .counting import Report, report
 from .methods.base import Method
 from .patching import (
     is_patched,
@@ -14,6 +14,7 @@ from .patching import (
 )
 from .recipes import Recipe
 from .registry import create_method, list_methods, method_class, register
+from .tracing import MacReport, count_macs
 
 __version__ = "0.1.0"
 

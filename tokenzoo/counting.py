@@ -1,4 +1,4 @@
-"""Multiply-adds: by formula for every block (fast, exact about tokens), and by tracing for a check of the formula.
+"""Multiply-adds by formula: what a model costs block by block, exact about tokens, without running it.
 
 One multiply-add counts once. Counted are linear layers, convolutions, attention products, and what deciding and
 applying a reduction costs; norms, activations, softmax and sorting are not, as usual.
@@ -14,7 +14,6 @@ from torch import nn
 
 from .adapters.block import BlockMacs
 from .adapters.family import Family, families, find_family, linear_macs
-from .adapters.model import BackboneInfo
 from .methods.base import BlockShape, Step
 from .patching import backbone_of, describe
 from .recipes import Recipe
@@ -94,7 +93,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Costs:
+class Costs:
     """Everything about a model that the formulas need, read once."""
 
     blocks: tuple[tuple[BlockMacs, BlockShape, bool], ...]
@@ -105,7 +104,8 @@ class _Costs:
     head_skips: int  # prefix tokens that pooling with attention does not see
 
 
-def _costs(backbone: nn.Module, family: Family, layout: Layout) -> _Costs:
+def read_costs(backbone: nn.Module, family: Family, layout: Layout) -> Costs:
+    """Reads what the formulas need off a model, patched or not."""
     kinds = {cls: cls for cls in family.blocks.values()} | family.blocks
     blocks = []
     for block in backbone.blocks:
@@ -114,7 +114,7 @@ def _costs(backbone: nn.Module, family: Family, layout: Layout) -> _Costs:
     head, per_token, per_pair = _head_costs(backbone)
     sees_all = backbone.attn_pool is None or getattr(backbone, "pool_include_prefix", True)
     skips = 0 if sees_all else layout.num_prefix
-    return _Costs(tuple(blocks), _embed_macs(backbone, layout), head, per_token, per_pair, skips)
+    return Costs(tuple(blocks), _embed_macs(backbone, layout), head, per_token, per_pair, skips)
 
 
 def _embed_macs(backbone: nn.Module, layout: Layout) -> int:
@@ -186,7 +186,8 @@ def _block_cost(
     return through("after", between), total + reduction, reduction
 
 
-def _rows(costs: _Costs, recipe: Recipe | None, layout: Layout) -> tuple[BlockRow, ...]:
+def block_rows(costs: Costs, recipe: Recipe | None, layout: Layout) -> tuple[BlockRow, ...]:
+    """The rows of a report: embedding, blocks, head; `recipe` None for the unpatched model."""
     depth = len(costs.blocks)
     counts = recipe.token_counts(depth, layout) if recipe is not None else [[] for _ in range(depth)]
     n = layout.num_prefix + layout.num_patches
@@ -227,139 +228,7 @@ def report(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> R
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         grid = tuple(backbone.patch_embed.dynamic_feat_size(size))
     info = describe(backbone, grid, recipe)
-    costs = _costs(backbone, family, info.layout)
-    unpatched = sum(row.macs for row in _rows(costs, None, info.layout))
+    costs = read_costs(backbone, family, info.layout)
+    unpatched = sum(row.macs for row in block_rows(costs, None, info.layout))
     data_dependent = recipe is not None and any(m.data_dependent for m in recipe.methods)
-    return Report(_rows(costs, recipe, info.layout), unpatched, data_dependent)
-
-
-def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, share: float) -> Recipe:
-    """The recipe at the strength whose multiply-adds are nearest to a share of the unpatched model's.
-
-    Args:
-        backbone: the unpatched model.
-        family: the family that serves it.
-        recipe: methods whose strength is solved for, all at the same relative strength.
-        info: layout at the resolution that counts.
-        share: target in (0, 1].
-
-    Raises:
-        ValueError: the share is outside (0, 1], or below what the methods can reach.
-    """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ValueError(f"flops={share!r}; give a share of the unpatched multiply-adds in (0, 1], such as 0.6")
-    costs = _costs(backbone, family, info.layout)
-    base = sum(row.macs for row in _rows(costs, None, info.layout))
-
-    def reached(t: float) -> tuple[Recipe, float]:
-        dialled = recipe.dial(t, info.depth, info.layout)
-        return dialled, sum(row.macs for row in _rows(costs, dialled, info.layout)) / base
-
-    (weakest, high), (strongest, low) = reached(0.0), reached(1.0)
-    if share < low - 0.005:
-        raise ValueError(
-            f"flops={share} cannot be reached: at full strength {', '.join(m.name for m in recipe.methods)} leaves "
-            f"{low:.3f} of the multiply-adds; act in earlier layers or ask for more"
-        )
-    best = min((weakest, high), (strongest, low), key=lambda found: abs(found[1] - share))
-    bottom, top = 0.0, 1.0
-    for _ in range(40):
-        middle = (bottom + top) / 2
-        found = reached(middle)
-        best = min(best, found, key=lambda pair: abs(pair[1] - share))
-        bottom, top = (middle, top) if found[1] > share else (bottom, middle)
-    return best[0]
-
-
-@dataclass(frozen=True)
-class MacReport:
-    """Traced multiply-adds of one image.
-
-    Attributes:
-        total: multiply-adds of the whole model.
-        rows: (module, multiply-adds) for every block, then for everything else together.
-    """
-
-    total: int
-    rows: tuple[tuple[str, int], ...]
-
-    def __str__(self) -> str:
-        lines = [f"{name:<12} {macs / 1e9:.3f} GMACs" for name, macs in self.rows]
-        return "\n".join([*lines, f"{'total':<12} {self.total / 1e9:.3f} GMACs (multiply-adds, counted once)"])
-
-
-def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> MacReport:
-    """Counts the multiply-adds of one image by tracing the model with fvcore.
-
-    fvcore sees nothing of fused attention and of reduction; handlers for both are added here. Where counts depend on
-    the image, those of a random image are meant.
-
-    Args:
-        model: any module; patched and unpatched models alike.
-        input_size: channels, height, width.
-    """
-    import logging
-
-    from fvcore.nn import FlopCountAnalysis
-
-    backbone = backbone_of(model)
-    parameter = next(backbone.parameters())
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, *input_size, generator=generator).to(parameter.device, parameter.dtype)
-    training = backbone.training
-    backbone.eval()
-    quiet = logging.getLogger("fvcore.nn.jit_analysis")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with torch.no_grad():
-            analysis = FlopCountAnalysis(backbone, image).set_op_handle(**_handlers())
-            analysis = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            analysis = analysis.tracer_warnings("none")
-            by_module, total = analysis.by_module(), int(analysis.total())
-    finally:
-        quiet.setLevel(level)
-        backbone.train(training)
-    names = [f"blocks.{i}" for i in range(len(getattr(backbone, "blocks", ())))]
-    rows = [(name, int(by_module[name])) for name in names]
-    return MacReport(total, (*rows, ("elsewhere", total - sum(macs for _, macs in rows))))
-
-
-def _handlers() -> dict[str, Any]:
-    """fvcore handlers: fused attention, batched products with addition, added rows; norms are not counted."""
-
-    def shape(value: Any) -> list[int]:
-        return value.type().sizes() or []
-
-    def attention(inputs: list[Any], outputs: list[Any]) -> int:
-        (*batch, queries, width), keys, value = shape(inputs[0]), shape(inputs[1]), shape(inputs[2])
-        count = 1
-        for size in batch:
-            count *= size
-        return count * queries * keys[-2] * (width + value[-1])
-
-    def product(inputs: list[Any], outputs: list[Any]) -> int:
-        batch, rows, inner = shape(inputs[1])
-        return batch * rows * inner * shape(inputs[2])[-1]
-
-    def free(inputs: list[Any], outputs: list[Any]) -> int:
-        return 0
-
-    def added(position: int) -> Any:
-        def count(inputs: list[Any], outputs: list[Any]) -> int:
-            total = 1
-            for size in shape(inputs[position]):
-                total *= size
-            return total
-
-        return count
-
-    return {
-        "aten::scaled_dot_product_attention": attention,
-        "aten::baddbmm": product,
-        "aten::index_add": added(3),
-        "aten::scatter_add": added(3),
-        "aten::scatter_reduce": added(3),
-        "aten::layer_norm": free,
-        "aten::batch_norm": free,
-    }
+    return Report(block_rows(costs, recipe, info.layout), unpatched, data_dependent)

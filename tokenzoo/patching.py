@@ -99,7 +99,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     _check_recipe(recipe, info, type(backbone).__name__)
     family.check_recipe(backbone, recipe)
     if flops is not None:
-        from .counting import solve_flops
+        from .solving import solve_flops
 
         recipe = solve_flops(backbone, family, recipe, info, flops)
     recipe.token_counts(info.depth, info.layout)  # raises for strengths that cannot be reached

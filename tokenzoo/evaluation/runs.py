@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.family import find_family
-from ..counting import count_macs, report
+from ..counting import report
 from ..patching import describe, is_patched, patch_model
 from ..recipes import Recipe
 from ..registry import list_methods
+from ..tracing import count_macs
 
 
 class Run(NamedTuple):

@@ -1,0 +1,76 @@
+"""What every token map offers, and what follows from its assignment alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..rows import take_rows
+
+
+class TokenMap(ABC):
+    """A map from N tokens to N' tokens, the same shape for every image of the batch.
+
+    Attributes:
+        n_in: N, tokens before.
+        n_out: N', tokens after.
+        valid: [B, N'] bool, False for padding rows; None when the map itself adds no padding.
+    """
+
+    n_in: int
+    n_out: int
+    valid: Tensor | None = None
+    linear: bool = True  # False when `apply` is no matrix (elementwise maximum)
+
+    @property
+    @abstractmethod
+    def heads(self) -> Tensor:
+        """Old index of the token that stands for each new one [B, N'], -1 for a token without a single origin."""
+
+    @property
+    @abstractmethod
+    def assign(self) -> Tensor:
+        """New index of every old token [B, N], -1 for a dropped one."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """Values of the new tokens: x [B, N, C] -> [B, N', C]."""
+
+    @abstractmethod
+    def pool(self, mass: Tensor) -> Tensor:
+        """Sums of a per-token quantity over the members of each new token: [B, N, D] -> [B, N', D]."""
+
+    def mass(self, size: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+        """Token sizes after the map; `size` None stands for ones.
+
+        Args:
+            size: [B, N, 1] float32 or None.
+            batch: B, used when `size` is None.
+            device: where to make the ones.
+        """
+        if size is None:
+            size = torch.ones(batch, self.n_in, 1, device=device)
+        return self.pool(size)
+
+    def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """The way back: every old token reads its new one.
+
+        Args:
+            y: values of the new tokens [B, N', D].
+            dropped: values that dropped tokens get [B, N, D]; zeros when None.
+        """
+        assign = self.assign
+        back = take_rows(y, assign.clamp(min=0))
+        fill = torch.zeros_like(back) if dropped is None else dropped.to(back.dtype)
+        return torch.where((assign >= 0).unsqueeze(-1), back, fill)
+
+    def membership(self) -> Tensor:
+        """The 0/1 matrix [B, N', N] of which old token stands in which new one."""
+        slots = torch.arange(self.n_out, device=self.assign.device).view(1, -1, 1)
+        return (self.assign.unsqueeze(1) == slots).float()
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """The dense W [B, N', N] of `apply`. For tests and pictures: quadratic."""

@@ -1,0 +1,59 @@
+"""Several maps as one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import TokenMap
+
+
+class ChainMap(TokenMap):
+    """Several maps one after the other as one map.
+
+    Args:
+        maps: first to last; each takes what the one before leaves.
+    """
+
+    def __init__(self, *maps: TokenMap) -> None:
+        self.maps = maps
+        self.n_in, self.n_out, self.valid = maps[0].n_in, maps[-1].n_out, maps[-1].valid
+        self.linear = all(token_map.linear for token_map in maps)
+
+    @property
+    def heads(self) -> Tensor:
+        heads = self.maps[-1].heads
+        for token_map in reversed(self.maps[:-1]):
+            heads = torch.where(heads >= 0, token_map.heads.gather(1, heads.clamp(min=0)), -1)
+        return heads
+
+    @property
+    def assign(self) -> Tensor:
+        assign = self.maps[0].assign
+        for token_map in self.maps[1:]:
+            assign = torch.where(assign >= 0, token_map.assign.gather(1, assign.clamp(min=0)), -1)
+        return assign
+
+    def apply(self, x: Tensor) -> Tensor:
+        for token_map in self.maps:
+            x = token_map.apply(x)
+        return x
+
+    def pool(self, mass: Tensor) -> Tensor:
+        for token_map in self.maps:
+            mass = token_map.pool(mass)
+        return mass
+
+    def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+        before = [dropped]
+        for token_map in self.maps[:-1]:
+            before.append(None if dropped is None else token_map.apply(before[-1]))
+        for token_map, values in zip(reversed(self.maps), reversed(before)):
+            y = token_map.lift(y, values)
+        return y
+
+    def matrix(self) -> Tensor:
+        matrix = self.maps[0].matrix().double()
+        for token_map in self.maps[1:]:
+            matrix = token_map.matrix().double() @ matrix
+        return matrix
