@@ -52,7 +52,8 @@ def measure(
         ValueError: the method has no strength to solve for, or cannot reach a share.
     """
     runs = [Run(method, {"flops": share}) for share in shares] if method else []
-    accuracies, speeds = evaluate(model, runs, batches), bench(model, runs, batch_size=BATCH, rounds=rounds, latency=False)
+    accuracies = evaluate(model, runs, batches)
+    speeds = bench(model, runs, batch_size=BATCH, rounds=rounds, latency=False)
     rows = []
     for share, accuracy, speed in zip((None, *shares), accuracies, speeds):
         row = {**speed.row(), **accuracy.row(), "flops": share}
@@ -94,24 +95,24 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the table shows, in words; `rows` starts with the unpatched model."""
     base, runs = rows[0], rows[1:]
     words = [
-        f"Unpatched, the model reads {base['top1']:.1f} % of {base['n_images']} test digits at {base['gmacs']:.4f} GMACs "
-        f"and {base['infer_samples_per_sec']:.0f} images a second."
+        f"Unpatched, the model reads {base['top1']:.1f} % of {base['n_images']} test digits, at {base['gmacs']:.4f} "
+        f"GMACs and {base['infer_samples_per_sec']:.0f} img/s."
     ]
-    equal = [row for row in runs if abs(row["diff_top1"]) <= 2 * row["diff_top1_se"]]
-    words.append(f"{len(equal)} of {len(runs)} reduced runs differ from it by at most two standard errors.")
     for share in sorted({row["flops"] for row in runs}, reverse=True):
         own = sorted((row for row in runs if row["flops"] == share), key=lambda row: -row["top1"])
-        best, worst = own[0], own[-1]
+        fast = max(own, key=lambda row: row["speedup"])
         words.append(
-            f"At {share:.0%} of the multiply-adds {best['method']} keeps most ({best['top1']:.1f} %), {worst['method']} "
-            f"least ({worst['top1']:.1f} %)."
+            f"At {share:.0%} of the multiply-adds accuracy goes from {own[-1]['top1']:.1f} % ({own[-1]['method']}) to "
+            f"{own[0]['top1']:.1f} % ({own[0]['method']}); the fastest is {fast['method']} ({fast['speedup']:.2f}x)."
         )
+    equal = [row for row in runs if abs(row["diff_top1"]) <= 2 * row["diff_top1_se"]]
+    words.append(f"{len(equal)} of {len(runs)} runs lie within two standard errors of the unpatched accuracy.")
     close = [row for row in runs if row["diff_top1"] >= -1]
     if close:
         fast = max(close, key=lambda row: row["speedup"])
         words.append(
-            f"Fastest within one point of the unpatched model: {fast['method']} at {fast['flops']:.0%} of the "
-            f"multiply-adds, {fast['speedup']:.2f} times its speed ({fast['diff_top1']:+.2f} points)."
+            f"The fastest that loses at most one point: {fast['method']} at {fast['flops']:.0%}, "
+            f"{fast['speedup']:.2f}x, {fast['diff_top1']:+.2f} points."
         )
     return words
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for the table and the pictures")
     parser.add_argument("--methods", nargs="+", default=tokenzoo.list_methods(), help="all registered ones by default")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each model")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; one is timed by its own clock, undisturbed")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; a single one is timed by its own clock")
     args = parser.parse_args()
     # fvcore's import calls torch.jit.script, which newer versions of torch announce as deprecated
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
@@ -133,12 +134,14 @@ def main() -> None:
     model, about = digits.load_checkpoint()
     batches = list(zip(digits.normalize(data.test_images).split(120), data.test_labels.split(120)))
     shape = about["architecture"]
+    patches = (shape["img_size"] // shape["patch_size"]) ** 2
     print(
-        f"A ViT of {shape['depth']} blocks, width {shape['embed_dim']}, {(shape['img_size'] // shape['patch_size']) ** 2} "
-        f"patches; {len(data.test_labels)} test images of scikit-learn's handwritten digits; CPU threads: "
-        f"{args.threads}.\nEvery method is solved for three shares of the model's multiply-adds. 'difference' is in points of "
-        "accuracy on\nthe same images, with its standard error; 'speed-up' is the median over rounds in which both models "
-        f"take turns,\nbatch {BATCH}.\n\n{HEADER}\n{'-' * len(HEADER)}"
+        f"scikit-learn's handwritten digits, {len(data.test_labels)} test images, read by a ViT of "
+        f"{shape['depth']} blocks, width {shape['embed_dim']}, {patches} patches.\n"
+        "Every method is solved for three shares of the model's multiply-adds (a grid can only come near).\n"
+        "difference: points of accuracy against the unpatched model on the same images, with standard error.\n"
+        f"speed-up: median over rounds in which the models take turns; batch {BATCH}, CPU threads: {args.threads}.\n\n"
+        f"{HEADER}\n{'-' * len(HEADER)}"
     )
     rows = measure(model, None, (), batches, args.rounds)
     print(line(rows[0]), flush=True)
