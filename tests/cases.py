@@ -110,7 +110,7 @@ def _supported(name: str) -> bool:
     """Whether the installed timm has what a row needs (the oldest served release lacks differential attention)."""
     try:
         BACKBONES[name]()
-    except (ImportError, TypeError):
+    except (ImportError, TypeError, AssertionError):
         return False
     return True
 

@@ -126,7 +126,7 @@ def test_survives_copies_after_a_training_step(method):
 
 
 @pairs
-@pytest.mark.parametrize("backbone", ["deit", "dinov3"])
+@pytest.mark.parametrize("backbone", [name for name in ("deit", "dinov3") if name in backbone_names()])
 def test_checkpointed_gradients_are_equal(method, backbone):
     grads = []
     for checkpointing in (False, True):

@@ -107,8 +107,9 @@ class Tokens(NamedTuple):
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
         size = self.size
         if self.layout.track_size:
-            with torch.no_grad(), full_precision(self.x):
+            with full_precision(self.x):
                 size = token_map.mass(size, self.x.shape[0], self.x.device)
+            size = None if size is None else size.detach()
         valid = token_map.valid
         if valid is None and self.valid is not None:
             valid = _side(self.valid.unsqueeze(-1), token_map.heads, True).squeeze(-1)
@@ -117,9 +118,9 @@ class Tokens(NamedTuple):
             positions = _side(self.original_positions().unsqueeze(-1), token_map.heads, -1).squeeze(-1)
         coords = self.coords
         if coords is not None:
-            with torch.no_grad(), full_precision(self.x):
+            with full_precision(self.x):
                 mass = self.sizes()
-                coords = token_map.pool(coords * mass) / token_map.pool(mass).clamp(min=1e-12)
+                coords = (token_map.pool(coords * mass) / token_map.pool(mass).clamp(min=1e-12)).detach()
         trace = self.trace
         if trace is not None:
             trace = (*trace, TraceStep(block, method, token_map, self.x if dense else None))
