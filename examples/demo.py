@@ -37,28 +37,38 @@ HEADER = (
 
 
 def measure(
-    model: nn.Module, method: str | None, shares: Sequence[float], batches: Iterable[tuple[Tensor, Tensor]], rounds: int
+    model: nn.Module,
+    methods: Sequence[str],
+    shares: Sequence[float],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    rounds: int,
 ) -> list[dict[str, Any]]:
-    """Rows of the table for one method, or the row of the unpatched model.
+    """Rows of the table, the unpatched model first; prints a line a method on the way.
 
     Args:
         model: unpatched.
-        method: name of the method; None for the unpatched model alone.
+        methods: names of methods; one that has no strength to solve for is named and left out.
         shares: what to land on, as shares of the unpatched model's multiply-adds.
         batches: normalised test images and labels.
-        rounds: timed rounds; patched and unpatched models take turns in each.
-
-    Raises:
-        ValueError: the method has no strength to solve for, or cannot reach a share.
+        rounds: timed rounds; in each, all models take turns.
     """
-    runs = [Run(method, {"flops": share}) for share in shares] if method else []
-    accuracies = evaluate(model, runs, batches)
-    speeds = bench(model, runs, batch_size=BATCH, rounds=rounds, latency=False)
-    rows = []
-    for share, accuracy, speed in zip((None, *shares), accuracies, speeds):
-        row = {**speed.row(), **accuracy.row(), "flops": share}
-        rows.append({**row, "gmac_share": round(1 / speed.gmac_ratio, 4)})
-    return rows[1:] if method else rows[:1]
+    accuracies, runs = evaluate(model, [], batches), [Run()]
+    print(f"accuracy of {'unpatched':<10} {accuracies[0].top1.mean:6.2f} %", flush=True)
+    for method in methods:
+        own = [Run(method, {"flops": share}) for share in shares]
+        try:
+            found = evaluate(model, own, batches)[1:]
+        except ValueError as error:
+            print(f"{method} is left out: {error}", flush=True)
+            continue
+        print(f"accuracy of {method:<10} {'  '.join(f'{a.top1.mean:6.2f} %' for a in found)}", flush=True)
+        accuracies, runs = accuracies + found, runs + own
+    print(f"speed: {len(runs)} models take turns, {rounds} rounds ...", flush=True)
+    speeds = bench(model, runs, batch_size=BATCH, rounds=rounds, warmup=1, latency=False, progress=None)
+    rows = [{**speed.row(), **accuracy.row()} for speed, accuracy in zip(speeds, accuracies)]
+    for row, run, speed in zip(rows, runs, speeds):
+        row.update(flops=run.options.get("flops"), gmac_share=round(1 / speed.gmac_ratio, 4))
+    return rows
 
 
 def line(row: dict[str, Any]) -> str:
@@ -138,21 +148,16 @@ def main() -> None:
     print(
         f"scikit-learn's handwritten digits, {len(data.test_labels)} test images, read by a ViT of "
         f"{shape['depth']} blocks, width {shape['embed_dim']}, {patches} patches.\n"
-        "Every method is solved for three shares of the model's multiply-adds (a grid can only come near).\n"
-        "difference: points of accuracy against the unpatched model on the same images, with standard error.\n"
-        f"speed-up: median over rounds in which the models take turns; batch {BATCH}, CPU threads: {args.threads}.\n\n"
-        f"{HEADER}\n{'-' * len(HEADER)}"
+        f"Every method is solved for {', '.join(f'{share:.0%}' for share in SHARES)} of the model's multiply-adds.\n",
+        flush=True,
     )
-    rows = measure(model, None, (), batches, args.rounds)
-    print(line(rows[0]), flush=True)
-    for method in args.methods:
-        try:
-            found = measure(model, method, SHARES, batches, args.rounds)
-        except ValueError as error:
-            print(f"{method:<10} left out: {error}", flush=True)
-            continue
-        print("\n".join(line(row) for row in found), flush=True)
-        rows += found
+    rows = measure(model, args.methods, SHARES, batches, args.rounds)
+    print(f"\n{HEADER}\n{'-' * len(HEADER)}\n" + "\n".join(map(line, rows)))
+    print(
+        "share: of the unpatched multiply-adds, reduction's own included (a grid can only come near what was asked)\n"
+        "tokens: that reach the head, mean over the images; difference: in points, on the same images, with standard "
+        f"error\nimg/s, speed-up: medians of {args.rounds} rounds, batch {BATCH}, CPU threads: {args.threads}"
+    )
 
     written = [args.output / "table.csv", args.output / "curve.png", args.output / "speed.png"]
     write_results(written[0], rows, COLUMNS, environment("cpu"))

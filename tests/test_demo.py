@@ -78,9 +78,7 @@ def test_table_rows(demo, digits, data):
     model, _ = digits.load_checkpoint()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = [(digits.normalize(data.test_images[:40]), data.test_labels[:40])]
-    rows = demo.measure(model, None, (), batches, rounds=1)
-    for method in ("tome", "topk"):
-        rows += demo.measure(model, method, (0.6,), batches, rounds=1)
+    rows = demo.measure(model, ["tome", "topk"], (0.6,), batches, rounds=1)
     assert [row["method"] for row in rows] == ["unpatched", "tome", "topk"]
     for row in rows[1:]:
         assert row["gmacs"] / rows[0]["gmacs"] == pytest.approx(0.6, abs=0.02)
@@ -90,6 +88,14 @@ def test_table_rows(demo, digits, data):
     assert any("At 60% of the multiply-adds" in text for text in demo.summary(rows))
     assert not tokenzoo.is_patched(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_method_without_strength_is_named_and_left_out(demo, digits, data, capsys):
+    model, _ = digits.load_checkpoint()
+    batches = [(digits.normalize(data.test_images[:4]), data.test_labels[:4])]
+    rows = demo.measure(model, ["tome", "no_such_method"], (0.6,), batches, rounds=1)
+    assert [row["method"] for row in rows] == ["unpatched", "tome"]
+    assert "no_such_method is left out: method 'no_such_method' is unknown" in capsys.readouterr().out
 
 
 def test_demo_writes_what_it_names(demo, tmp_path, monkeypatch, capsys):
