@@ -20,16 +20,40 @@ from torch import nn
 
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
 ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "algm": ({"threshold": 2.0, "layers": (0,)}, {"threshold": 0.1, "layers": (0, 2)}, {"r": 2}),
     "ats": ({"layers": (3,)}, {"layers": (1, 2)}, {"layers": (1, 2), "max_tokens": 10}),
+    "cluster": ({"scale": 1.0}, {"layers": 0, "where": "before", "scale": 0.5}, {}),
+    "cts": ({"shared": 0}, {"shared": 2}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
     "pool": ({"stride": 1}, {"stride": 2}, {}),
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
     "tome": ({"r": 0}, {"r": 2}, {}),
+    "tomesd": ({"ratio": 0.0}, {"ratio": 0.75, "branches": ("attention", "mlp")}, {}),
     "topk": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "uniform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
 }
 METHODS = sorted(ZOO)
+# methods that only make sense after another one
+COMPANION = {"reconstruct": "cluster"}
+# methods after which all tokens are there again: no shorter sequence, nothing in the trace
+KEEPS_LENGTH = {"reconstruct", "tomesd"}
+
+
+def given(method: str, kind: str = "reduce", **more: Any) -> Any:
+    """The recipe of a row.
+
+    Args:
+        method: name of the method.
+        kind: "zero", "reduce" or "static".
+        more: options of the method on top.
+    """
+    zero, reduce, static = ZOO[method]
+    options = {"zero": zero, "reduce": reduce, "static": {**reduce, **static}}[kind]
+    recipe = {"method": method, **options, **more}
+    return [given(COMPANION[method], kind), recipe] if method in COMPANION else recipe
+
 
 VIT = partial(
     VisionTransformer, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7
@@ -148,5 +172,3 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
     return method not in NEEDS_CLASS or model.cls_token is not None
-
-

@@ -22,7 +22,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 ROOT = Path(os.environ.get("TOKENZOO_GOLDENS", Path(__file__).parent / "golden"))
-LANDED = ("tome", "evit", "ats", "mctf")
+LANDED = (
+    "tome", "evit", "ats", "mctf", "algm", "tomesd", "cts", "expedit", "expedit_sam", "dense_unmerge", "segmentation_eval",
+    "super_token_attention", "t2t_vit", "lv_vit",
+)  # fmt: skip
 LEFT_OUT = {"ats/tokenreduction_variant"}  # another method under the same name
 READ: set[tuple[str, str]] = set()
 _SHARED = ("weights", "input", "output", "distilled_extra_weights")
@@ -60,8 +63,11 @@ class Case(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of the case from the metadata."""
-        return settings(read(self.file)[1].get(self.name, "{}"))
+        """The settings of the case from the metadata: under its own name, or in the file's table of all cases."""
+        meta = read(self.file)[1]
+        if self.name in meta:
+            return settings(meta[self.name])
+        return settings(meta.get("settings", "{}")).get(self.name, {})
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Tensors of the case below a prefix, the prefix cut off."""
@@ -76,7 +82,7 @@ class Case(NamedTuple):
 
     def fixture(self) -> str:
         """The fixture that weights and input come from."""
-        named = re.match(r"(\w+)\.safetensors", read(self.file)[1].get("weights", "vit_micro.safetensors"))
+        named = re.match(r"(\w+)", read(self.file)[1].get("weights", "vit_micro.safetensors"))
         return named.group(1)
 
     def input(self, batch: int) -> Tensor:
@@ -92,13 +98,15 @@ class Case(NamedTuple):
 
 
 def settings(text: str) -> dict[str, Any]:
-    """JSON or Python literals; "tuple(8, -1.0)" becomes a tuple."""
+    """JSON, Python literals, or pairs like "B=2 cell=(4,4)"; "tuple(8, -1.0)" becomes a tuple."""
 
     def tuples(value: Any) -> Any:
         if isinstance(value, str) and value.startswith("tuple("):
             return ast.literal_eval(value[5:])
         return {k: tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
 
+    if re.match(r"\w+=", text):
+        return {key: ast.literal_eval(value) for key, value in re.findall(r"(\w+)=(\([^)]*\)|\S+)", text)}
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -148,6 +156,36 @@ def fixture_model(fixture: str, **changes: Any) -> torch.nn.Module:
         renamed = {re.sub(r"^norm\.", "fc_norm.", k): v for k, v in weights.items()}
     model.load_state_dict(renamed)
     return model.eval()
+
+
+def micro_decoder(kind: str) -> torch.nn.Module:
+    """The recorded decoder of the small segmenter, "mask" or "linear"."""
+    from tokenzoo.dense import LinearHead, MaskTransformer
+
+    start, tensors = f"{kind}/decoder.", read("segmentation_eval/segmenter_micro")[0]
+    weights = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+    if kind == "linear":
+        decoder = LinearHead(weights["head.weight"].shape[1], weights["head.weight"].shape[0])
+    else:
+        _, classes, width = weights["cls_emb"].shape
+        depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+        hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
+        decoder = MaskTransformer(width, classes, depth=depth, num_heads=1, mlp_dim=hidden)
+    decoder.load_state_dict(weights)
+    return decoder.eval()
+
+
+def decode_reduced(model: torch.nn.Module, decoder: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Class maps [B, K, h, w] and labels [B, H, W] of a decoder that runs on the reduced tokens of a model."""
+    from tokenzoo.dense import encode
+
+    with torch.no_grad():
+        encoded = encode(model, x)
+        scores = decoder(encoded.x[:, encoded.num_prefix :])
+        prefix = scores.new_zeros(len(x), encoded.num_prefix, scores.shape[2])
+        maps = encoded.restore(torch.cat([prefix, scores], dim=1)).transpose(1, 2).unflatten(2, encoded.grid)
+        full = torch.nn.functional.interpolate(maps, x.shape[-2:], mode="bilinear", align_corners=False)
+    return maps, full.argmax(1)
 
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:

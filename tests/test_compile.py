@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import METHODS, VIT, ZOO, build, images
+from cases import METHODS, VIT, build, given, images
 
 import tokenzoo
 
@@ -21,7 +21,7 @@ def test_one_graph(method, backbone):
     if method == "ats" and model.cls_token is None:
         model = build("eva02")
     x = images(model)
-    tokenzoo.patch_model(model, method, **{**ZOO[method][1], **ZOO[method][2]})
+    tokenzoo.patch_model(model, given(method, "static"))
     with torch.no_grad():
         expected = model(x)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import ZOO, build, images
+from cases import build, given, images
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenzoo
@@ -15,7 +15,7 @@ import tokenzoo
 def gradients(method, rank=None, port=None):
     model = build("deit")
     x = images(model, batch=4)
-    tokenzoo.patch_model(model, method, **ZOO[method][1])
+    tokenzoo.patch_model(model, given(method))
     if rank is None:
         model(x).square().mean().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

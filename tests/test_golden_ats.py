@@ -64,9 +64,7 @@ def test_model(case: Case):
     model = fixture_model(case.fixture())
     # released code: dropping lets the padding, hence batch mates, decide about the lowest token
     budget = None if s["drop_tokens"] else s["num_tokens"]
-    tokenzoo.patch_model(
-        model, "ats", layers=s["ats_blocks"], max_tokens=budget, batch_invariant=not s["drop_tokens"]
-    )
+    tokenzoo.patch_model(model, "ats", layers=s["ats_blocks"], max_tokens=budget, batch_invariant=not s["drop_tokens"])
     with torch.no_grad():
         tokens = model.forward_tokens(x, trace=True)
         close(model(x), case["out_logits"])

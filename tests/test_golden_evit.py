@@ -25,7 +25,7 @@ def test_block(case: Case):
     block.norm2.register_forward_hook(lambda module, args, out: seen.update(tokens=args[0]))
     tokens = Tokens(case["x"], layout, trace=())
     with torch.no_grad():
-        heads = block.heads(tokens, None)
+        heads = block.heads(tokens._replace(x=block.attention_input(tokens.x)), None)
         signals = Signals(heads, None, tokens)
         out = block(tokens)
     close(signals.attention, case["attn"], 1e-5)
@@ -45,9 +45,7 @@ def test_block(case: Case):
 
 @cases("evit", "keep_rate_schedule")
 def test_keep_rate_schedule(case: Case):
-    steps, start, length, target = re.fullmatch(
-        r"ipe(\d+)_start(\d+)_shrink(\d+)_base([\d.]+)", case.name
-    ).groups()
+    steps, start, length, target = re.fullmatch(r"ipe(\d+)_start(\d+)_shrink(\d+)_base([\d.]+)", case.name).groups()
     for iteration, epoch, rate in read(case.file)[0][case.name].tolist():
         got = cosine_keep_rate(int(iteration), int(epoch), int(steps), int(start), int(length), float(target))
         assert abs(got - rate) < 1e-6

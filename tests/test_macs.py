@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from cases import METHODS, ZOO, backbone_names, build
+from cases import COMPANION, METHODS, backbone_names, build, given
 from fvcore.nn import FlopCountAnalysis
 
 import tokenzoo
@@ -59,7 +59,7 @@ def test_formula_is_what_tracing_counts(method, backbone):
     assert tokenzoo.report(model).total == pytest.approx(tokenzoo.count_macs(model, size).total, rel=0.001)
     if method == "ats" and model.cls_token is None:
         return
-    tokenzoo.patch_model(model, method, **{**ZOO[method][1], **ZOO[method][2]})
+    tokenzoo.patch_model(model, given(method, "static"))
     report, traced = tokenzoo.report(model), tokenzoo.count_macs(model, size)
     # on models this small the bookkeeping that the formula leaves out is not quite nothing
     assert report.total == pytest.approx(traced.total, rel=0.01)
@@ -72,16 +72,25 @@ def test_formula_is_what_tracing_counts(method, backbone):
 def test_budgets(method, size):
     """Within 1 % of the share asked for, or no neighbour on the method's dial is nearer."""
     model = deit_small(img_size=size)
+    info = tokenzoo.patching.describe(model)
+    wanted = tokenzoo.Recipe.parse([COMPANION[method], method] if method in COMPANION else method)
+    if method == "cts" and any(side % 2 for side in info.layout.grid):
+        pytest.raises(ValueError, tokenzoo.patch_model, model, wanted, flops=0.6)
+        return
+    lowest = _ratio(model, wanted.dial(1.0, info.depth, info.layout))
     for share in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-        tokenzoo.patch_model(model, method, flops=share)
+        if share < lowest - 0.005:
+            with pytest.raises(ValueError, match=f"flops={share} cannot be reached"):
+                tokenzoo.patch_model(model, wanted, flops=share)
+            continue
+        tokenzoo.patch_model(model, wanted, flops=share)
         ratio = tokenzoo.report(model).ratio
         solved = tokenzoo.recipe(model)
         tokenzoo.unpatch_model(model)
         if abs(ratio / share - 1) <= 0.01:
             continue
-        info = tokenzoo.patching.describe(model)
-        dialled = tokenzoo.create_method(method)
-        nearest = min(abs(_ratio(model, dialled.dial(t / 400, info.depth, info.layout)) - share) for t in range(401))
+        dialled = (wanted.dial(t / 400, info.depth, info.layout) for t in range(401))
+        nearest = min(abs(_ratio(model, recipe) - share) for recipe in dialled)
         assert abs(ratio - share) <= nearest + 1e-9, (share, ratio, solved)
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenzoo.maps import ChainMap, FuseMap, KeepMap, MergeMap, MixMap
-from tokenzoo.tokens import Layout, Tokens, lift, trace_assign
+from tokenzoo.lifting import lift
+from tokenzoo.tokens import Layout, Tokens, trace_assign
 
 FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_sum", "merge_assign", "merge_dropped", "fuse", "mix",
          "chain")  # fmt: skip
@@ -121,16 +122,16 @@ def test_elementwise_maximum():
 
 
 def test_side_data_follows_the_map():
-    layout = Layout(1, True, (2, 3), track_size=True, track_positions=True)
+    layout = Layout(1, True, (2, 3), track_size=True, track_positions=True, keep_values=True)
     x = torch.arange(7.0).view(1, 7, 1)
     tokens = Tokens(x, layout, coords=torch.arange(14.0).view(1, 7, 2), trace=())
     merge = MergeMap(torch.tensor([[0, 1, 3, 5]]), torch.tensor([[2, 4, 6]]), torch.tensor([[1, 1, 3]]), 7)
-    tokens = tokens.reduce(merge, 0, "a", dense=True)
+    tokens = tokens.reduce(merge, 0, "a")
     assert tokens.size.flatten().tolist() == [1, 3, 1, 2]
     assert tokens.positions.tolist() == [[0, 1, 3, 5]]
     torch.testing.assert_close(tokens.coords[0, 1], torch.tensor([(2 + 4 + 8) / 3, (3 + 5 + 9) / 3]))
     left_out = torch.tensor([[False, False, True, True]])
-    fused = tokens.reduce(FuseMap(torch.tensor([[0, 1]]), left_out.float(), left_out), 1, "b", dense=True)
+    fused = tokens.reduce(FuseMap(torch.tensor([[0, 1]]), left_out.float(), left_out), 1, "b")
     assert fused.positions.tolist() == [[0, 1, -1]]
     assert fused.size.flatten().tolist() == [1, 3, 3]
     assign = trace_assign(fused.trace, 1, 7, x.device)
@@ -140,7 +141,13 @@ def test_side_data_follows_the_map():
     stash = lift(fused.x, fused.trace)
     assert stash[0, 3, 0] == 3.0  # as it was when it was left out
     assert stash[0, 5, 0] == stash[0, 6, 0] == 5.5
-    with pytest.raises(ValueError, match="fill='nearest'"):
-        lift(fused.x, fused.trace, "nearest")
+    # the kept tokens before the step were 0 and 1 3 5 averaged; 3 and 5.5 are nearest to the merged one
+    nearest = lift(fused.x, fused.trace, "nearest")
+    assert nearest[0, [3, 5, 6], 0].tolist() == [fused.x[0, 1, 0].item()] * 3
+    with pytest.raises(ValueError, match="fill='nearst'"):
+        lift(fused.x, fused.trace, "nearst")
+    bare = tuple(step._replace(before=None) for step in fused.trace)
+    with pytest.raises(ValueError, match="dense=True"):
+        lift(fused.x, bare)
     with pytest.raises(ValueError, match="map of 7 tokens met a sequence of 3"):
         fused.reduce(merge)

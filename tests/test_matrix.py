@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import METHODS, ZOO, backbone_names, build, images, serves
+from cases import KEEPS_LENGTH, METHODS, backbone_names, build, given, images, serves
 
 import tokenzoo
 from tokenzoo.patching import backbone_of
@@ -36,7 +36,7 @@ def test_zero_reduction_changes_nothing(models, method, backbone):
         return
     x = images(model)
     plain, features = model(x), model.forward_features(x)
-    with tokenzoo.patched(model, method, **ZOO[method][0]):
+    with tokenzoo.patched(model, given(method, "zero")):
         if method == "ats":
             # it has no strength zero; sampling the queries of the last block leaves the prefix rows what they were
             prefix = model.num_prefix_tokens
@@ -62,16 +62,18 @@ def test_reduction(models, method, backbone):
     x = images(model)
     plain, keys = model(x), list(model.state_dict())
     full = model.forward_intermediates(x, intermediates_only=True)
-    tokenzoo.patch_model(model, method, **ZOO[method][1])
+    tokenzoo.patch_model(model, given(method))
     try:
         tokens = model.forward_tokens(x, trace=True)
         report = tokenzoo.report(model)
         out = model(x)
         if report.data_dependent:
             assert tokens.length <= report.tokens_out
+        elif method in KEEPS_LENGTH:
+            assert tokens.length == report.tokens_out == model.num_prefix_tokens + tokens.layout.num_patches
         else:
             assert tokens.length == report.tokens_out < model.num_prefix_tokens + tokens.layout.num_patches
-        assert tokens.trace and out.isfinite().all()
+        assert bool(tokens.trace) == (method not in KEEPS_LENGTH) and out.isfinite().all()
         if model.global_pool:
             assert out.shape == plain.shape and not torch.allclose(out, plain, atol=1e-5)
             alone = torch.cat([model(image[None]) for image in x])
@@ -96,7 +98,7 @@ def test_reduction(models, method, backbone):
 def test_prefix_tokens_stay(models, method):
     model = models["registers"]
     x = images(model)
-    with torch.no_grad(), tokenzoo.patched(model, method, **ZOO[method][1]):
+    with torch.no_grad(), tokenzoo.patched(model, given(method)):
         for step in model.forward_tokens(x, trace=True).trace:
             assert torch.equal(step.map.heads[:, :5], torch.arange(5).expand(len(x), -1))
             assert torch.equal(step.map.assign[:, :5], torch.arange(5).expand(len(x), -1))
@@ -106,7 +108,7 @@ def test_prefix_tokens_stay(models, method):
 def test_survives_copies_after_a_training_step(method):
     model = build("registers").train()
     x = images(model)
-    tokenzoo.patch_model(model, method, **ZOO[method][1])
+    tokenzoo.patch_model(model, given(method))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model(x).square().mean().backward()
     optimizer.step()
@@ -131,7 +133,7 @@ def test_checkpointed_gradients_are_equal(method, backbone):
     grads = []
     for checkpointing in (False, True):
         model = build(backbone).train()
-        tokenzoo.patch_model(model, method, **ZOO[method][1])
+        tokenzoo.patch_model(model, given(method))
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(3)
         model(images(model)).square().mean().backward()
@@ -146,7 +148,7 @@ def test_threads_share_one_model(method):
     from concurrent.futures import ThreadPoolExecutor
 
     model = build("deit")
-    tokenzoo.patch_model(model, method, **ZOO[method][1])
+    tokenzoo.patch_model(model, given(method))
     batches = [images(model, batch=b, seed=s) for s, b in enumerate((1, 2, 3, 4))]
 
     @torch.no_grad()
@@ -164,7 +166,7 @@ def test_threads_share_one_model(method):
 def test_lower_precision_runs(method):
     model = build("deit")
     x = images(model)
-    tokenzoo.patch_model(model, method, **{**ZOO[method][1], **ZOO[method][2]})
+    tokenzoo.patch_model(model, given(method, "static"))
     exact = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens = model.forward_tokens(x)
@@ -197,9 +199,10 @@ def test_features_only(method):
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
     x = torch.randn(2, 3, 64, 64)
     plain = model(x)
-    tokenzoo.patch_model(model, method, **ZOO[method][1])
+    tokenzoo.patch_model(model, given(method))
     assert [f.shape for f in model(x)] == [f.shape for f in plain]
-    assert tokenzoo.recipe(model)["method"] == method
+    saved = tokenzoo.recipe(model)["method"]
+    assert (saved if isinstance(saved, str) else saved[-1]["method"]) == method
     tokenzoo.unpatch_model(model)
     assert all(torch.equal(a, b) for a, b in zip(model(x), plain))
 
@@ -209,7 +212,7 @@ def test_features_only(method):
 def test_pruned_and_stopped_early(method):
     model = build("deit")
     x = images(model)
-    tokenzoo.patch_model(model, method, **ZOO[method][1])
+    tokenzoo.patch_model(model, given(method))
     stopped = model.forward_intermediates(x, indices=[1, 2], stop_early=True, intermediates_only=True)
     every = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(stopped, every))
@@ -228,8 +231,12 @@ def test_blocks_without_their_model(method):
     """Code that calls `model.blocks` itself gets a plain tensor back."""
     model = build("deit")
     x = images(model)
-    tokenzoo.patch_model(model, method, **ZOO[method][1])
+    tokenzoo.patch_model(model, given(method))
     embedded = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    if tokenzoo.create_method(method).place == "embed":
+        with pytest.raises(ValueError, match="called without their model"):
+            model.blocks(embedded)
+        return
     out = model.blocks(embedded)
     assert isinstance(out, torch.Tensor)
     rows = model.forward_tokens(x)
@@ -244,7 +251,7 @@ def test_attention_mask_follows_the_tokens(method):
     model = build("deit")
     x = images(model)
     n = 1 + model.patch_embed.num_patches
-    tokenzoo.patch_model(model, method, **ZOO[method][1])
+    tokenzoo.patch_model(model, given(method))
     plain = model(x)
     open_mask = torch.zeros(n, n)
     torch.testing.assert_close(model(x, attn_mask=open_mask), plain, atol=1e-5, rtol=1e-5)

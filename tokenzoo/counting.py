@@ -104,8 +104,12 @@ class Costs:
     head_skips: int  # prefix tokens that pooling with attention does not see
 
 
-def read_costs(backbone: nn.Module, family: Family, layout: Layout) -> Costs:
-    """Reads what the formulas need off a model, patched or not."""
+def read_costs(
+    backbone: nn.Module, family: Family, layout: Layout, grid: tuple[int, int] | None = None
+) -> Costs | Any:
+    """Reads what the formulas need off a model, patched or not, at a patch grid (None for the model's own)."""
+    if family.costs is not None:
+        return family.costs(backbone, tuple(grid or backbone.patch_embed.grid_size))
     kinds = {cls: cls for cls in family.blocks.values()} | family.blocks
     blocks = []
     for block in backbone.blocks:
@@ -173,25 +177,45 @@ def _block_cost(
     def through(place: str, n: int) -> int:
         return by_place[place][-1][2] if place in by_place else n
 
-    for step, before, _ in by_place.get("before", ()):
+    for step, before, _ in (*by_place.get("before", ()), *by_place.get("around", ())):
         if step.method.reads_attention:
             reduction += macs.qk * before  # projected for the decision alone
-    n = through("before", n)
+    n = through("before", through("embed", n))
     merged = through("ahead", n)
     kept = through("queries", merged)
-    pairs = n * n if "ahead" in by_place else kept * n
-    total = macs.qk * n + macs.v * merged + macs.pair * pairs + macs.out * kept
+    inside = _inside("attention", by_place, n, layout)
+    if inside is not None:
+        total = (macs.qk + macs.v + macs.pair * inside + macs.out) * inside
+    else:
+        pairs = n * n if "ahead" in by_place else kept * n
+        total = macs.qk * n + macs.v * merged + macs.pair * pairs + macs.out * kept
     between = through("between", kept)
-    total += macs.mlp * between
-    return through("after", between), total + reduction, reduction
+    inside = _inside("mlp", by_place, between, layout)
+    total += macs.mlp * (between if inside is None else inside)
+    return through("norm", through("after", between)), total + reduction, reduction
 
 
-def block_rows(costs: Costs, recipe: Recipe | None, layout: Layout) -> tuple[BlockRow, ...]:
+def _inside(
+    branch: str, by_place: dict[str, list[tuple[Step, int, int]]], n: int, layout: Layout
+) -> int | None:
+    """Tokens inside a branch that n tokens enter, None where nothing merges around it."""
+    steps = [step for step, _, _ in by_place.get("around", ()) if branch in step.method.branches]
+    for step in steps:
+        n = step.method.tokens_inside(n, step, layout)
+    return n if steps else None
+
+
+def block_rows(costs: Costs | Any, recipe: Recipe | None, layout: Layout) -> tuple[BlockRow, ...]:
     """The rows of a report: embedding, blocks, head; `recipe` None for the unpatched model."""
+    if not isinstance(costs, Costs):
+        return tuple(BlockRow(*row) for row in costs.rows(recipe, layout))
     depth = len(costs.blocks)
     counts = recipe.token_counts(depth, layout) if recipe is not None else [[] for _ in range(depth)]
     n = layout.num_prefix + layout.num_patches
-    rows = [BlockRow("embed", "", n, n, costs.embed, 0, "")]
+    first = counts[0] if counts else []
+    # a method before block 0 embeds the image at half resolution too, a quarter of the patches
+    half = costs.embed // 4 if any(step.method.place == "embed" for step, _, _ in first) else 0
+    rows = [BlockRow("embed", "", n, n, costs.embed + half, half, "")]
     sized = padded = False
     for index, ((macs, shape, fused), steps) in enumerate(zip(costs.blocks, counts)):
         after, total, reduction = _block_cost(macs, shape, steps, n, layout)
@@ -228,7 +252,7 @@ def report(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> R
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         grid = tuple(backbone.patch_embed.dynamic_feat_size(size))
     info = describe(backbone, grid, recipe)
-    costs = read_costs(backbone, family, info.layout)
+    costs = read_costs(backbone, family, info.layout, grid)
     unpatched = sum(row.macs for row in block_rows(costs, None, info.layout))
     data_dependent = recipe is not None and any(m.data_dependent for m in recipe.methods)
     return Report(block_rows(costs, recipe, info.layout), unpatched, data_dependent)

@@ -121,7 +121,7 @@ def _check_model(model: nn.Module, path: Path, example_input: Tensor) -> None:
         if method.data_dependent:
             raise ValueError(
                 f"{method.name} keeps as many tokens as the images ask for, which has no static shape to export; set "
-                "a fixed budget, such as max_tokens=128"
+                f"a fixed budget, such as {method.static_option}"
             )
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if path.suffix == ".onnx" and size >= _ONNX_LIMIT:

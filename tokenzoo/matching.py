@@ -64,15 +64,32 @@ def bipartite_pairs(metric: Tensor, r: int, num_prefix: int, valid: Tensor | Non
             fewer real tokens merges at most half of its own, whatever its batch mates hold.
     """
     with torch.no_grad():
-        metric = F.normalize(metric.float(), dim=-1)
-        even, odd = metric[:, 0::2], metric[:, 1::2]
-        pe, po = (num_prefix + 1) // 2, num_prefix // 2  # prefix tokens among the even and the odd ones
-        if valid is not None:
-            # a zero vector scores 0; push padding below every real partner instead
-            even = torch.cat([even, torch.ones_like(even[..., :1])], dim=2)
-            odd = torch.cat([odd, torch.where(valid[:, 1::2, None], 0.0, -4.0)], dim=2)
-        value, partner = best_partner(even[:, pe:], odd, po)
+        value, partner = best_odd(metric, num_prefix, valid)
         return _plan(value, partner, r, num_prefix, valid, metric.shape[1])
+
+
+def best_odd(metric: Tensor, num_prefix: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The most similar odd token of every even one, prefix tokens left out on both sides.
+
+    Args:
+        metric: what similarity is measured on [B, N, D].
+        num_prefix: tokens at the front that stay out of it.
+        valid: [B, N] bool with the real tokens in front; padding is nobody's partner while there is a real one.
+
+    Returns:
+        Cosine [B, E] and partner [B, E] (its place among all odd tokens) of the even tokens after the prefix; padding
+        scores -inf.
+    """
+    metric = F.normalize(metric.float(), dim=-1)
+    even, odd = metric[:, 0::2], metric[:, 1::2]
+    pe, po = (num_prefix + 1) // 2, num_prefix // 2  # prefix tokens among the even and the odd ones
+    if valid is None:
+        return best_partner(even[:, pe:], odd, po)
+    # a zero vector scores 0; push padding below every real partner instead
+    even = torch.cat([even, torch.ones_like(even[..., :1])], dim=2)
+    odd = torch.cat([odd, torch.where(valid[:, 1::2, None], 0.0, -4.0)], dim=2)
+    value, partner = best_partner(even[:, pe:], odd, po)
+    return value.masked_fill(~valid[:, 2 * pe :: 2], float("-inf")), partner
 
 
 def _plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor | None, n: int) -> Pairs:

@@ -26,7 +26,7 @@ def list_backbones() -> dict[str, list[str]]:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The module that holds the blocks: timm's `features_only` wrapper is looked through.
+    """The module that holds the blocks: timm's `features_only` wrapper and dense models are looked through.
 
     Raises:
         TypeError: a wrapper that has to be patched before wrapping.
@@ -35,6 +35,9 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
     if isinstance(model, FeatureGetterNet):
         return model.model
+    inner = getattr(type(model), "tokenzoo_backbone", None)
+    if inner is not None:  # a dense model names the backbone inside it
+        return backbone_of(model.tokenzoo_backbone)
     name = type(model).__name__
     if name in ("DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel"):
         raise TypeError(f"model is wrapped in {name}; patch the model first and wrap it afterwards")
@@ -56,6 +59,9 @@ def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Reci
         grid: patch grid; None for the model's own image size.
         recipe: decides which side data is tracked.
     """
+    layout_of = next((f.layout for f in families() if type(model) in (*f.models, *f.models.values())), None)
+    if layout_of is not None:
+        return BackboneInfo(len(model.blocks), model.embed_dim, layout_of(model))
     if grid is None:
         grid = model.patch_embed.grid_size
         if grid is None:
@@ -64,7 +70,10 @@ def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Reci
             )
     size = recipe is not None and recipe.track_size
     positions = recipe is not None and recipe.track_positions
-    layout = Layout(model.num_prefix_tokens, model.cls_token is not None, tuple(grid), size, positions)
+    keep = recipe is not None and recipe.keeps_trace
+    layout = Layout(
+        model.num_prefix_tokens, model.cls_token is not None, tuple(grid), size, positions, keep_values=keep
+    )
     return BackboneInfo(len(model.blocks), model.embed_dim, layout)
 
 
@@ -76,7 +85,8 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
-        **options: options of the method, and `merged_positions`.
+        **options: options of the method, and `merged_positions`, `dense` (forward_features gives all tokens back) and
+            `fill` (what dropped tokens get then), see `tokenzoo.recipes.Recipe`.
 
     Returns:
         The same model.
@@ -103,6 +113,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
 
         recipe = solve_flops(backbone, family, recipe, info, flops)
     recipe.token_counts(info.depth, info.layout)  # raises for strengths that cannot be reached
+    _check_branches(backbone, family, recipe)
     _install(backbone, family, recipe, info)
     return model
 
@@ -133,6 +144,19 @@ def _check_recipe(recipe: Recipe, info: BackboneInfo, name: str) -> None:
         )
     for method in recipe.methods:
         method.check(info.layout, name)
+        method.check_recipe(recipe.methods, info.depth)
+
+
+def _check_branches(backbone: nn.Module, family: Family, recipe: Recipe) -> None:
+    """Refuses merging around an MLP that has no branch of its own."""
+    for index, steps in recipe.steps(len(backbone.blocks)).items():
+        for step in steps:
+            alone = step.method.place == "around" and "attention" not in step.method.branches
+            if alone and not family.blocks[type(backbone.blocks[index])].mlp_follows:
+                raise step.error(
+                    f"branches={step.method.branches}, but the MLP of {type(backbone.blocks[index]).__name__} runs "
+                    "beside attention; add 'attention' to the branches"
+                )
 
 
 def _install(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo) -> None:
@@ -229,6 +253,8 @@ def update_method(model: nn.Module, method: str | None = None, **options: Any) -
     new = replace(old, methods=methods)
     info = describe(backbone, recipe=new)
     _check_recipe(new, info, type(backbone).__name__)
+    family = next(f for f in families() if type(backbone) in f.models.values())
+    family.check_recipe(backbone, new)
     new.token_counts(info.depth, info.layout)
     steps = new.steps(info.depth)
     keys = {(s.block, s.key) for block in backbone.blocks for s in block.tokenzoo.steps if s.key}

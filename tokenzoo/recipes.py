@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from .lifting import Fill
 from .methods.base import PLACES, Method, Step
 from .registry import create_method
-from .tokens import Layout
+from .tokens import Layout, TraceStep
 
 MERGED_POSITIONS = ("destination", "mean")
 
@@ -25,16 +26,40 @@ class Recipe:
         methods: methods in list order; at the same place of the same block they run in this order.
         merged_positions: rotary position of a merged token: "destination" keeps the row of the token it merged into,
             "mean" rebuilds it from the mass-weighted mean coordinate.
+        dense: `forward_features` gives all tokens back, for dense heads.
+        fill: what dropped tokens get on the way back to the full grid: a name ("stash", "nearest", "zero"), the options
+            of `tokenzoo.lifting.Fill` as a dict, or a Fill.
     """
 
     methods: tuple[Method, ...]
     merged_positions: str = "destination"
+    dense: bool = False
+    fill: Fill = Fill()
 
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("a recipe needs at least one method; see tokenzoo.list_methods()")
         if self.merged_positions not in MERGED_POSITIONS:
             raise ValueError(f"merged_positions={self.merged_positions!r}; use one of {MERGED_POSITIONS}")
+        if not isinstance(self.dense, bool):
+            raise TypeError(f"dense={self.dense!r}; give True (all tokens come back) or False")
+        object.__setattr__(self, "fill", Fill.parse(self.fill))
+
+    @property
+    def keeps_trace(self) -> bool:
+        """Whether every forward pass has to remember its maps."""
+        return any(m.keeps_trace for m in self.methods)
+
+    @property
+    def restores_maps(self) -> bool:
+        """Whether dense models run their decoder on the reduced tokens and restore what it gives."""
+        return any(m.decodes_reduced for m in self.methods)
+
+    def lift_trace(self, trace: tuple[TraceStep, ...]) -> tuple[TraceStep, ...]:
+        """The trace with the options that methods have for the way back."""
+        for method in self.methods:
+            trace = method.lift_trace(trace)
+        return trace
 
     @property
     def track_size(self) -> bool:
@@ -80,10 +105,14 @@ class Recipe:
             ValueError: a strength that cannot be reached at this number of tokens.
         """
         steps, n, rows = self.steps(depth), layout.num_prefix + layout.num_patches, []
+        opened: list[int] = []  # tokens in front of the spans that are still open
         for block in range(depth):
             row = []
             for step in steps.get(block, ()):
-                after = step.tokens_out(n, layout)
+                if step.method.opens_span:
+                    opened.append(n)
+                closes = step.method.closes_span and bool(opened)
+                after = opened.pop() if closes else step.tokens_out(n, layout)
                 row.append((step, n, after))
                 n = after
             rows.append(row)
@@ -95,7 +124,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dict that `Recipe.parse` and `patch_model` take back; JSON and YAML safe."""
-        extra = {} if self.merged_positions == "destination" else {"merged_positions": self.merged_positions}
+        extra: dict[str, Any] = {}
+        if self.merged_positions != "destination":
+            extra["merged_positions"] = self.merged_positions
+        if self.dense:
+            extra["dense"] = True
+        if self.fill != Fill():
+            extra["fill"] = self.fill.to_plain()
         if len(self.methods) == 1:
             return {**self.methods[0].to_dict(), **extra}
         return {"method": [m.to_dict() for m in self.methods], **extra}
@@ -106,12 +141,12 @@ class Recipe:
 
         Args:
             method: "tome", ToMe(r=8), ["evit", ToMe(r=8)], {"method": "tome", "r": 8}, "recipe.yaml" or a Recipe.
-            **options: options of the method when it is given by name, and `merged_positions`.
+            **options: options of the method when it is given by name, and `merged_positions`, `dense`, `fill`.
 
         Raises:
             ValueError, TypeError: with the offending name, value or line.
         """
-        common = {k: options.pop(k) for k in ("merged_positions",) if k in options}
+        common = {k: options.pop(k) for k in ("merged_positions", "dense", "fill") if k in options}
         if isinstance(method, Recipe):
             _no_options(options, "a Recipe")
             return replace(method, **common)

@@ -57,6 +57,17 @@ def keep_best(scores: Tensor, tokens: Tokens, kept: Callable[[int], int]) -> Kee
     return KeepMap(with_prefix(best, prefix), tokens.length, valid)
 
 
+def raster_order(tokens: Tokens) -> Tensor | None:
+    """Patches by their place in the image [B, M], padding last; None while they stand that way."""
+    if tokens.positions is None and tokens.valid is None:
+        return None
+    prefix = tokens.layout.num_prefix
+    place = tokens.original_positions()[:, prefix:]
+    if tokens.valid is not None:
+        place = torch.where(tokens.valid[:, prefix:], place, prefix + tokens.layout.num_patches)
+    return stable_order(place)
+
+
 def compact(valid: Tensor) -> KeepMap:
     """Moves real rows to the front and padding to the end, keeping the order otherwise: valid [B, N]."""
     order = stable_order(~valid)

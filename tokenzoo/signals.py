@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ class Signals:
 
     Attributes:
         module: the learned module that a method keeps in this block, None for methods without parameters.
+        branch: "attention" or "mlp" for methods around a branch, else None.
+        branch_input: what that branch reads [B, N, C], else None.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class Signals:
         self._values: Tensor | None = None
         self._values_from = 0  # maps before this one were applied already when the values were projected
         self.module: nn.Module | None = None
+        self.branch: str | None = None
+        self.branch_input: Tensor | None = None
 
     def after(self, token_map: TokenMap) -> Signals:
         """The same signals for the tokens that a map leaves."""
@@ -125,6 +130,24 @@ class Signals:
     def attention(self) -> Tensor:
         """The whole map [B, H, N, N] float32 before any reduction of this block. Quadratic: only for who must."""
         return attention_rows(self.heads, 0, self.heads.q.shape[2], self._bias)
+
+
+class EmbedSignals:
+    """What a method before block 0 may look at.
+
+    Args:
+        model: the patched model.
+        image: the images [B, C, H, W].
+        module: the learned module that the method keeps, None for methods without parameters.
+    """
+
+    def __init__(self, model: Any, image: Tensor, module: nn.Module | None = None) -> None:
+        self._model, self.image, self.module, self.training = model, image, module, model.training
+
+    @property
+    def half(self) -> Tensor:
+        """Tokens of the image at half resolution [B, H / 2 * W / 2, C], ready for block 0."""
+        return self._model.norm_pre(self._model.embed_half(self.image))
 
 
 def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kept: list[TokenMap]) -> Tensor:

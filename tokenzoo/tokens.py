@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import full_precision
-from .maps import TokenMap
+from .maps import RestoreMap, TokenMap
 from .rows import take_rows
 
 
@@ -22,6 +22,7 @@ class Layout(NamedTuple):
         track_size: token sizes are kept (some method or pooling reads them).
         track_positions: the original index of each token is kept (RoPE, masks, grid methods).
         standalone: the blocks were called without their model; the last one hands back a plain tensor.
+        keep_values: the trace keeps the values before every map that drops tokens, so that these can be given back.
     """
 
     num_prefix: int
@@ -30,6 +31,7 @@ class Layout(NamedTuple):
     track_size: bool = False
     track_positions: bool = False
     standalone: bool = False
+    keep_values: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -37,13 +39,33 @@ class Layout(NamedTuple):
         return self.grid[0] * self.grid[1]
 
 
+class SideData(NamedTuple):
+    """Everything about tokens but their values, as it was before a map."""
+
+    size: Tensor | None
+    valid: Tensor | None
+    positions: Tensor | None
+    coords: Tensor | None
+
+
 class TraceStep(NamedTuple):
-    """One reduction as it happened: where, the map, and the values before it (None unless dense output needs them)."""
+    """One reduction as it happened.
+
+    Attributes:
+        block: index of the block.
+        method: name of the method.
+        map: the map.
+        before: values before it [B, N, C]; None unless dense output needs them.
+        side: side data before it.
+        prefix: prefix tokens in front of the sequence.
+    """
 
     block: int
     method: str
     map: TokenMap
     before: Tensor | None
+    side: SideData
+    prefix: int
 
 
 class Tokens(NamedTuple):
@@ -94,17 +116,21 @@ class Tokens(NamedTuple):
             return self.positions
         return torch.arange(self.length, device=self.x.device).expand(self.x.shape[0], -1)
 
-    def reduce(self, token_map: TokenMap, block: int = -1, method: str = "", dense: bool = False) -> Tokens:
+    def reduce(self, token_map: TokenMap, block: int = -1, method: str = "") -> Tokens:
         """Applies a map to the values and to all side data.
+
+        A `RestoreMap` takes the steps that it undoes off the trace and gives their side data back.
 
         Args:
             token_map: the map; its n_in must equal the current length.
             block: index of the block, for the trace.
             method: name of the method, for the trace.
-            dense: keep the values before the map in the trace (to give dropped tokens back).
         """
         if token_map.n_in != self.length:
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
+        if isinstance(token_map, RestoreMap):
+            x, undone = token_map.apply(self.x), self.trace[token_map.start]
+            return Tokens(x, self.layout, *undone.side, trace=self.trace[: token_map.start])
         size = self.size
         if self.layout.track_size:
             with full_precision(self.x):
@@ -123,7 +149,9 @@ class Tokens(NamedTuple):
                 coords = (token_map.pool(coords * mass) / token_map.pool(mass).clamp(min=1e-12)).detach()
         trace = self.trace
         if trace is not None:
-            trace = (*trace, TraceStep(block, method, token_map, self.x if dense else None))
+            before = self.x if self.layout.keep_values and token_map.drops else None
+            side = SideData(self.size, self.valid, self.positions, self.coords)
+            trace = (*trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
         return Tokens(token_map.apply(self.x), self.layout, size, valid, positions, coords, trace)
 
 
@@ -131,25 +159,6 @@ def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:
     """Per-token side data of the tokens that head the new ones, `missing` where there is none."""
     taken = take_rows(values, heads.clamp(min=0))
     return torch.where((heads >= 0).unsqueeze(-1), taken, torch.full_like(taken, missing))
-
-
-def lift(x: Tensor, trace: tuple[TraceStep, ...], fill: str = "stash") -> Tensor:
-    """Carries values back to the tokens that entered the first reduction.
-
-    Args:
-        x: values of the current tokens [B, N', D].
-        trace: the reductions, first to last.
-        fill: what dropped tokens get: "stash" (the value they had when they were dropped; the trace must hold it and
-            D must equal C) or "zero".
-
-    Returns:
-        Values [B, N, D] in the original order.
-    """
-    if fill not in ("stash", "zero"):
-        raise ValueError(f"lift: fill={fill!r} is unknown; use 'stash' or 'zero'")
-    for step in reversed(trace):
-        x = step.map.lift(x, step.before if fill == "stash" else None)
-    return x
 
 
 def trace_assign(trace: tuple[TraceStep, ...], batch: int, length: int, device: torch.device) -> Tensor:

@@ -76,7 +76,9 @@ def token_maps(model: nn.Module, images: Tensor) -> TokenMaps:
             f"{type(model).__name__} is not patched, it has no token maps; call tokenzoo.patch_model first"
         )
     with torch.no_grad():
-        tokens = backbone_of(model).forward_tokens(images, trace=True)
+        # reconstruction takes its steps off the trace: the longest one on the way shows them all
+        walked = list(backbone_of(model).walk(images, trace=True))
+        tokens = max(reversed(walked), key=lambda t: len(t.trace))
         layout, batch = tokens.layout, images.shape[0]
         total = layout.num_prefix + layout.num_patches
         origin = assign = torch.arange(total, device=images.device).expand(batch, -1)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import Heads, key_bias
+from ..attention import Heads, attend, key_bias
 from ..maps import TokenMap
 from ..methods.base import BlockShape, Step
 from ..signals import Signals, attend_through
 from ..tokens import Layout, Tokens
+from .merging import Merging, lifted_heads
 
 
 class BlockPlan(NamedTuple):
@@ -58,34 +59,49 @@ class BlockMacs(NamedTuple):
 class ReducingBlock:
     """Mixin that lets an attention block take and return `Tokens`.
 
-    A family's subclass says how its halves are spelled: `heads`, `query_keys`, `values`, `close_attention`,
-    `close_mlp`, `shape` and `macs`. The flow between them, and everything about maps, is here once.
+    A family's subclass says how its halves are spelled: `attention_input`, `heads`, `query_keys`, `values`,
+    `attention_branch`, `mlp_input`, `mlp_branch`, `shape` and `macs`. The residual stream, the flow between the halves,
+    and everything about maps, is here once.
     """
 
     tokenzoo: BlockPlan
     training: bool
+    mlp_follows: bool = True  # False where the MLP runs beside attention and is part of its branch
 
-    # ---- spelled by the family
+    # ---- spelled by the family; z is what a branch reads, x the residual stream
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What attention reads: the norm in front of it (the residual stream itself where there is none)."""
+        return x
 
     def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        """Queries, keys and values of the tokens (the block's own first norm included)."""
+        """Queries, keys and values of tokens whose values are attention inputs z."""
         raise NotImplementedError
 
     def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
         """Queries and keys only; `v` is None."""
         raise NotImplementedError
 
-    def values(self, x: Tensor) -> Tensor:
-        """Values of rows x [B, N, C] -> [B, H, N, Dv]."""
+    def values(self, z: Tensor) -> Tensor:
+        """Values of rows z [B, N, C] -> [B, H, N, Dv]."""
         raise NotImplementedError
 
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        """Residual stream after attention: x [B, N, C] the rows that remain, out [B, N, H * Dv] their heads."""
+    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
+        """What attention adds to the residual stream: out [B, N, H * Dv]; z as `output_reads_input` asks for."""
         raise NotImplementedError
 
-    def close_mlp(self, x: Tensor) -> Tensor:
-        """Residual stream after the MLP."""
+    def mlp_input(self, x: Tensor) -> Tensor:
+        """What the MLP reads."""
+        return x
+
+    def mlp_branch(self, z: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream."""
         raise NotImplementedError
+
+    @property
+    def output_reads_input(self) -> bool:
+        """Whether `attention_branch` needs z (a gate, an MLP beside attention)."""
+        return False
 
     def shape(self) -> BlockShape:
         """Sizes for cost formulas."""
@@ -112,32 +128,75 @@ class ReducingBlock:
         """
         plan = self.tokenzoo
         for step in plan.at("before"):
-            project = partial(self.query_keys, tokens, rope)  # projected only if the method looks
-            signals = Signals(project, self._bias(tokens, mask), tokens, self.training)
-            tokens = self._act(step, tokens, self._with_module(signals, step))[0]
+            tokens = self._act(step, tokens, self._signals_of(step, tokens, rope, mask))[0]
+        merging = Merging(plan.at("around"), tokens, partial(self._signals_of, rope=rope, mask=mask))
+        tokens, signals = self._attend(tokens, rope, mask, merging)
+        for step in plan.at("between"):
+            tokens, signals = self._act(step, tokens, self._with_module(signals, step))
+        merging.moved = any(plan.at(place) for place in ("ahead", "queries", "between"))
+        if self.mlp_follows:
+            z = self.mlp_input(tokens.x)
+            merge = merging.map("mlp", tokens, z)
+            y = self.mlp_branch(z) if merge is None else merge.lift(self.mlp_branch(merge.apply(z)))
+            tokens = tokens._replace(x=tokens.x + y)
+        for step in plan.at("after"):
+            tokens, signals = self._act(step, tokens, self._with_module(signals, step))
+        return tokens
 
-        ahead, kept = plan.at("ahead"), plan.at("queries")
+    def _attend(self, tokens: Tokens, rope: Any, mask: Tensor | None, merging: Merging) -> tuple[Tokens, Signals]:
+        """The attention half, with the steps that act inside it."""
+        z = self.attention_input(tokens.x)
+        merge = merging.map("attention", tokens, z)
+        if merge is not None:
+            return self._attend_merged(tokens, z, merge, rope, mask)
+        ahead, kept = self.tokenzoo.at("ahead"), self.tokenzoo.at("queries")
         bias = self._bias(tokens, mask)
-        heads = self.query_keys(tokens, rope) if ahead else self.heads(tokens, rope)
+        inputs = tokens._replace(x=z)
+        heads = self.query_keys(inputs, rope) if ahead else self.heads(inputs, rope)
         signals = Signals(heads, bias, tokens, self.training)
         ahead_maps: list[TokenMap] = []
         kept_maps: list[TokenMap] = []
         for step in ahead:
             tokens, signals = self._act(step, tokens, self._with_module(signals, step), ahead_maps)
         if ahead:
-            heads = heads._replace(v=self.values(tokens.x))
+            z = self.attention_input(tokens.x)
+            heads = heads._replace(v=self.values(z))
             signals = signals.with_values(heads.v)
         for step in kept:
             tokens, signals = self._act(step, tokens, self._with_module(signals, step), kept_maps)
         out = attend_through(heads, bias, ahead_maps, kept_maps)
+        if self.output_reads_input and kept:
+            z = self.attention_input(tokens.x)
+        y = self.attention_branch(out, z if self.output_reads_input else None)
+        return tokens._replace(x=tokens.x + y), signals
 
-        tokens = tokens._replace(x=self.close_attention(tokens.x, out))
-        for step in plan.at("between"):
-            tokens, signals = self._act(step, tokens, self._with_module(signals, step))
-        tokens = tokens._replace(x=self.close_mlp(tokens.x))
-        for step in plan.at("after"):
-            tokens, signals = self._act(step, tokens, self._with_module(signals, step))
-        return tokens
+    def _attend_merged(
+        self, tokens: Tokens, z: Tensor, merge: TokenMap, rope: Any, mask: Tensor | None
+    ) -> tuple[Tokens, Signals]:
+        """The attention half on merged tokens, its output read back by every token.
+
+        Methods that act inside attention see every token with the keys of the one it merged into; attention has run by
+        then, so they act on its output.
+        """
+        inner = tokens._replace(x=z, trace=None).reduce(merge)
+        heads = self.heads(inner, rope)
+        y = self.attention_branch(attend(heads, self._bias(inner, mask)), inner.x)
+        y = merge.lift(y)
+        signals = Signals(partial(lifted_heads, heads, merge), self._bias(tokens, mask), tokens, self.training)
+        maps: list[TokenMap] = []
+        for step in (*self.tokenzoo.at("ahead"), *self.tokenzoo.at("queries")):
+            tokens, signals = self._act(step, tokens, self._with_module(signals, step), maps)
+        for token_map in maps:
+            y = token_map.apply(y)
+        return tokens._replace(x=tokens.x + y), signals
+
+    def _signals_of(self, step: Step, tokens: Tokens, rope: Any, mask: Tensor | None) -> Signals:
+        """Signals in front of attention: queries and keys are projected only if the method looks."""
+
+        def project() -> Heads:
+            return self.query_keys(tokens._replace(x=self.attention_input(tokens.x)), rope)
+
+        return self._with_module(Signals(project, self._bias(tokens, mask), tokens, self.training), step)
 
     def _act(
         self, step: Step, tokens: Tokens, signals: Signals, maps: list[TokenMap] | None = None
@@ -167,14 +226,26 @@ class ReducingBlock:
         """
         refuse_causal(self, is_causal)
         if not isinstance(x, Tokens):
-            positions = self.tokenzoo.layout.track_positions or attn_mask is not None
-            x = Tokens(x, self.tokenzoo.layout._replace(standalone=True, track_positions=positions))
+            layout = self.tokenzoo.layout
+            layout = layout._replace(standalone=True, track_positions=layout.track_positions or attn_mask is not None)
+            x = Tokens(x, layout, trace=() if layout.keep_values else None)
+            _refuse_alone(self)
         if attn_mask is not None and attn_mask.dim() < 4:
             attn_mask = four_dims(attn_mask, attn_mask.shape[-1])
         tokens = self.run(x, rope, attn_mask)
         if tokens.layout.standalone and self.tokenzoo.index == self.tokenzoo.depth - 1:
             return tokens.x
         return tokens
+
+
+def _refuse_alone(block: ReducingBlock) -> None:
+    """Blocks called without their model cannot do what only the model can."""
+    for place in ("embed", "norm"):
+        for step in block.tokenzoo.at(place):
+            raise step.error(
+                "acts outside of the blocks, which were called without their model; call the model, or "
+                "model.forward_tokens(images)"
+            )
 
 
 def _gather_mask(mask: Tensor, tokens: Tokens) -> Tensor:

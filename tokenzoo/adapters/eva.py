@@ -31,22 +31,19 @@ from .vit_attention import attention_output
 class _Rotary(ReducingBlock):
     """Both kinds of block; subclasses say where the norms are."""
 
-    def _normed(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def heads(self, tokens: Tokens, rope: Rope | None) -> Heads:
-        return rotary_heads(self.attn, self._normed(tokens.x), None if rope is None else rope.rows(tokens))
+        return rotary_heads(self.attn, tokens.x, None if rope is None else rope.rows(tokens))
 
     def query_keys(self, tokens: Tokens, rope: Rope | None) -> Heads:
         rows = None if rope is None else rope.rows(tokens)
-        return rotary_heads(self.attn, self._normed(tokens.x), rows, with_values=False)
+        return rotary_heads(self.attn, tokens.x, rows, with_values=False)
 
-    def values(self, x: Tensor) -> Tensor:
-        return rotary_values(self.attn, self._normed(x))
+    def values(self, z: Tensor) -> Tensor:
+        return rotary_values(self.attn, z)
 
-    def _branch(self, x: Tensor, out: Tensor) -> Tensor:
-        gated = getattr(self.attn, "gate", None) is not None
-        return attention_output(self.attn, out, self._normed(x) if gated else x)
+    @property
+    def output_reads_input(self) -> bool:
+        return getattr(self.attn, "gate", None) is not None
 
     def shape(self) -> BlockShape:
         return BlockShape(input_width(self.attn), self.attn.num_heads, head_width(self.attn))
@@ -75,29 +72,29 @@ class _Rotary(ReducingBlock):
 class ReducingEvaBlock(_Rotary, EvaBlock):
     """Pre-norm block; either layer scale may be absent."""
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1(x)
 
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        y = self._branch(x, out)
-        return x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
+    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
+        y = attention_output(self.attn, out, z)
+        return self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
 
-    def close_mlp(self, x: Tensor) -> Tensor:
-        y = self.mlp(self.norm2(x))
-        return x + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
+    def mlp_input(self, x: Tensor) -> Tensor:
+        return self.norm2(x)
+
+    def mlp_branch(self, z: Tensor) -> Tensor:
+        y = self.mlp(z)
+        return self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
 class ReducingEvaBlockPostNorm(_Rotary, EvaBlockPostNorm):
     """Block with the norms on the branches; queries and keys come from the residual stream itself."""
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return x
+    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return self.drop_path1(self.norm1(attention_output(self.attn, out, z)))
 
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        return x + self.drop_path1(self.norm1(self._branch(x, out)))
-
-    def close_mlp(self, x: Tensor) -> Tensor:
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
+    def mlp_branch(self, z: Tensor) -> Tensor:
+        return self.drop_path2(self.norm2(self.mlp(z)))
 
 
 class ReducingEva(ReducingModel, Eva):

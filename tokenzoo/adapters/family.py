@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ..recipes import Recipe
+from ..tokens import Layout
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Family:
         check: raises ValueError for settings of a model that cannot be served.
         check_block: returns an inner module of a block that is not exactly known, None if all are.
         check_recipe: raises ValueError for recipes that a model of the family cannot follow.
+        layout: what methods see where that is not the sequence of all tokens (windows); None for the usual.
+        costs: reads what counting needs, at a grid of tokens, where the usual formulas do not hold; the result has
+            `rows(recipe, layout)`, the fields of the rows of a report. None for the usual.
     """
 
     name: str
@@ -31,6 +36,8 @@ class Family:
     check: Callable[[nn.Module], None]
     check_block: Callable[[nn.Module], nn.Module | None]
     check_recipe: Callable[[nn.Module, Recipe], None] = lambda model, recipe: None
+    layout: Callable[[nn.Module], Layout] | None = None
+    costs: Callable[[nn.Module, tuple[int, int]], Any] | None = None
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -40,9 +47,9 @@ def linear_macs(module: nn.Module) -> int:
 
 def families() -> tuple[Family, ...]:
     """All families, imported when first asked for."""
-    from . import eva, vit
+    from . import eva, sam, vit
 
-    return vit.FAMILY, eva.FAMILY
+    return vit.FAMILY, eva.FAMILY, sam.FAMILY
 
 
 def find_family(model: nn.Module) -> Family:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..lifting import lift
 from ..recipes import Recipe
-from ..tokens import Layout, Tokens, lift
+from ..signals import EmbedSignals
+from ..tokens import Layout, Tokens
 from .block import four_dims, refuse_causal
 
 
@@ -61,10 +64,44 @@ class ReducingModel:
             recipe.track_positions or rope is not None,
         )
 
+    def embed_half(self, images: Tensor) -> Tensor:
+        """Embedding of the images at half resolution: a token for every 2 x 2 patches [B, H / 2 * W / 2, C].
+
+        Positions are the means of the four that a token covers; no norm or prefix is added.
+
+        Raises:
+            ValueError: an odd grid, or a patch embedding that is no single convolution.
+        """
+        embed = self.patch_embed
+        high, wide = embed.dynamic_feat_size(images.shape[-2:])
+        if high % 2 or wide % 2:
+            raise ValueError(f"{type(self).__name__}: the {high} x {wide} patches cannot be halved; use even grids")
+        if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or hasattr(embed, "backbone"):
+            raise ValueError(
+                f"{type(self).__name__}.patch_embed is {type(embed).__name__}, not one convolution: images of half "
+                "the size cannot be embedded by it"
+            )
+        pad = embed.patch_size[0] * high - images.shape[-2], embed.patch_size[1] * wide - images.shape[-1]
+        images = F.pad(images, (0, pad[1], 0, pad[0]))
+        half = F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=False)
+        half = embed.norm(embed.proj(half).flatten(2).transpose(1, 2))
+        # positions alone are what the model adds to patches of zeros
+        zeros = half.new_zeros(1, high, wide, half.shape[-1])
+        zeros = zeros if getattr(embed, "output_fmt", "NLC") == "NHWC" or not embed.flatten else zeros.flatten(1, 2)
+        placed = self._pos_embed(zeros)
+        placed = placed[0] if isinstance(placed, tuple) else placed
+        places = placed[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (high, wide))
+        return half + F.avg_pool2d(places.float(), 2).to(half.dtype).flatten(2).transpose(1, 2)
+
     # ---- the loop
 
     def walk(
-        self, x: Tensor, mask: Tensor | None, last: int | None = None, trace: bool = False, dense: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        last: int | None = None,
+        trace: bool = False,
+        dense: bool = False,
     ) -> Iterator[Tokens]:
         """Yields the tokens before block 0 and after every block up to `last`.
 
@@ -73,18 +110,27 @@ class ReducingModel:
             mask: attention mask in original positions, or None.
             last: index of the last block to run, None for all.
             trace: keep the maps.
-            dense: also keep the values before each map.
+            dense: also keep the values that dropped tokens had.
         """
+        recipe, images = self.tokenzoo_recipe, x
+        trace, dense = trace or dense or recipe.keeps_trace, dense or recipe.keeps_trace
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x, rope = self.embed(x)
-        layout = self.layout(tuple(grid), rope)
+        if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
+            grid = tuple(int(side) for side in grid)
+        layout = self.layout(tuple(grid), rope)._replace(keep_values=dense)
         if mask is not None:
             layout = layout._replace(track_positions=True)
             mask = four_dims(mask, x.shape[1])
         coords = None
-        if rope is not None and self.tokenzoo_recipe.merged_positions == "mean":
+        if rope is not None and recipe.merged_positions == "mean":
             coords = _patch_coords(layout, x)
-        tokens = Tokens(x, layout, coords=coords, trace=() if trace or dense else None)
+        tokens = Tokens(x, layout, coords=coords, trace=() if trace else None)
+        for step in self.blocks[0].tokenzoo.at("embed"):
+            signals = EmbedSignals(self, images, getattr(self.blocks[0], step.key) if step.key else None)
+            token_map = step.method.map(tokens, signals, step)
+            if token_map is not None:
+                tokens = tokens.reduce(token_map, step.block, step.method.name)
         yield tokens
         blocks = self.blocks if last is None else self.blocks[: last + 1]
         for index, block in enumerate(blocks):
@@ -96,7 +142,12 @@ class ReducingModel:
             yield tokens
 
     def forward_tokens(
-        self, x: Tensor, attn_mask: Tensor | None = None, trace: bool = False, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        trace: bool = False,
+        is_causal: bool = False,
+        dense: bool = False,
     ) -> Tokens:
         """All blocks and the final norm.
 
@@ -105,24 +156,44 @@ class ReducingModel:
             attn_mask: boolean or additive attention mask in original positions.
             trace: keep the maps, so that `tokens.trace` says where every patch went.
             is_causal: refused: reduction does not keep the order of tokens.
+            dense: also keep the values that dropped tokens had, for `lift_features`.
 
         Returns:
             The remaining tokens with their side data; padding rows are zero.
         """
         refuse_causal(self, is_causal)
-        for tokens in self.walk(x, attn_mask, trace=trace):  # noqa: B007 (only the last one is wanted)
+        for tokens in self.walk(x, attn_mask, trace=trace, dense=dense):  # noqa: B007 (only the last one is wanted)
             pass
         return self._finish(tokens)
 
     def _finish(self, tokens: Tokens) -> Tokens:
-        x = self.norm(tokens.x)
+        tokens = tokens._replace(x=self.norm(tokens.x))
+        for step in self.blocks[-1].tokenzoo.at("norm"):
+            token_map = step.method.map(tokens, None, step)
+            if token_map is not None:
+                tokens = tokens.reduce(token_map, step.block, step.method.name)
         if tokens.valid is not None:
-            x = x * tokens.valid.unsqueeze(-1).to(x.dtype)
-        return tokens._replace(x=x)
+            tokens = tokens._replace(x=tokens.x * tokens.valid.unsqueeze(-1).to(tokens.x.dtype))
+        return tokens
+
+    def lift_features(self, tokens: Tokens) -> Tensor:
+        """Tokens after the final norm, carried back to the full sequence.
+
+        Args:
+            tokens: what `forward_tokens(images, dense=True)` returned.
+
+        Returns:
+            [B, N, C] in the original order, prefix first. Merged patches read the token they went into; dropped ones
+            come back as the recipe's `fill` says, through the final norm.
+        """
+        recipe = self.tokenzoo_recipe
+        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.norm)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Remaining tokens after the final norm [B, N', C]; N' is smaller than in the unpatched model."""
-        return self.forward_tokens(x, attn_mask, is_causal=is_causal).x
+        """Tokens after the final norm: those that remain [B, N', C], or with dense=True in the recipe all [B, N, C]."""
+        dense = self.tokenzoo_recipe.dense
+        tokens = self.forward_tokens(x, attn_mask, is_causal=is_causal, dense=dense)
+        return self.lift_features(tokens) if dense else tokens.x
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Class scores of images [B, C, H, W]."""
@@ -175,7 +246,8 @@ class ReducingModel:
             return_prefix_tokens: also return the prefix tokens of each intermediate.
             norm: apply the final norm to the intermediates.
             stop_early: stop after the last block named.
-            output_fmt: "NCHW" (every patch reads the token it went into, dropped ones keep their last value) or "NLC".
+            output_fmt: "NCHW" (every patch reads the token it went into, dropped ones come back as the recipe's `fill`
+                says) or "NLC".
             intermediates_only: leave the final features out.
             output_dict: return a dict as timm does.
             attn_mask: see `forward_tokens`.
@@ -194,8 +266,10 @@ class ReducingModel:
         for index, tokens in enumerate(self.walk(x, attn_mask, last, dense=dense), -1):
             if index not in take:
                 continue
-            y = lift(tokens.x, tokens.trace) if dense else tokens.x
-            y = self.norm(y) if norm else y
+            y = self.norm(tokens.x) if norm else tokens.x
+            if dense:
+                recipe = self.tokenzoo_recipe
+                y = lift(y, recipe.lift_trace(tokens.trace), recipe.fill, self.norm if norm else None)
             if not dense and tokens.valid is not None:
                 y = y * tokens.valid.unsqueeze(-1).to(y.dtype)
             prefixes.append(y[:, :prefix])

@@ -47,21 +47,18 @@ from .vit_parallel import (
 class _OneAttention(ReducingBlock):
     """A block with one attention layer `attn` and one `mlp`; subclasses say where the norms are."""
 
-    def _normed(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        return attention_heads(self.attn, self._normed(tokens.x))
+        return attention_heads(self.attn, tokens.x)
 
     def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        return attention_heads(self.attn, self._normed(tokens.x), with_values=False)
+        return attention_heads(self.attn, tokens.x, with_values=False)
 
-    def values(self, x: Tensor) -> Tensor:
-        return attention_values(self.attn, self._normed(x))
+    def values(self, z: Tensor) -> Tensor:
+        return attention_values(self.attn, z)
 
-    def _branch(self, x: Tensor, out: Tensor) -> Tensor:
-        gated = getattr(self.attn, "gate", None) is not None
-        return attention_output(self.attn, out, self._normed(x) if gated else x)
+    @property
+    def output_reads_input(self) -> bool:
+        return getattr(self.attn, "gate", None) is not None
 
     def shape(self) -> BlockShape:
         attn = self.attn
@@ -81,27 +78,27 @@ class _OneAttention(ReducingBlock):
 class ReducingVitBlock(_OneAttention, Block):
     """Pre-norm block with LayerScale and DropPath."""
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1(x)
 
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        return x + self.drop_path1(self.ls1(self._branch(x, out)))
+    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return self.drop_path1(self.ls1(attention_output(self.attn, out, z)))
 
-    def close_mlp(self, x: Tensor) -> Tensor:
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+    def mlp_input(self, x: Tensor) -> Tensor:
+        return self.norm2(x)
+
+    def mlp_branch(self, z: Tensor) -> Tensor:
+        return self.drop_path2(self.ls2(self.mlp(z)))
 
 
 class ReducingResPostBlock(_OneAttention, ResPostBlock):
     """Block with the norms on the branches; queries and keys come from the residual stream itself."""
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return x
+    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return self.drop_path1(self.norm1(attention_output(self.attn, out, z)))
 
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        return x + self.drop_path1(self.norm1(self._branch(x, out)))
-
-    def close_mlp(self, x: Tensor) -> Tensor:
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
+    def mlp_branch(self, z: Tensor) -> Tensor:
+        return self.drop_path2(self.norm2(self.mlp(z)))
 
 
 class _VitModel(ReducingModel):

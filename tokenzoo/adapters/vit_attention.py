@@ -79,12 +79,12 @@ def differential_output(attn: nn.Module, out: Tensor) -> Tensor:
     return (heads * (1 - attn.lambda_init)).flatten(2)
 
 
-def attention_output(attn: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-    """Output projection of heads out [B, N, H * Dv]; x [B, N, C] are the normed tokens of these rows (for a gate)."""
+def attention_output(attn: nn.Module, out: Tensor, z: Tensor | None) -> Tensor:
+    """Output projection of heads out [B, N, H * Dv]; z [B, N, C] are the inputs of these rows, read by a gate only."""
     out = attn.norm(differential_output(attn, out))
     gate = getattr(attn, "gate", None)
     if gate is not None:
-        out = out * gate(x).sigmoid()
+        out = out * gate(z).sigmoid()
     return attn.proj_drop(attn.proj(out))
 
 

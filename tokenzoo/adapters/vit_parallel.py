@@ -39,9 +39,9 @@ except ImportError:
 class _ParallelScaling(ReducingBlock):
     """Attention and MLP side by side from one input projection, rows [mlp hidden, q, k, v]."""
 
-    def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def _project(self, z: Tensor, start: int, stop: int) -> Tensor:
         """Outputs start..stop-1 of the input projection, with the bias as the installed timm adds it."""
-        out = linear_part(self.in_proj, self.in_norm(x), start, stop)
+        out = linear_part(self.in_proj, z, start, stop)
         qkv_bias = getattr(self, "qkv_bias", None)
         if qkv_bias is not None:  # timm < 1.0.20 lays zeros before the MLP's bias, although the MLP's rows come first
             return out + torch.cat((qkv_bias, self.mlp_bias))[start:stop]
@@ -50,9 +50,12 @@ class _ParallelScaling(ReducingBlock):
             return out + self.mlp_bias[start:stop]
         return out
 
-    def _heads(self, x: Tensor, with_values: bool) -> Heads:
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.in_norm(x)
+
+    def _heads(self, z: Tensor, with_values: bool) -> Heads:
         hidden, dim = self.in_split[:2]
-        parts = self._project(x, hidden, hidden + dim * (3 if with_values else 2)).split(dim, dim=2)
+        parts = self._project(z, hidden, hidden + dim * (3 if with_values else 2)).split(dim, dim=2)
         if is_differential(self):  # norms act on [B, H, N, d]
             q, k = self.q_norm(split_heads(parts[0], self.head_dim)), self.k_norm(split_heads(parts[1], self.head_dim))
         else:  # norms act on [B, N, H, d], which matters for norms that look at more than the last axis
@@ -70,21 +73,21 @@ class _ParallelScaling(ReducingBlock):
     def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
         return self._heads(tokens.x, with_values=False)
 
-    def values(self, x: Tensor) -> Tensor:
+    def values(self, z: Tensor) -> Tensor:
         hidden, dim = self.in_split[:2]
-        return split_heads(self._project(x, hidden + 2 * dim, hidden + 3 * dim), value_width(self))
+        return split_heads(self._project(z, hidden + 2 * dim, hidden + 3 * dim), value_width(self))
 
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
+    output_reads_input = True  # the MLP runs beside attention, on the same input
+    mlp_follows = False
+
+    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
         out = differential_output(self, out)
-        hidden = self.mlp_drop(self.mlp_act(self._project(x, 0, self.in_split[0])))
+        hidden = self.mlp_drop(self.mlp_act(self._project(z, 0, self.in_split[0])))
         if getattr(self, "out_proj", None) is not None:
             y = self.out_proj(torch.cat((out, hidden), dim=-1))
         else:
             y = self.attn_out_proj(out) + self.mlp_out_proj(hidden)
-        return x + self.drop_path(self.ls(y))
-
-    def close_mlp(self, x: Tensor) -> Tensor:
-        return x  # the MLP ran beside attention
+        return self.drop_path(self.ls(y))
 
     def shape(self) -> BlockShape:
         return BlockShape(self.in_split[1], self.num_heads * (1 + is_differential(self)), self.head_dim)
@@ -107,7 +110,10 @@ class ReducingParallelScalingBlock(_ParallelScaling, ParallelScalingBlock):
 
 
 class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
-    """Several attention layers side by side, then several MLPs; the heads of all layers stand together as signals."""
+    """Several attention layers side by side, then several MLPs; the heads of all layers stand together as signals.
+
+    Each branch has a norm of its own, so what branches read is the residual stream itself.
+    """
 
     def _all(self, x: Tensor, with_values: bool) -> Heads:
         parts = [attention_heads(a.attn, a.norm(x), with_values) for a in self.attns]
@@ -126,19 +132,23 @@ class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
     def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
         return self._all(tokens.x, with_values=False)
 
-    def values(self, x: Tensor) -> Tensor:
-        return torch.cat([attention_values(a.attn, a.norm(x)) for a in self.attns], dim=1)
+    def values(self, z: Tensor) -> Tensor:
+        return torch.cat([attention_values(a.attn, a.norm(z)) for a in self.attns], dim=1)
 
-    def close_attention(self, x: Tensor, out: Tensor) -> Tensor:
+    @property
+    def output_reads_input(self) -> bool:
+        return any(getattr(a.attn, "gate", None) is not None for a in self.attns)
+
+    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
         branches = []
         for layer, part in zip(self.attns, out.chunk(len(self.attns), dim=2)):
             gated = getattr(layer.attn, "gate", None) is not None
-            y = attention_output(layer.attn, part, layer.norm(x) if gated else x)
+            y = attention_output(layer.attn, part, layer.norm(z) if gated else None)
             branches.append(layer.drop_path(layer.ls(y)))
-        return x + torch.stack(branches).sum(dim=0)
+        return torch.stack(branches).sum(dim=0)
 
-    def close_mlp(self, x: Tensor) -> Tensor:
-        return x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
+    def mlp_branch(self, z: Tensor) -> Tensor:
+        return torch.stack([ffn(z) for ffn in self.ffns]).sum(dim=0)
 
     def shape(self) -> BlockShape:
         attn = self.attns[0].attn

@@ -1,4 +1,4 @@
-"""The command line: `tokenzoo list | eval | bench | show | export`, one command a file with an example that runs."""
+"""The command line: `tokenzoo list | eval | bench | segment | show | export`, one command a file with an example."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("list", "eval", "bench", "show", "export")
+COMMANDS = ("list", "eval", "bench", "segment", "show", "export")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,20 +1,25 @@
-"""Measuring: accuracy over the same pictures, and speed round robin. Functions that a script or a notebook calls."""
+"""Measuring: accuracy and mIoU over the same pictures, and speed round robin. For scripts and notebooks."""
 
 from .classification import Accuracy, Estimate, estimate, evaluate
 from .data import open_pictures, read_class_map
 from .environment import environment
+from .inference import Inference, Predictor
 from .loading import PictureLoader, data_config
 from .plots import plot_speed
 from .results import result_line, write_results
 from .runs import Precision, Run
+from .segmentation import evaluate_segmentation
+from .segmentation_data import open_dataset
 from .throughput import Speed, bench
 from .timing import Spread
 
 __all__ = [
     "Accuracy",
     "Estimate",
+    "Inference",
     "PictureLoader",
     "Precision",
+    "Predictor",
     "Run",
     "Speed",
     "Spread",
@@ -23,6 +28,8 @@ __all__ = [
     "environment",
     "estimate",
     "evaluate",
+    "evaluate_segmentation",
+    "open_dataset",
     "open_pictures",
     "plot_speed",
     "read_class_map",

@@ -4,11 +4,27 @@ A method decides a map; everything else (values, token mass, side data, the way 
 `membership()` write the map out densely; they are what the tests hold the fast forms against.
 """
 
+from .assign import AssignMap, group_map
 from .base import TokenMap
 from .chain import ChainMap
+from .cluster import ClusterMap
 from .fuse import FuseMap
 from .keep import KeepMap
 from .merge import MergeMap
 from .mix import MixMap
+from .replace import ReplaceMap
+from .restore import RestoreMap
 
-__all__ = ["ChainMap", "FuseMap", "KeepMap", "MergeMap", "MixMap", "TokenMap"]
+__all__ = [
+    "AssignMap",
+    "ChainMap",
+    "ClusterMap",
+    "FuseMap",
+    "KeepMap",
+    "MergeMap",
+    "MixMap",
+    "ReplaceMap",
+    "RestoreMap",
+    "TokenMap",
+    "group_map",
+]

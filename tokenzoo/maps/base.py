@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class TokenMap(ABC):
     n_out: int
     valid: Tensor | None = None
     linear: bool = True  # False when `apply` is no matrix (elementwise maximum)
+    drops: bool = False  # whether real tokens may be left without a new one that stands for them
+    opens_span: bool = False  # whether a later step may rebuild the tokens from what the map remembers
 
     @property
     @abstractmethod
@@ -65,6 +68,20 @@ class TokenMap(ABC):
         back = take_rows(y, assign.clamp(min=0))
         fill = torch.zeros_like(back) if dropped is None else dropped.to(back.dtype)
         return torch.where((assign >= 0).unsqueeze(-1), back, fill)
+
+    @property
+    def dropped(self) -> Tensor:
+        """[B, N] bool, the tokens that no single new one stands for."""
+        return self.assign < 0
+
+    @property
+    def num_dropped(self) -> int | None:
+        """How many tokens of every image are `dropped`, None where that is not known from the shapes."""
+        return None
+
+    def with_lift(self, **options: Any) -> TokenMap:
+        """The same map with other options of the way back; maps without any are returned as they are."""
+        return self
 
     def membership(self) -> Tensor:
         """The 0/1 matrix [B, N', N] of which old token stands in which new one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,20 @@ class ChainMap(TokenMap):
         self.maps = maps
         self.n_in, self.n_out, self.valid = maps[0].n_in, maps[-1].n_out, maps[-1].valid
         self.linear = all(token_map.linear for token_map in maps)
+        self.drops = any(token_map.drops for token_map in maps)
+        self.opens_span = any(token_map.opens_span for token_map in maps)
+
+    def with_lift(self, **options: Any) -> ChainMap:
+        return ChainMap(*(token_map.with_lift(**options) for token_map in self.maps))
+
+    @property
+    def dropped(self) -> Tensor:
+        dropped, assign = self.maps[0].dropped, self.maps[0].assign
+        for token_map in self.maps[1:]:
+            at = assign.clamp(min=0)
+            dropped = dropped | (token_map.dropped.gather(1, at) & (assign >= 0))
+            assign = torch.where(assign >= 0, token_map.assign.gather(1, at), -1)
+        return dropped
 
     @property
     def heads(self) -> Tensor:

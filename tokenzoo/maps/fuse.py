@@ -20,6 +20,8 @@ class FuseMap(TokenMap):
         valid: [B, K + 1] bool or None.
     """
 
+    drops = True
+
     def __init__(self, idx: Tensor, weight: Tensor, left_out: Tensor, valid: Tensor | None = None) -> None:
         self.idx, self.weight, self.left_out, self.valid = idx, weight, left_out, valid
         self.n_in, self.n_out = weight.shape[1], idx.shape[1] + 1
@@ -32,6 +34,14 @@ class FuseMap(TokenMap):
     def assign(self) -> Tensor:
         kept = None if self.valid is None else self.valid[:, :-1]
         return torch.where(self.left_out, self.n_out - 1, KeepMap(self.idx, self.n_in, kept).assign)
+
+    @property
+    def dropped(self) -> Tensor:
+        return self.left_out
+
+    @property
+    def num_dropped(self) -> int | None:
+        return self.n_in - self.n_out + 1 if self.valid is None else None
 
     def _with_row(self, x: Tensor, weight: Tensor) -> Tensor:
         kept = take_rows(x, self.idx)

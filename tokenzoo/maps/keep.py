@@ -18,12 +18,18 @@ class KeepMap(TokenMap):
         valid: [B, N'] bool, False marks padding: such rows become zero.
     """
 
+    drops = True
+
     def __init__(self, idx: Tensor, n_in: int, valid: Tensor | None = None) -> None:
         self.idx, self.n_in, self.n_out, self.valid = idx, n_in, idx.shape[1], valid
 
     @property
     def heads(self) -> Tensor:
         return self.idx
+
+    @property
+    def num_dropped(self) -> int | None:
+        return self.n_in - self.n_out if self.valid is None else None
 
     @property
     def assign(self) -> Tensor:

@@ -44,6 +44,7 @@ class ATS(Method):
     name: ClassVar[str] = "ats"
     source: ClassVar[str] = "Fayyaz et al., ECCV 2022"
     kind: ClassVar[str] = "sample"
+    static_option: ClassVar[str] = "max_tokens=128"
 
     def __post_init__(self) -> None:
         super().__post_init__()

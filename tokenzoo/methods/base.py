@@ -11,9 +11,11 @@ from torch import nn
 
 from ..maps import TokenMap
 from ..signals import Signals
-from ..tokens import Layout, Tokens
+from ..tokens import Layout, Tokens, TraceStep
 
-PLACES = ("before", "ahead", "queries", "between", "after")
+# in the order in which they act; "embed" before block 0, "norm" after the final norm and "maps" on a decoder's output
+# are outside of the blocks
+PLACES = ("embed", "before", "around", "ahead", "queries", "between", "after", "norm", "maps")
 
 
 class Step(NamedTuple):
@@ -72,6 +74,7 @@ class Method:
     source: ClassVar[str] = ""
     kind: ClassVar[str] = ""
     uses_positions: ClassVar[bool] = False
+    static_option: ClassVar[str] = ""  # what makes shapes static where they depend on the images
 
     def __post_init__(self) -> None:
         layers = self.layers
@@ -116,6 +119,52 @@ class Method:
     def merges(self) -> bool:
         """Whether tokens come to stand for several patches."""
         return "merge" in self.kind or "fuse" in self.kind
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Branches that a method at the place "around" merges for: "attention", "mlp"."""
+        return ()
+
+    @property
+    def matches_once(self) -> bool:
+        """Whether a method at the place "around" decides one map a block, from the block's input, for all branches."""
+        return False
+
+    def tokens_inside(self, n: int, step: Step, layout: Layout) -> int:
+        """Tokens inside the branches of a method at the place "around" when n are outside, prefix included."""
+        return n
+
+    @property
+    def opens_span(self) -> bool:
+        """Whether a later method may rebuild the tokens that this one reduces."""
+        return False
+
+    @property
+    def closes_span(self) -> bool:
+        """Whether the method rebuilds the tokens in front of the last open span, inside the model."""
+        return False
+
+    @property
+    def decodes_reduced(self) -> bool:
+        """Whether the method was published with decoders that run on the reduced tokens, class maps copied back."""
+        return False
+
+    @property
+    def keeps_trace(self) -> bool:
+        """Whether the forward pass has to remember its maps (reconstruction inside the model)."""
+        return False
+
+    def lift_trace(self, trace: tuple[TraceStep, ...]) -> tuple[TraceStep, ...]:
+        """The trace as the way back to the full grid should read it; the place for options of that way."""
+        return trace
+
+    def check_recipe(self, methods: tuple[Method, ...], depth: int) -> None:
+        """Refuses recipes that the method cannot be part of.
+
+        Args:
+            methods: all methods of the recipe in order, this one included.
+            depth: blocks of the model.
+        """
 
     @property
     def data_dependent(self) -> bool:

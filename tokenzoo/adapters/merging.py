@@ -1,0 +1,73 @@
+"""Merging around the branches of a block: merge, compute, unmerge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..attention import Heads
+from ..maps import ChainMap, TokenMap
+from ..methods.base import Step
+from ..signals import Signals
+from ..tokens import Tokens
+
+
+class Merging:
+    """The merges around the branches of one block call.
+
+    Args:
+        steps: the steps at the place "around".
+        tokens: tokens at the input of the block.
+        signals: gives the signals of a step for tokens in front of attention.
+
+    Attributes:
+        moved: other methods have acted in this block since its input, so that a map of its input no longer fits.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], tokens: Tokens, signals: Callable[[Step, Tokens], Signals]) -> None:
+        self.steps, self.start, self.signals, self.moved = steps, tokens, signals, False
+        self.shared: dict[int, TokenMap | None] = {}
+
+    def map(self, branch: str, tokens: Tokens, z: Tensor) -> TokenMap | None:
+        """The map of one branch, None where its tokens are left alone.
+
+        Args:
+            branch: "attention" or "mlp".
+            tokens: tokens in front of the branch.
+            z: what the branch reads [B, N, C].
+        """
+        maps: list[TokenMap] = []
+        for order, step in enumerate(self.steps):
+            if branch not in step.method.branches:
+                continue
+            # one matching for both branches where the method wants that and the sequence is still the block's input
+            once = step.method.matches_once and not maps and not self.moved
+            if once and order in self.shared:
+                token_map = self.shared[order]
+            else:
+                token_map = self._decide(step, branch, self.start if once else tokens, z)
+                if once:
+                    self.shared[order] = token_map
+            if token_map is None:
+                continue
+            maps.append(token_map)
+            tokens, z = tokens._replace(trace=None).reduce(token_map), token_map.apply(z)
+        return None if not maps else maps[0] if len(maps) == 1 else ChainMap(*maps)
+
+    def _decide(self, step: Step, branch: str, tokens: Tokens, z: Tensor) -> TokenMap | None:
+        signals = self.signals(step, tokens)
+        signals.branch, signals.branch_input = branch, z
+        return step.method.map(tokens, signals, step)
+
+
+def lifted_heads(heads: Heads, token_map: TokenMap) -> Heads:
+    """Heads of merged tokens, read back by the tokens before the merge."""
+
+    def back(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        rows = token_map.lift(t.transpose(1, 2).flatten(2))
+        return rows.unflatten(2, (t.shape[1], t.shape[3])).transpose(1, 2)
+
+    return heads._replace(q=back(heads.q), k=back(heads.k), v=back(heads.v))

@@ -1,0 +1,34 @@
+"""Runs a function on a few images of a batch at a time where that keeps its intermediate maps in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Numbers of the largest intermediate map that are wanted at once on a CPU. Larger maps leave the cache, and the
+# allocator gives their pages back and has them cleared again from one layer to the next.
+_CPU_NUMBERS = 1 << 20
+
+
+def by_images(function: Callable[[Tensor], Tensor], x: Tensor, numbers: int) -> Tensor:
+    """Applies a function that treats the images of a batch one by one.
+
+    Whole batches go through with gradients, in traced graphs and off the CPU.
+
+    Args:
+        function: [B, ...] -> [B, ...].
+        x: batch [B, ...].
+        numbers: how many numbers the largest intermediate map of one image holds.
+
+    Returns:
+        function(x).
+    """
+    whole = torch.is_grad_enabled() or x.device.type != "cpu"
+    if whole or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return function(x)
+    step = max(1, _CPU_NUMBERS // numbers)
+    if step >= x.shape[0]:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(step)])

@@ -1,0 +1,141 @@
+"""cluster: replace the map of patches by fewer cluster centres."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..clustering import cluster, cluster_macs
+from ..maps import ClusterMap, TokenMap
+from ..registry import register
+from ..signals import Signals
+from ..tokens import Layout, Tokens
+from .base import BlockShape, Method, Step
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Cluster(Method):
+    """Replaces the patches by the centres of a soft k-means on a coarser grid, after one block; training-free.
+
+    Start: average pooling to the grid. Each step, a token is shared out among the centres of neighbouring cells by its
+    distance. The patches have to form their full grid, so no other reduction may come first. Dense features come back
+    as a mix of the nearest centres, with the distances that held when clustering; add `reconstruct` to choose where
+    and how.
+
+    Args:
+        layers: the one block after which to cluster; by default at three eighths of the depth.
+        grid: cells (down, right), or one number for both; None for `scale`.
+        scale: cells an axis as a share of the patches, rounded, in (0, 1]; 0.7 leaves half of the tokens.
+        iterations: k-means steps; 0 is average pooling.
+        window: a token sees window x window cells around its own (odd).
+        temperature: inverse temperature of the shares, weights exp(-temperature * squared distance).
+        where: "after" or "before" the block.
+        prop_attn: add the log size of a centre to its attention logit.
+        k: centres that a patch mixes when it is rebuilt (all where there are fewer); -1 for all.
+
+    Source: Liang, Yuan, Ding et al., "Expediting Large-Scale Vision Transformer for Dense Prediction without
+    Fine-tuning", NeurIPS 2022.
+    """
+
+    grid: int | tuple[int, int] | None = None
+    scale: float = 0.7
+    iterations: int = 5
+    window: int = 5
+    temperature: float = 0.02
+    where: str = "after"
+    prop_attn: bool = False
+    k: int = 20
+
+    name: ClassVar[str] = "cluster"
+    source: ClassVar[str] = "Liang et al., NeurIPS 2022"
+    kind: ClassVar[str] = "merge"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        grid = (self.grid, self.grid) if type(self.grid) is int else self.grid
+        if grid is not None:
+            if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(g) is not int for g in grid):
+                raise TypeError(f"cluster: grid={self.grid!r}; give two whole numbers (down, right), or one for both")
+            if min(grid) < 1:
+                raise ValueError(f"cluster: grid={tuple(grid)}; both numbers must be at least 1")
+            grid = tuple(grid)
+        object.__setattr__(self, "grid", grid)
+        if not isinstance(self.scale, (int, float)) or isinstance(self.scale, bool) or not 0 < self.scale <= 1:
+            raise ValueError(f"cluster: scale={self.scale!r}; give a share of the patches an axis in (0, 1]")
+        if type(self.iterations) is not int or self.iterations < 0:
+            raise ValueError(f"cluster: iterations={self.iterations!r}; give a number of steps, 0 for average pooling")
+        if type(self.window) is not int or self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"cluster: window={self.window!r}; give an odd number of cells, such as 5")
+        if not self.temperature > 0:
+            raise ValueError(f"cluster: temperature={self.temperature!r} has to be positive")
+        if self.where not in ("after", "before"):
+            raise ValueError(f"cluster: where={self.where!r}; use 'after' or 'before'")
+        if type(self.k) is not int or (self.k < 1 and self.k != -1):
+            raise ValueError(f"cluster: k={self.k!r}; give a number of centres, or -1 for all")
+        if self.layers is not None and len(self.layers) != 1:
+            raise ValueError(f"cluster: layers={self.layers!r}; name the one block after which to cluster")
+
+    @property
+    def place(self) -> str:
+        return self.where
+
+    @property
+    def opens_span(self) -> bool:
+        return True
+
+    @property
+    def proportional(self) -> bool:
+        return self.prop_attn
+
+    @property
+    def mass_weighted_pool(self) -> bool:
+        return True
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return (depth * 3 // 8,)
+
+    def strengths(self, depth: int) -> dict[int, Any]:
+        full = self.grid is None and self.scale == 1
+        return {} if full else {i: self.grid for i in self.resolve_layers(depth)}
+
+    def cells(self, layout: Layout, step: Step) -> tuple[int, int]:
+        """Cells (down, right) for the patches of a layout."""
+        high, wide = layout.grid
+        if self.grid is None:
+            return max(1, round(high * self.scale)), max(1, round(wide * self.scale))
+        if self.grid[0] > high or self.grid[1] > wide:
+            raise step.error(f"grid={self.grid} is larger than the {high} x {wide} patches; give a smaller grid")
+        return self.grid
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        if n - layout.num_prefix != layout.num_patches:
+            raise step.error(
+                f"{n - layout.num_prefix} tokens do not form the {layout.grid[0]} x {layout.grid[1]} patches; cluster "
+                "before any other reduction"
+            )
+        down, right = self.cells(layout, step)
+        return layout.num_prefix + down * right
+
+    def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
+        self.tokens_out(tokens.length, step, tokens.layout)
+        cells = self.cells(tokens.layout, step)
+        if cells == tokens.layout.grid:
+            return None  # nothing to reduce
+        size, prefix = tokens.layout.grid, tokens.layout.num_prefix
+        found = cluster(tokens.x[:, prefix:], size, cells, self.iterations, self.window, self.temperature)
+        return ClusterMap(tokens.x, found, size, cells, prefix, self.k, self.temperature, "l1")
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+        if n == n_out:
+            return 0
+        cells = self.cells(layout, Step(self, -1, None))
+        return cluster_macs(layout.grid, cells, self.iterations, self.window, shape.dim)
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Method:
+        high, wide = layout.grid
+        ladder = [(high, wide)]
+        while ladder[-1] != (1, 1):
+            h, w = ladder[-1]
+            ladder.append((h - 1, w) if w == 1 or (h > 1 and h * wide > w * high) else (h, w - 1))
+        return replace(self, grid=ladder[round(t * (len(ladder) - 1))])

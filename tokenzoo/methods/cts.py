@@ -1,0 +1,156 @@
+"""CTS: groups of 2 x 2 patches that hold one thing enter the model as one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import full_precision
+from ..maps import TokenMap
+from ..policy import PolicyNetwork, macs_per_group
+from ..registry import register
+from ..schedules import keep_count
+from ..sharing import colour_variance, share_groups
+from ..signals import EmbedSignals
+from ..tokens import Layout, Tokens
+from .base import BlockShape, Method, Step
+
+SCORES = ("variance", "policy")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class CTS(Method):
+    """Lets groups of 2 x 2 patches share one token before block 0: the group is cut from the image at half resolution.
+
+    A fixed number of groups is shared, those whose score says "one thing only" most clearly, so the sequence has the
+    same length for every image. The grid has to be even. Published with a trained policy network and a segmenter
+    trained with it; the variance of colours needs no training.
+
+    Args:
+        shared: groups to share: a count, or their share (0.4 of them, rounded up).
+        score: "variance" (least variance of colours first) or "policy" (a network with weights of its own, untrained
+            until `tokenzoo.policy.load_policy` or training).
+        mean: mean that the images were normalised with, for the policy network.
+        std: standard deviation that the images were normalised with, for the policy network.
+        prop_attn: add the log size of a token to its attention logit (off as released).
+        layers: None; the method acts in front of block 0.
+
+    Source: Lu, de Geus, Dubbelman, "Content-aware Token Sharing for Efficient Semantic Segmentation with Vision
+    Transformers", CVPR 2023.
+    """
+
+    shared: int | float = 0.4
+    score: str = "variance"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    prop_attn: bool = False
+
+    name: ClassVar[str] = "cts"
+    source: ClassVar[str] = "Lu et al., CVPR 2023"
+    kind: ClassVar[str] = "merge"
+    uses_positions: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers not in (None, (0,)):
+            raise ValueError(f"cts: layers={self.layers!r}; it acts in front of block 0 only, leave layers out")
+        if isinstance(self.shared, bool) or not isinstance(self.shared, (int, float)):
+            raise TypeError(f"cts: shared={self.shared!r}; give a number of groups, or a share such as 0.4")
+        if self.shared < 0 or (isinstance(self.shared, float) and self.shared > 1):
+            raise ValueError(f"cts: shared={self.shared}; give at least 0 groups, or a share in [0, 1]")
+        if self.score not in SCORES:
+            raise ValueError(f"cts: score={self.score!r}; use one of {SCORES}")
+        for field in ("mean", "std"):
+            value = tuple(getattr(self, field))
+            if len(value) != 3 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
+                raise ValueError(f"cts: {field}={getattr(self, field)!r}; give three numbers")
+            object.__setattr__(self, field, value)
+        if min(self.std) <= 0:
+            raise ValueError(f"cts: std={self.std} has to be positive")
+
+    @property
+    def place(self) -> str:
+        return "embed"
+
+    @property
+    def decodes_reduced(self) -> bool:
+        return True
+
+    @property
+    def proportional(self) -> bool:
+        return self.prop_attn
+
+    @property
+    def mass_weighted_pool(self) -> bool:
+        return True
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return (0,)
+
+    def strengths(self, depth: int) -> dict[int, int | float]:
+        return {0: self.shared} if self.shared > 0 else {}
+
+    def check(self, layout: Layout, model: str) -> None:
+        _groups(layout, f"cts: {model}")
+
+    def module(self, dim: int, step: Step) -> nn.Module | None:
+        return PolicyNetwork() if self.score == "policy" else None
+
+    # ---- counts
+
+    def _count(self, layout: Layout) -> int:
+        """Groups that the option asks for."""
+        down, right = _groups(layout, "cts")
+        return self.shared if isinstance(self.shared, int) else keep_count(self.shared, down * right)
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        down, right = _groups(layout, f"cts at block {step.block}")
+        # every group that is one token already has three patches less
+        whole = (n - layout.num_prefix - down * right) // 3
+        count = self._count(layout)
+        if count > whole:
+            raise step.error(f"shared={self.shared} asks for {count} groups, but there are {whole}; lower it")
+        return n - 3 * count
+
+    # ---- the map
+
+    def map(self, tokens: Tokens, signals: EmbedSignals, step: Step) -> TokenMap | None:
+        step.tokens_out(tokens.length, tokens.layout)  # grids of other images than the model's own
+        count, groups = self._count(tokens.layout), _groups(tokens.layout, "cts")
+        if count == 0:
+            return None
+        return share_groups(tokens, self.scores(signals, groups), count, signals.half)
+
+    @torch.no_grad()
+    def scores(self, signals: EmbedSignals, groups: tuple[int, int]) -> Tensor:
+        """Score of every group [B, G], high for one thing only."""
+        images = signals.image
+        if self.score == "variance":
+            with full_precision(images):
+                return -colour_variance(images, groups)
+        mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype) for v in (self.mean, self.std))
+        images = (images * std.view(3, 1, 1) + mean.view(3, 1, 1)) * 2 - 1
+        logits = signals.module(images, groups).float()
+        # grows with the softmax of channel 1 and does not saturate
+        return (logits[:, 1] - logits[:, 0]).flatten(1)
+
+    # ---- cost and strength
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+        return layout.num_patches // 4 * macs_per_group() if self.score == "policy" else 0
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Method:
+        down, right = _groups(layout, "cts")
+        return replace(self, shared=round(t * down * right))
+
+
+def _groups(layout: Layout, who: str) -> tuple[int, int]:
+    """Groups (down, right) of a grid of patches."""
+    high, wide = layout.grid
+    if high % 2 or wide % 2:
+        raise ValueError(f"{who} groups 2 x 2 patches, but the grid of {high} x {wide} is odd; use another image size")
+    return high // 2, wide // 2

@@ -1,0 +1,121 @@
+"""reconstruct: give every patch back after a stretch of blocks on cluster centres."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..maps import RestoreMap, TokenMap
+from ..registry import register
+from ..signals import Signals
+from ..tokens import Layout, Tokens, TraceStep
+from .base import BlockShape, Method, Step
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct(Method):
+    """Rebuilds the tokens in front of the last clustering, as mixes of the nearest centres; training-free.
+
+    The weights come from the distances between tokens and centres at the time of clustering. Reductions that came in
+    between are undone as well: merged tokens are copied back, dropped ones get the value they had.
+
+    Args:
+        layers: after which block to rebuild (an index), or "norm" (features, after the final norm) or "maps" (the
+            decoder of a dense model runs on the centres, and its class maps are rebuilt).
+        k: centres that a token mixes (all where there are fewer), -1 for all; ties at the k-th are all kept.
+        temperature: inverse temperature of the mix; None for that of the clustering.
+        norm: weights of a token have this norm 1: "l1" (a mean, advised for features) or "l2" (as released); "copy"
+            reads the one nearest centre instead of a mix.
+
+    Source: Liang, Yuan, Ding et al., "Expediting Large-Scale Vision Transformer for Dense Prediction without
+    Fine-tuning", NeurIPS 2022.
+    """
+
+    layers: int | str | tuple[int, ...] | None = "norm"
+    k: int = 20
+    temperature: float | None = None
+    norm: str = "l1"
+
+    name: ClassVar[str] = "reconstruct"
+    source: ClassVar[str] = "Liang et al., NeurIPS 2022"
+    kind: ClassVar[str] = "restore"
+
+    def __post_init__(self) -> None:
+        if self.layers not in ("norm", "maps"):
+            if self.layers is None or isinstance(self.layers, str):
+                raise ValueError(f"reconstruct: layers={self.layers!r}; give a block index, 'norm' or 'maps'")
+            super().__post_init__()
+            if len(self.layers) != 1:
+                raise ValueError(f"reconstruct: layers={self.layers!r}; name one block, 'norm' or 'maps'")
+        if type(self.k) is not int or (self.k < 1 and self.k != -1):
+            raise ValueError(f"reconstruct: k={self.k!r}; give a number of centres, or -1 for all")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"reconstruct: temperature={self.temperature!r} has to be positive")
+        if self.norm not in ("l1", "l2", "copy"):
+            raise ValueError(f"reconstruct: norm={self.norm!r}; use 'l1', 'l2' or 'copy'")
+
+    @property
+    def place(self) -> str:
+        return self.layers if isinstance(self.layers, str) else "after"
+
+    @property
+    def closes_span(self) -> bool:
+        return self.place != "maps"
+
+    @property
+    def decodes_reduced(self) -> bool:
+        return self.place == "maps"
+
+    @property
+    def keeps_trace(self) -> bool:
+        return self.place != "maps"
+
+    def resolve_layers(self, depth: int) -> tuple[int, ...]:
+        return (depth - 1,) if isinstance(self.layers, str) else super().resolve_layers(depth)
+
+    def strengths(self, depth: int) -> dict[int, Any]:
+        return {self.resolve_layers(depth)[0]: None}
+
+    def check_recipe(self, methods: tuple[Method, ...], depth: int) -> None:
+        (block,) = self.resolve_layers(depth)
+        openings = [m for m in methods if m.opens_span]
+        first = min((i for m in openings for i in m.resolve_layers(depth)), default=None)
+        if first is None:
+            raise ValueError(
+                "reconstruct has nothing to rebuild: the recipe clusters nowhere; give [{'method': 'cluster', ...}, "
+                "'reconstruct']"
+            )
+        if first > block:
+            raise ValueError(f"reconstruct at block {block} comes before the clustering at block {first}; swap them")
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        return n  # the recipe knows how many there were; "maps" rebuilds nothing inside the model
+
+    def map(self, tokens: Tokens, signals: Signals | None, step: Step) -> TokenMap | None:
+        trace = tokens.trace or ()
+        start = self._start(trace)
+        if self.place == "maps" or start is None:
+            return None
+        undone = self._configured(trace[start:])
+        return RestoreMap(start, tuple(s.map for s in undone), tuple(s.before for s in undone))
+
+    @staticmethod
+    def _start(trace: tuple[TraceStep, ...]) -> int | None:
+        """Index of the last step that opens a span, None if nothing was clustered."""
+        return max((i for i, s in enumerate(trace) if s.map.opens_span), default=None)
+
+    def _configured(self, trace: tuple[TraceStep, ...]) -> tuple[TraceStep, ...]:
+        options = {"k": self.k, "temperature": self.temperature, "norm": self.norm}
+        return tuple(s._replace(map=s.map.with_lift(**options)) for s in trace)
+
+    def lift_trace(self, trace: tuple[TraceStep, ...]) -> tuple[TraceStep, ...]:
+        start = self._start(trace)
+        return trace if start is None else (*trace[:start], *self._configured(trace[start:]))
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Method:
+        return self  # the strength is that of the clustering
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+        # distances of all tokens to all centres, then the mix
+        return 2 * (n - layout.num_prefix) * (n_out - layout.num_prefix) * shape.dim if n_out != n else 0

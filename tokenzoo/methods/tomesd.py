@@ -1,0 +1,196 @@
+"""tomesd: merge in front of a branch, compute on fewer tokens, copy the output back to all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..adaptive import even_and_odd, merge_pairs
+from ..attention import full_precision
+from ..maps import MergeMap, TokenMap
+from ..matching import best_odd, bipartite_pairs
+from ..registry import register
+from ..selection import own_counts, raster_order
+from ..signals import Signals
+from ..strided import best_destination, cell_split, split_pairs, stretch_split
+from ..tokens import Layout, Tokens
+from .base import BlockShape, Method, Step
+from .random import fixed_draw
+
+BRANCHES = ("attention", "mlp")
+METRICS = ("x", "normed")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ToMeSD(Method):
+    """Merges tokens around a branch only: every token reads the output of the one it merged into; training-free.
+
+    The residual stream keeps its length, so every tap and every head works as before, and sizes play no part. One patch
+    of each cell of the grid is a destination, all others may merge into their most similar one; patches where no whole
+    cell fits can only merge. Where the patches no longer form the full grid (after another reduction), stretches of as
+    many tokens that follow each other in raster order take the place of cells. `stride=None` pairs even with odd tokens
+    as ToMe does; with metric="normed", branches=("attention", "mlp") and clip=True that is the dense form of ToMe in
+    the repositories of Liang et al., NeurIPS 2022.
+
+    Args:
+        ratio: share of the patches (with stride=None of all tokens) to merge, in [0, 1).
+        stride: size of a cell, (down, right) or one number for both; None pairs even with odd tokens.
+        branches: branches to merge around: "attention", "mlp".
+        metric: similarity is that of the block's input, decided once for all branches ("x"), or of the tokens that each
+            branch reads, behind its norm ("normed").
+        seed: draws the destination of each cell, in another way in every block; None takes the top left patch.
+        clip: merge fewer where the ratio exceeds what can merge, instead of refusing.
+        layers: blocks to act in, all by default.
+
+    Source: Bolya, Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
+    """
+
+    ratio: float = 0.5
+    stride: int | tuple[int, int] | None = 2
+    branches: tuple[str, ...] = ("attention",)
+    metric: str = "x"
+    seed: int | None = None
+    clip: bool = False
+
+    name: ClassVar[str] = "tomesd"
+    source: ClassVar[str] = "Bolya & Hoffman, CVPR-W 2023"
+    kind: ClassVar[str] = "merge"
+    uses_positions: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            raise TypeError(f"tomesd: ratio={self.ratio!r}; give the share of the tokens to merge, such as 0.5")
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"tomesd: ratio={self.ratio} is outside [0, 1); 0.5 merges half of the tokens")
+        stride = (self.stride, self.stride) if type(self.stride) is int else self.stride
+        if stride is not None:
+            if not isinstance(stride, (tuple, list)) or len(stride) != 2 or any(type(v) is not int for v in stride):
+                raise TypeError(f"tomesd: stride={self.stride!r}; give one whole number, two (down, right), or None")
+            if min(stride) < 1 or stride[0] * stride[1] < 2:
+                raise ValueError(f"tomesd: stride={self.stride!r} makes cells of one patch; use 2 or more, or None")
+            object.__setattr__(self, "stride", stride[0] if stride[0] == stride[1] else tuple(stride))
+        branches = (self.branches,) if isinstance(self.branches, str) else tuple(self.branches)
+        if not branches or set(branches) - set(BRANCHES) or len(set(branches)) != len(branches):
+            raise ValueError(f"tomesd: branches={self.branches!r}; name one or both of {BRANCHES}")
+        object.__setattr__(self, "branches", branches)
+        if self.metric not in METRICS:
+            raise ValueError(f"tomesd: metric={self.metric!r}; use one of {METRICS}")
+        if self.seed is not None and type(self.seed) is not int:
+            raise TypeError(f"tomesd: seed={self.seed!r}; give a whole number, or None for the top left patch")
+        if self.seed is not None and self.stride is None:
+            raise ValueError(f"tomesd: seed={self.seed} draws destinations in cells, but stride=None has no cells")
+
+    @property
+    def place(self) -> str:
+        return "around"
+
+    @property
+    def matches_once(self) -> bool:
+        return self.metric == "x"
+
+    @property
+    def _cell(self) -> tuple[int, int]:
+        return (self.stride, self.stride) if isinstance(self.stride, int) else self.stride
+
+    def strengths(self, depth: int) -> dict[int, float]:
+        return {i: self.ratio for i in self.resolve_layers(depth)} if self.ratio > 0 else {}
+
+    # ---- counts
+
+    def _sources(self, patches: int, layout: Layout) -> int:
+        """Patches that can merge."""
+        if self.stride is not None and patches == layout.num_patches:
+            return patches - (layout.grid[0] // self._cell[0]) * (layout.grid[1] // self._cell[1])
+        return self._in_row(patches)
+
+    def _in_row(self, patches: int) -> int:
+        """Patches that can merge where they form no grid."""
+        if self.stride is None:
+            return patches // 2
+        return patches - -(-patches // (self._cell[0] * self._cell[1]))
+
+    def _wanted(self, patches: int, layout: Layout) -> int:
+        """Patches that the ratio asks to merge."""
+        return int((patches + (layout.num_prefix if self.stride is None else 0)) * self.ratio)
+
+    def tokens_inside(self, n: int, step: Step, layout: Layout) -> int:
+        patches = n - layout.num_prefix
+        wanted, most = self._wanted(patches, layout), self._sources(patches, layout)
+        if self.stride is not None and patches == layout.num_patches and most == patches:
+            raise step.error(f"stride={self.stride} is larger than the {layout.grid[0]} x {layout.grid[1]} patches")
+        if wanted > most and not self.clip:
+            raise step.error(
+                f"ratio={self.ratio} asks to merge {wanted} tokens, but at most {most} of {n} can; lower it, or set "
+                "clip=True to merge what is possible"
+            )
+        return n - min(wanted, most)
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        self.tokens_inside(n, step, layout)  # refuses what cannot be reached
+        return n
+
+    # ---- the map
+
+    def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
+        layout, n = tokens.layout, tokens.length
+        r = n - self.tokens_inside(n, step, layout)
+        if r == 0:
+            return None
+        metric = tokens.x if self.metric == "x" else signals.branch_input
+        with torch.no_grad(), full_precision(metric):
+            if tokens.valid is None:
+                if self.stride is None:
+                    pairs = bipartite_pairs(metric, r, layout.num_prefix)
+                else:
+                    pairs = split_pairs(metric, *self._split(tokens, step), r, layout.num_prefix)
+                return MergeMap(pairs.order, pairs.src, pairs.slot, n)
+            return self._padded_map(metric, tokens, n - r, step)
+
+    def _split(self, tokens: Tokens, step: Step) -> tuple[Tensor, Tensor]:
+        """Tokens that may merge [B or 1, S] and their destinations [B or 1, D]."""
+        layout, device, (down, right) = tokens.layout, tokens.x.device, self._cell
+        if tokens.num_patches == layout.num_patches and tokens.valid is None:
+            draw = None
+            if self.seed is not None:
+                cells = (layout.grid[0] // down) * (layout.grid[1] // right)
+                draw = fixed_draw(cells, self.seed * 1009 + step.block, device)
+            src, dst = cell_split(layout.grid, (down, right), device, draw)
+        else:
+            src, dst = stretch_split(tokens.num_patches, down * right, device)
+        by_place = raster_order(tokens)
+        if by_place is None:
+            return src.unsqueeze(0) + layout.num_prefix, dst.unsqueeze(0) + layout.num_prefix
+        return by_place[:, src] + layout.num_prefix, by_place[:, dst] + layout.num_prefix
+
+    def _padded_map(self, metric: Tensor, tokens: Tokens, length: int, step: Step) -> TokenMap:
+        """Images with padding merge as many tokens as they would alone."""
+        layout = tokens.layout
+        rule = lambda m: m - min(self._wanted(m, layout), self._in_row(m))  # noqa: E731
+        counts = (tokens.valid_patches.unsqueeze(1) - own_counts(rule, tokens)).clamp(min=0)
+        if self.stride is None:
+            src, dst = even_and_odd(tokens)
+            value, partner = best_odd(metric, layout.num_prefix, tokens.valid)
+            partner = partner - layout.num_prefix // 2
+        else:
+            src, dst = self._split(tokens, step)
+            value, partner = best_destination(metric, src, dst, tokens.valid)
+        length = layout.num_prefix + rule(tokens.num_patches)
+        return merge_pairs(tokens, src, dst, value, partner, counts, length, True, None)
+
+    # ---- cost and strength
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+        patches = n - layout.num_prefix
+        wanted, most = self._wanted(patches, layout), self._sources(patches, layout)
+        pairs = (n // 2) * (n - n // 2) if self.stride is None else most * (patches - most)
+        decisions = 1 if self.matches_once else len(self.branches)
+        return decisions * pairs * shape.dim + len(self.branches) * min(wanted, most) * shape.dim
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Method:
+        counted = layout.num_patches + (layout.num_prefix if self.stride is None else 0)
+        return replace(self, ratio=t * self._sources(layout.num_patches, layout) / counted)
