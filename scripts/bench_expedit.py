@@ -38,8 +38,8 @@ def main() -> None:
     for (crop, classes), settings in SETTINGS.items():
         with torch.device("meta"):
             model = create_segmenter(
-                "vit_large_patch16_384", classes, "mask", {"dynamic_img_size": False}, {"depth": 1 if crop == 768 else 2},
-                img_size=crop,
+                "vit_large_patch16_384", classes, "mask", {"dynamic_img_size": False},
+                {"depth": 1 if crop == 768 else 2}, img_size=crop,
             ).eval()  # fmt: skip
         base = None
         for block, grid, published in settings:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 ROOT = Path(os.environ.get("TOKENZOO_GOLDENS", Path(__file__).parent / "golden"))
 LANDED = (
-    "tome", "evit", "ats", "mctf", "algm", "tomesd", "cts", "expedit", "expedit_sam", "dense_unmerge", "segmentation_eval",
-    "super_token_attention", "t2t_vit", "lv_vit",
+    "tome", "evit", "ats", "mctf", "algm", "tomesd", "cts", "expedit", "expedit_sam", "dense_unmerge",
+    "segmentation_eval", "super_token_attention", "t2t_vit", "lv_vit", "dtop",
 )  # fmt: skip
 LEFT_OUT = {"ats/tokenreduction_variant"}  # another method under the same name
 READ: set[tuple[str, str]] = set()

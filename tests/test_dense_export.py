@@ -8,9 +8,11 @@ import tokenzoo
 from tokenzoo.dense import LinearHead, Segmenter
 from tokenzoo.exporting import export
 
+# centres that nearly coincide (too low a temperature) make the k-th nearest one a matter of rounding
+CLUSTER = {"method": "cluster", "layers": 0, "grid": [3, 4], "temperature": 1.0}
 RECIPES = {
-    "features": [{"method": "cluster", "layers": 0, "grid": [3, 4]}, {"method": "reconstruct", "layers": "norm", "k": 4}],
-    "maps": [{"method": "cluster", "layers": 0, "grid": [3, 4]}, {"method": "reconstruct", "layers": "maps", "k": 4}],
+    "features": [CLUSTER, {"method": "reconstruct", "layers": "norm", "k": 4}],
+    "maps": [CLUSTER, {"method": "reconstruct", "layers": "maps", "k": 4}],
 }
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenzoo.maps import ChainMap, FuseMap, KeepMap, MergeMap, MixMap
 from tokenzoo.lifting import lift
+from tokenzoo.maps import ChainMap, FuseMap, KeepMap, MergeMap, MixMap
 from tokenzoo.tokens import Layout, Tokens, trace_assign
 
 FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_sum", "merge_assign", "merge_dropped", "fuse", "mix",

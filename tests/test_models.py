@@ -351,8 +351,8 @@ def test_export_with_any_batch(name):
 
 @tiny
 def test_onnx(name, tmp_path):
-    if torch.__version__.startswith("2.6.") and name in ("svit", "lvvit"):
-        pytest.skip("the exporter of torch 2.6 does not translate BatchNorm")
+    if torch.__version__.startswith("2.6.") and name != "transformer":
+        pytest.skip("the exporter of torch 2.6 translates neither BatchNorm nor casts where the batch size is open")
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     model, path = build(name), str(tmp_path / "model.onnx")

@@ -8,7 +8,7 @@ import timm
 import torch
 import torchvision
 from cases import VIT, build, images
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 
 import tokenzoo
@@ -57,6 +57,34 @@ REFUSED = {
     "keep text": (VIT, "uniform", {"keep_rate": "a"}, TypeError, ["uniform", "'a'", "give"]),
     "rates and layers": (VIT, "evit", {"keep_rate": [0.5], "layers": [1, 2]}, ValueError, ["1 entries", "2 layers"]),
     "tokens too many": (VIT, "evit", {"tokens": 20}, ValueError, ["evit at block 1", "tokens=20", "16 patches"]),
+    "cluster grid too large": (VIT, "cluster", {"grid": [5, 4]}, ValueError, ["cluster at block 1", "(5, 4)", "4 x 4"]),
+    "cluster grid as text": (VIT, "cluster", {"grid": "big"}, TypeError, ["cluster", "'big'", "whole numbers"]),
+    "cluster window": (VIT, "cluster", {"window": 4}, ValueError, ["cluster", "window=4", "odd"]),
+    "cluster scale": (VIT, "cluster", {"scale": 0}, ValueError, ["cluster", "scale=0", "(0, 1]"]),
+    "cluster iterations": (VIT, "cluster", {"iterations": -1}, ValueError, ["cluster", "iterations=-1"]),
+    "cluster temperature": (VIT, "cluster", {"temperature": 0}, ValueError, ["cluster", "temperature=0", "positive"]),
+    "cluster where": (VIT, "cluster", {"where": "beside"}, ValueError, ["cluster", "'beside'", "before"]),
+    "cluster twice": (VIT, "cluster", {"layers": [1, 2]}, ValueError, ["cluster", "(1, 2)", "one block"]),
+    "cluster after another": (
+        VIT, [{"method": "tome", "r": 2, "layers": [0]}, {"method": "cluster", "layers": 1}], {}, ValueError,
+        ["cluster at block 1", "14 tokens", "4 x 4", "before any other"],
+    ),
+    "reconstruct alone": (VIT, "reconstruct", {}, ValueError, ["reconstruct", "nothing to rebuild", "cluster"]),
+    "reconstruct too early": (
+        VIT, [{"method": "cluster", "layers": 2}, {"method": "reconstruct", "layers": 1}], {}, ValueError,
+        ["block 1", "before the clustering at block 2", "swap"],
+    ),
+    "reconstruct where": (VIT, "reconstruct", {"layers": "end"}, ValueError, ["reconstruct", "'end'", "'maps'"]),
+    "reconstruct norm": (VIT, "reconstruct", {"norm": "l3"}, ValueError, ["reconstruct", "'l3'", "'copy'"]),
+    "reconstruct k": (VIT, "reconstruct", {"k": 0}, ValueError, ["reconstruct", "k=0", "-1"]),
+    "merging around no branch": (
+        lambda: VIT(block_fn=ParallelScalingBlock), "tomesd", {"branches": ["mlp"]}, ValueError,
+        ["tomesd at block 0", "mlp", "beside attention"],
+    ),
+    "fill": (VIT, "topk", {"fill": "mean"}, ValueError, ["fill='mean'", "nearest"]),
+    "fill option": (VIT, "topk", {"fill": {"kinds": "zero"}}, ValueError, ["fill", "'kinds'", "'kind'"]),
+    "fill k": (VIT, "topk", {"fill": {"kind": "nearest", "k": 0}}, ValueError, ["fill", "k=0"]),
+    "dense": (VIT, "topk", {"dense": "yes"}, TypeError, ["dense='yes'", "True"]),
     "tokens zero": (VIT, "random", {"tokens": 0}, ValueError, ["random", "tokens=0", "at least 1"]),
     "grid too large": (VIT, "pool", {"grid": [5, 4]}, ValueError, ["pool at block 1", "(5, 4)", "4 x 4"]),
     "stride": (VIT, "pool", {"stride": 0}, ValueError, ["pool", "stride=(0, 0)", "at least 1"]),

@@ -1,6 +1,8 @@
 """Super token attention: held against unfold and fold, plain attention, and the rules of the association."""
 
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -228,24 +230,37 @@ def test_memory_is_linear(train):
     assert totals[1] < 4.01 * totals[0]
 
 
+SPEED = """
+import statistics, sys, time
+sys.path.insert(0, {here!r})
+import timm, torch, tokenzoo.models
+from svit_reference import ReferenceSViT
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model, reference = timm.create_model("svit_small").eval(), ReferenceSViT().eval()
+reference.load_state_dict(model.state_dict())
+x, spent = torch.randn(8, 3, 224, 224), []
+with torch.inference_mode():
+    torch.testing.assert_close(model(x), reference(x), atol=1e-4, rtol=1e-4)
+    for _ in range(7):
+        pair = []
+        for each in (model, reference):
+            start = time.process_time()
+            each(x)
+            pair.append(time.process_time() - start)
+        spent.append(pair)
+print(statistics.median(theirs / ours for ours, theirs in spent))
+"""
+
+
 @pytest.mark.slow
 def test_speed():
-    """At least 1.2 times as fast as unfold and fold in NCHW (224, batch 8, one thread)."""
-    torch.manual_seed(0)
-    model, reference = timm.create_model("svit_small").eval(), ReferenceSViT().eval()
-    reference.load_state_dict(model.state_dict())
-    x = torch.randn(8, 3, 224, 224)
-    spent: dict[nn.Module, list[float]] = {model: [], reference: []}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            torch.testing.assert_close(model(x), reference(x), atol=1e-4, rtol=1e-4)
-            for _ in range(5):
-                for each, times in spent.items():
-                    start = time.process_time()
-                    each(x)
-                    times.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    assert min(spent[reference]) / min(spent[model]) > 1.2, spent.values()
+    """At least 1.2 times as fast as unfold and fold in NCHW (224, batch 8, one thread).
+
+    In an interpreter of its own: what earlier tests left of the heap changes how often pages are given back.
+    """
+    code = SPEED.format(here=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) > 1.2

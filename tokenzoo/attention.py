@@ -67,9 +67,7 @@ def _attend(heads: Heads, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.to(q.dtype)
     if heads.fused:
-        return F.scaled_dot_product_attention(
-            q, k, heads.v, attn_mask=bias, dropout_p=heads.dropout, scale=heads.scale
-        )
+        return F.scaled_dot_product_attention(q, k, heads.v, attn_mask=bias, dropout_p=heads.dropout, scale=heads.scale)
     logits = (q * heads.scale) @ k.transpose(-2, -1)
     probs = (logits if bias is None else logits + bias).softmax(dim=-1)
     if heads.dropout:

@@ -74,7 +74,7 @@ class Report:
 
     @property
     def attn_impl(self) -> str:
-        """"fused" if every block attends on the fused kernel, else "unfused"."""
+        """ "fused" if every block attends on the fused kernel, else "unfused"."""
         return "unfused" if any(row.attention.startswith("unfused") for row in self.rows) else "fused"
 
     def __str__(self) -> str:
@@ -104,9 +104,7 @@ class Costs:
     head_skips: int  # prefix tokens that pooling with attention does not see
 
 
-def read_costs(
-    backbone: nn.Module, family: Family, layout: Layout, grid: tuple[int, int] | None = None
-) -> Costs | Any:
+def read_costs(backbone: nn.Module, family: Family, layout: Layout, grid: tuple[int, int] | None = None) -> Costs | Any:
     """Reads what the formulas need off a model, patched or not, at a patch grid (None for the model's own)."""
     if family.costs is not None:
         return family.costs(backbone, tuple(grid or backbone.patch_embed.grid_size))
@@ -195,9 +193,7 @@ def _block_cost(
     return through("norm", through("after", between)), total + reduction, reduction
 
 
-def _inside(
-    branch: str, by_place: dict[str, list[tuple[Step, int, int]]], n: int, layout: Layout
-) -> int | None:
+def _inside(branch: str, by_place: dict[str, list[tuple[Step, int, int]]], n: int, layout: Layout) -> int | None:
     """Tokens inside a branch that n tokens enter, None where nothing merges around it."""
     steps = [step for step, _, _ in by_place.get("around", ()) if branch in step.method.branches]
     for step in steps:

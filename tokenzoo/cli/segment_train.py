@@ -9,13 +9,12 @@ import torch
 import yaml
 
 from ..dense import HEADS, create_segmenter, load_segmenter
-from ..dense.storage import load_state
+from ..dense.checkpoints import load_state
 from ..evaluation.segmentation_data import open_dataset
 from ..patching import patch_model
 from ..training.segmentation import SegmentTraining, train_segmenter
 from ..training.segmentation_augment import Gallery, Views
 from .common import key_values, say
-
 
 HELP = "train a segmentation head, or the whole model, on images/ and masks/"
 EXAMPLE = (
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--sched", default="cosine")
     run.add_argument("--warmup-epochs", type=int, default=5)
     run.add_argument("--min-lr", type=float, default=1e-5)
-    run.add_argument("--clip-grad", type=float, default=1.0)
+    run.add_argument("--clip-grad", type=float, default=1.0, help="largest norm of all gradients, 0 for no limit")
     run.add_argument("--class-weights", choices=("none", "sqrt-inverse"), default="none")
     run.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, 0 for none")
     run.add_argument("--amp", action="store_true", help="autocast in bfloat16")
@@ -69,10 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Builds model and data, and trains."""
-    options = SegmentTraining(
-        **{name: getattr(args, name) for name in SegmentTraining.__dataclass_fields__}
-    )
+    given = {name: getattr(args, name) for name in SegmentTraining.__dataclass_fields__}
+    options = SegmentTraining(**given | {"clip_grad": args.clip_grad or None})
     output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a folder")
+    kept = {key: value for key, value in vars(args).items() if key not in ("run", "command", "action")}
+    kept = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+    if args.resume and (output / "last.pt").exists():
+        _check_same(kept, output / "args.yaml")
     if not args.resume and (output / "last.pt").exists():
         raise ValueError(f"{output} holds a run already; add --resume to go on, or give another --output")
     data = {"ignore": args.ignore, "classes": args.classes, "num_classes": args.num_classes}
@@ -100,12 +104,21 @@ def run(args: argparse.Namespace) -> None:
     crop = tuple(args.crop) if args.crop else model.encoder.patch_embed.img_size
     views = Views(crop=tuple(crop), scale=tuple(args.scale), jitter=args.jitter)
     output.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in vars(args).items() if key not in ("run", "command", "action")}
-    (output / "args.yaml").write_text(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}))
+    (output / "args.yaml").write_text(yaml.safe_dump(kept))
     rows = train_segmenter(
         model.to(args.device), gallery, val, views, options, output, args.resume, progress=_show(args.epochs)
     )
     say(f"wrote {output / 'model.safetensors'} after {len(rows)} epochs")
+
+
+def _check_same(kept: dict, path: Path) -> None:
+    """Refuses to go on with a run under arguments that change the weights."""
+    before = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    free = ("resume", "output", "device", "threads", "eval_every", "data", "val")  # folders may have moved
+    changed = sorted(key for key in kept if key not in free and key in before and before[key] != kept[key])
+    if changed:
+        words = ", ".join("--" + key.replace("_", "-") for key in changed)
+        raise ValueError(f"{path.parent} was started with other options ({words}); give the ones in {path}")
 
 
 def _show(epochs: int):

@@ -84,7 +84,9 @@ class DToPHead(nn.Module):
         self.proj_norm = nn.LayerNorm(width)
         self.q = nn.Embedding(num_classes, width)
         self.class_embed = nn.Linear(width, 2)
-        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(MaskDecoderLayer(width, num_heads) for _ in range(depth))})
+        self.decoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(MaskDecoderLayer(width, num_heads) for _ in range(depth))}
+        )
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Presence of every class in the image, and mask logits.

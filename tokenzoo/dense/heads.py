@@ -115,7 +115,9 @@ class MaskTransformer(nn.Module):
         x = torch.cat([x, self.cls_emb.expand(x.shape[0], -1, -1)], dim=1)
         mask = None
         if valid is not None:
-            mask = F.pad(valid, (0, self.num_classes), value=True)[:, None, None, :]
+            # additive: attention without the fused kernel would add a boolean one as 0 and 1
+            mask = x.new_zeros(valid.shape).masked_fill(~valid, float("-inf"))
+            mask = F.pad(mask, (0, self.num_classes))[:, None, None, :]
         for block in self.blocks:
             x = block(x) if mask is None else block(x, attn_mask=mask)
         x = self.decoder_norm(x)

@@ -12,20 +12,21 @@ from torch import Tensor
 _CPU_NUMBERS = 1 << 20
 
 
-def by_images(function: Callable[[Tensor], Tensor], x: Tensor, numbers: int) -> Tensor:
-    """Applies a function that treats the images of a batch one by one.
+def by_images(function: Callable[[Tensor], Tensor], x: Tensor, numbers: int, training: bool) -> Tensor:
+    """Applies a function that treats the images of a batch one by one outside of training.
 
-    Whole batches go through with gradients, in traced graphs and off the CPU.
+    Whole batches go through in training (BatchNorm), with gradients, in traced graphs and off the CPU.
 
     Args:
         function: [B, ...] -> [B, ...].
         x: batch [B, ...].
         numbers: how many numbers the largest intermediate map of one image holds.
+        training: whether the function's modules are in training mode.
 
     Returns:
         function(x).
     """
-    whole = torch.is_grad_enabled() or x.device.type != "cpu"
+    whole = training or torch.is_grad_enabled() or x.device.type != "cpu"
     if whole or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return function(x)
     step = max(1, _CPU_NUMBERS // numbers)

@@ -29,7 +29,9 @@ class Cluster(Method):
         scale: cells an axis as a share of the patches, rounded, in (0, 1]; 0.7 leaves half of the tokens.
         iterations: k-means steps; 0 is average pooling.
         window: a token sees window x window cells around its own (odd).
-        temperature: inverse temperature of the shares, weights exp(-temperature * squared distance).
+        temperature: inverse temperature of the shares, weights exp(-temperature * squared distance). It goes with the
+            scale of the features: 0.02 is the authors' for Segmenter ViT-L; about 20 over the usual squared distance of
+            neighbouring patches is a place to start from. Too low a value blurs all centres.
         where: "after" or "before" the block.
         prop_attn: add the log size of a centre to its attention logit.
         k: centres that a patch mixes when it is rebuilt (all where there are fewer); -1 for all.

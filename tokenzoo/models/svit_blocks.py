@@ -26,14 +26,14 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualDepthwise(nn.Module):
-    """Depthwise 3 x 3 convolution added to its input."""
+    """Depthwise 3 x 3 convolution and its input, added up in place."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
+        return self.conv(x).add_(x)
 
 
 class ConvFfn(nn.Module):
@@ -48,7 +48,7 @@ class ConvFfn(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_images(self._run, x, x.shape[2] * x.shape[3] * self.fc1.out_channels)
+        return by_images(self._run, x, x.shape[2] * x.shape[3] * self.fc1.out_channels, self.training)
 
     def _run(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.conv(self.act(self.fc1(x)))))
@@ -136,7 +136,7 @@ class Stem(nn.Module):
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_images(self.proj, x, x.shape[2] * x.shape[3] * self.proj[0].out_channels // 4)
+        return by_images(self.proj, x, x.shape[2] * x.shape[3] * self.proj[0].out_channels // 4, self.training)
 
 
 class SuperTokenStage(nn.Module):

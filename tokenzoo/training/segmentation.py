@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dense.checkpoints import load_state
 from ..dense.storage import save_segmenter
 from ..evaluation.confusion import areas, confusion_matrix, scores
 from .segmentation_augment import IGNORE, Gallery, Views
@@ -73,6 +74,10 @@ class SegmentTraining:
                 raise ValueError(f"{name}={getattr(self, name)!r}; give a whole number of at least 1")
         if not self.lr > 0 or not 0 <= self.ema < 1:
             raise ValueError(f"lr={self.lr} has to be positive and ema={self.ema} in [0, 1)")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"clip_grad={self.clip_grad} has to be positive; None sets no limit")
+        if self.sched == "plateau":
+            raise ValueError("sched='plateau' waits for results between epochs, which this trainer does not give it")
         if self.class_weights not in ("none", "sqrt-inverse"):
             raise ValueError(f"class_weights={self.class_weights!r}; use 'none' or 'sqrt-inverse'")
 
@@ -103,7 +108,8 @@ def train_segmenter(
         One row an epoch, see `COLUMNS`.
 
     Raises:
-        ValueError: fewer pictures than a batch, or a last.pt of other options.
+        ValueError: fewer pictures than a batch, a last.pt of other options or another model, or a loss that is no
+            number.
     """
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
@@ -174,7 +180,11 @@ def _epoch(
         masks = torch.stack([mask for _, mask in drawn]).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16) if options.amp else nullcontext():
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), masks, weight=weight, ignore_index=IGNORE)
+        if bool((masks != IGNORE).any()):
+            loss = F.cross_entropy(logits.float(), masks, weight=weight, ignore_index=IGNORE)
+        else:  # the mean over no pixels is no number
+            _log.warning("epoch %d, step %d: every pixel is ignored; its loss counts as 0", epoch, step)
+            loss = 0 * logits.float().sum()
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss is {loss.item()} in epoch {epoch}, step {step}; lower lr={options.lr}")
         optimizer.zero_grad(set_to_none=True)
@@ -261,6 +271,6 @@ class _State:
             changed = sorted(k for k in self.options if saved["options"].get(k) != self.options[k])
             raise ValueError(f"{self.path} was written with other options ({', '.join(changed)}); give the same ones")
         for name, module in self.modules.items():
-            module.load_state_dict(saved[name])
+            load_state(module, saved[name], str(self.path))
         self.optimizer.load_state_dict(saved["optimizer"])
         return saved["rows"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +55,10 @@ class Views:
         factor = math.exp(low + (high - low) * draw[0])
         size = [max(1, round(side * factor)) for side in image.shape[1:]]
         view, labels = image[None].float() / 255, mask[None, None].float()
-        # only the part that is kept is resized: its corners in the resized picture, and back in the picture
         (top, tall), (left, wide) = (_span(side, crop, at) for side, crop, at in zip(size, self.crop, draw[1:3]))
-        view = _resized_part(view, size, (top, tall), (left, wide), "bilinear", antialias=factor < 1)
-        labels = _resized_part(labels, size, (top, tall), (left, wide), "nearest-exact")
+        view = F.interpolate(view, tuple(size), mode="bilinear", align_corners=False, antialias=factor < 1)
+        labels = F.interpolate(labels, tuple(size), mode="nearest-exact")
+        view, labels = (x[:, :, top : top + tall, left : left + wide] for x in (view, labels))
         if draw[3] < self.flip:
             view, labels = view.flip(3), labels.flip(3)
         view = _jitter(view, [1 + self.jitter * (2 * d - 1) for d in draw[4:7]])
@@ -71,14 +70,6 @@ class Views:
 def _span(side: int, crop: int, at: float) -> tuple[int, int]:
     """(start, length) of a crop along one axis."""
     return (0, side) if side <= crop else (int(at * (side - crop + 1)), crop)
-
-
-def _resized_part(
-    x: Tensor, size: Sequence[int], rows: tuple[int, int], columns: tuple[int, int], mode: str, antialias: bool = False
-) -> Tensor:
-    options = {"antialias": antialias, "align_corners": False} if mode == "bilinear" else {}
-    x = F.interpolate(x, tuple(size), mode=mode, **options)
-    return x[:, :, rows[0] : rows[0] + rows[1], columns[0] : columns[0] + columns[1]]
 
 
 def _jitter(x: Tensor, factors: list[float]) -> Tensor:
