@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import METHODS
+from cases import COMPANION, METHODS
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +27,9 @@ SMALL = {
     "ats": {"layers": (0, 1)},
     "mctf": {"r": 1000, "layers": (0, 1)},
     "pool": {"layers": (0,)},
+    "cluster": {"layers": 0},
+    "cts": {},
+    "reconstruct": {"layers": "norm"},
     "tome": {"r": 1000},
 }
 
@@ -43,7 +46,8 @@ def test_largest_tensor(method, class_token):
     if method == "ats" and not class_token:
         pytest.raises(ValueError, tokenzoo.patch_model, model, method)
         return
-    tokenzoo.patch_model(model, method, **SMALL.get(method, {"layers": (0, 1)}))
+    options = {"method": method, **SMALL.get(method, {"layers": (0, 1)})}
+    tokenzoo.patch_model(model, [{"method": "cluster", "layers": 0}, options] if method in COMPANION else options)
     with Largest() as seen:
         model(x)
     assert n * 32 <= seen.elements, "the watch saw nothing"

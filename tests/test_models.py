@@ -118,6 +118,18 @@ def test_multiply_adds_of_the_reference():
     assert rounded(fvcore_macs(ReferenceSViT()), 4.37) == 4.37
 
 
+@pytest.mark.parametrize("grid", [(6, 6), (4, 10)])
+@pytest.mark.parametrize("name,options", [
+    ("performer", {}), ("transformer", {}), ("lvvit", {}), ("lvvit", {"p_emb": "naive"}),
+    ("lvvit", {"p_emb": "4_2_128"}),
+])  # fmt: skip
+def test_formula_of_embeddings(name, options, grid):
+    """What the embedding says of its own cost is what tracing counts."""
+    patch = 8 if name == "lvvit" else 16
+    embed = build(name, **options, img_size=(grid[0] * patch, grid[1] * patch)).patch_embed
+    assert embed.macs(grid) == tokenzoo.count_macs(embed, (3, *embed.img_size)).total
+
+
 # ---- timm's conventions
 
 

@@ -207,3 +207,13 @@ def test_scores_that_are_no_numbers_are_told(folder, capsys):
     save_segmenter(model, folder / "model.safetensors", half=False)
     assert predict(folder, source="in/a.png")[0] == 0
     assert "a.png: some class scores are infinite or no numbers" in capsys.readouterr().out
+
+
+def test_pictures_of_more_than_8_bits_are_named(folder, capsys):
+    """Cut off at 255 they would be white, and their class maps about nothing."""
+    folder, _ = folder
+    Image.fromarray(np.full((32, 32), 30000, np.uint16)).save(folder / "in" / "deep.png")
+    assert predict(folder)[0] == 2
+    assert "deep.png holds pixels of more than 8 bits (Pillow's mode I;16)" in capsys.readouterr().err
+    status, out = predict(folder, "--skip-broken")
+    assert status == 0 and not (out / "deep.index.png").exists() and (out / "a.index.png").exists()

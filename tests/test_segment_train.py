@@ -57,6 +57,8 @@ def test_learns(data, tmp_path):
     again = evaluate_whole(load_segmenter(tmp_path / "model.safetensors"), pictures)
     assert float(again.miou) == pytest.approx(rows[-1]["val_miou"], abs=0.01)  # float16 in the file
     assert (tmp_path / "summary.csv").read_text().count("\n") == 13
+    rates = [row["lr"] for row in rows]
+    assert rates[0] < max(rates) <= 3e-3 and rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 3e-4
 
 
 class Stopped(Exception):
@@ -86,6 +88,12 @@ def test_goes_on_where_it_was_ended(data, tmp_path, ema):
     other = SegmentTraining(epochs=4, batch_size=2, warmup_epochs=1, ema=ema, class_weights="sqrt-inverse")
     with pytest.raises(ValueError, match=r"other options \(batch_size\)"):
         train_segmenter(model(), pictures, None, VIEWS, other, tmp_path / "part", resume=True)
+    fewer = Gallery(open_dataset(data, ignore=9, num_classes=2).subset(range(5)))
+    with pytest.raises(ValueError, match=r"other options \(pictures\)"):  # an epoch would have other steps
+        train_segmenter(model(), fewer, None, VIEWS, options, tmp_path / "part", resume=True)
+    with pytest.raises(ValueError, match=r"other options \(flip, scale\)"):
+        views = Views(crop=(32, 48), scale=(0.5, 1.25), flip=0.0)
+        train_segmenter(model(), pictures, None, views, options, tmp_path / "part", resume=True)
     with pytest.raises(ValueError, match=r"last.pt does not fit Segmenter; shapes: .*pos_embed"):
         train_segmenter(model(img_size=64), pictures, None, VIEWS, options, tmp_path / "part", resume=True)
 
@@ -116,6 +124,22 @@ def test_class_weights_even_out_shares(data):
     assert weight[2] == 0 and weight[:2].mean() == pytest.approx(1)
     assert weight[0] / weight[1] == pytest.approx(float((share[1] / share[0]).sqrt()), rel=1e-5)
     assert _class_weights(pictures, 2, "none") is None
+
+
+@pytest.mark.parametrize("kind", ["none", "sqrt-inverse"])
+def test_the_loss_is_the_weighted_mean_over_labelled_pixels(data, tmp_path, kind):
+    pictures, net = gallery(data), model(drop_path_rate=0.0)
+    images = (torch.stack(pictures.images) / 255 - 0.5) / 0.5
+    masks = torch.stack(pictures.masks).long()
+    counted = masks != 255
+    picked = net(images).log_softmax(1).gather(1, masks.where(counted, 0)[:, None])[:, 0]
+    weight = torch.ones(2) if kind == "none" else _class_weights(pictures, 2, kind)
+    weights = weight[masks.where(counted, 0)] * counted
+    expected = -(weights * picked.detach()).sum() / weights.sum()
+    views = Views(crop=(32, 48), scale=(1.0, 1.0), flip=0.0, jitter=0.0)
+    options = SegmentTraining(epochs=1, batch_size=6, warmup_epochs=0, class_weights=kind)
+    rows = train_segmenter(net, pictures, None, views, options, tmp_path)
+    assert rows[0]["train_loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_views_without_labels_count_as_no_loss(data, tmp_path, caplog):

@@ -60,6 +60,9 @@ def test_maps_compose_to_the_trace(method, backbone):
     prefix, (high, wide) = tokens.layout.num_prefix, tokens.layout.grid
     assert maps.grid == (high, wide) and [b.block for b in maps.blocks] == sorted({s.block for s in tokens.trace})
     total = trace_assign(tokens.trace, 3, prefix + high * wide, x.device)
+    if method == "tomesd":
+        assert not maps.blocks  # merged and unmerged inside of the branches: nothing is taken away
+        return
     assert torch.equal(maps.blocks[-1].assign, total[:, prefix:])
     count = torch.full((3,), prefix + high * wide)
     for block in maps.blocks:

@@ -1,6 +1,6 @@
 """tokenzoo: token reduction for vision backbones, one call on the model you have."""
 
-from . import methods
+from . import methods, models
 from .counting import Report, report
 from .methods.base import Method
 from .patching import (
@@ -34,6 +34,7 @@ __all__ = [
     "list_methods",
     "method_class",
     "methods",
+    "models",
     "patch_model",
     "patched",
     "recipe",

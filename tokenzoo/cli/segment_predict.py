@@ -90,13 +90,16 @@ def run(args: argparse.Namespace) -> None:
 def _opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
-            return file.convert("RGB")
+            mode, picture = file.mode, file.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         unknown = isinstance(error, UnidentifiedImageError)  # its text repeats the path
         reason = "not in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no readable picture ({reason})") from error
+    if mode.startswith(("I", "F")):  # Pillow cuts these off at 255, which leaves 16-bit pictures white
+        raise ValueError(f"{path} holds pixels of more than 8 bits (Pillow's mode {mode}); convert it to 8 bits")
+    return picture
 
 
 def _labels(predict: Predictor, picture: Image.Image, path: Path) -> np.ndarray:

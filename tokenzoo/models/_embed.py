@@ -23,7 +23,7 @@ def fit_positions(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
 
 
 class MapEmbed(nn.Module):
-    """Base of embeddings that turn an image into a map of tokens; a subclass gives `embed_map`.
+    """Base of embeddings that turn an image into a map of tokens; a subclass gives `embed_map` and `macs`.
 
     Args:
         img_size: image size in pixels, one number or (high, wide).
@@ -93,6 +93,10 @@ class MapEmbed(nn.Module):
         """Grid of tokens (high, wide) of an image size."""
         (high, wide), (p, q) = img_size, self.patch_size
         return (-(-high // p), -(-wide // q)) if self.dynamic_img_pad else (high // p, wide // q)
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds of one image with a grid of tokens (high, wide); norms are free."""
+        raise NotImplementedError
 
     def embed_map(self, x: Tensor) -> Tensor:
         """Image [B, C, H, W], whole tokens -> map [B, h, w, D]."""

@@ -40,6 +40,10 @@ class PatchProjection(MapEmbed):
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.to(device=device, dtype=dtype)
 
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds of one image with a grid of tokens (high, wide)."""
+        return grid[0] * grid[1] * self.proj.weight.numel()
+
     def embed_map(self, x: Tensor) -> Tensor:
         """Image [B, C, H, W] -> [B, h, w, D]."""
         return self.proj(x).permute(0, 2, 3, 1)
@@ -82,6 +86,12 @@ class ConvStem(MapEmbed):
         self.bn3 = nn.BatchNorm2d(stem_dim)
         self.proj = nn.Conv2d(stem_dim, embed_dim, half, stride=half, bias=bias)
         self.to(device=device, dtype=dtype)
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds of one image with a grid of tokens (high, wide); norms are free."""
+        stem = sum(conv.weight.numel() for conv in (self.conv1, self.conv2, self.conv3))
+        positions = self.patch_size[0] * self.patch_size[1] // 4  # of the stem's maps, a token
+        return grid[0] * grid[1] * (positions * stem + self.proj.weight.numel())
 
     def embed_map(self, x: Tensor) -> Tensor:
         """Image [B, C, H, W] -> [B, h, w, D]."""

@@ -15,6 +15,11 @@ from ._embed import MapEmbed
 _TINY = 1e-8  # of the published denominator
 
 
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds a token of all linear layers inside a module."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
 class WideAttention(nn.Module):
     """One head whose logits are scaled by the width of the input; the values are added to the output.
 
@@ -46,6 +51,10 @@ class TokenTransformer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, dim)
 
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds of one image: linear layers, logits and weighted sums; norms are free."""
+        return tokens * linear_macs(self) + 2 * tokens**2 * self.attn.proj.out_features
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -75,6 +84,10 @@ class TokenPerformer(nn.Module):
         self.features = int(dim * kernel_ratio)
         w = nn.init.orthogonal_(torch.empty(self.features, dim)) * self.features**0.5
         self.w = nn.Parameter(w, requires_grad=False)
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds of one image: linear layers, random features, and the sums over tokens; norms are free."""
+        return tokens * (linear_macs(self) + 4 * self.w.numel() + self.features)
 
     def kernel_features(self, u: Tensor) -> Tensor:
         """Random features of queries or keys: [B, N, dim] -> [B, N, m], float32."""
@@ -142,6 +155,11 @@ class TokensToToken(MapEmbed):
         self.attention2 = step(token_dim * 3 * 3, token_dim)
         self.project = nn.Linear(token_dim * 3 * 3, embed_dim, bias=bias)
         self.to(device=device, dtype=dtype)
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds of one image with a grid of tokens (high, wide); norms are free."""
+        tokens = grid[0] * grid[1]
+        return self.attention1.macs(16 * tokens) + self.attention2.macs(4 * tokens) + tokens * linear_macs(self.project)
 
     def embed_map(self, x: Tensor) -> Tensor:
         """Image [B, C, H, W] -> [B, H / 16, W / 16, D]."""

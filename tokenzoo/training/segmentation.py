@@ -108,8 +108,8 @@ def train_segmenter(
         One row an epoch, see `COLUMNS`.
 
     Raises:
-        ValueError: fewer pictures than a batch, a last.pt of other options or another model, or a loss that is no
-            number.
+        ValueError: fewer pictures than a batch, a last.pt of other options, other views, another number of pictures
+            or another model, or a loss that is no number.
     """
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
@@ -128,8 +128,11 @@ def train_segmenter(
         warmup_epochs=min(options.warmup_epochs, options.epochs - 1), warmup_lr=options.lr / 100,
         step_on_epochs=False, updates_per_epoch=steps,
     )  # fmt: skip
+    if scheduler is None:  # older timm does not refuse unknown names
+        raise ValueError(f"sched={options.sched!r} is no schedule that timm knows; use 'cosine', 'poly' or 'step'")
     averaged = copy.deepcopy(model).eval() if options.ema else None
-    state = _State(model, averaged, optimizer, output / "last.pt", options)
+    settings = {**asdict(options), **asdict(views), "pictures": len(train)}
+    state = _State(model, averaged, optimizer, output / "last.pt", settings)
     rows = state.load() if resume else []
     weight = _class_weights(train, model.num_classes, options.class_weights)
     weight = None if weight is None else weight.to(next(model.parameters()).device)
@@ -249,11 +252,11 @@ class _State:
         averaged: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         path: Path,
-        options: SegmentTraining,
+        settings: dict[str, Any],
     ) -> None:
         self.modules = {"model": model} | ({} if averaged is None else {"averaged": averaged})
         self.optimizer, self.path = optimizer, path
-        self.options = {k: v for k, v in asdict(options).items() if k not in ("threads", "eval_every")}
+        self.options = {k: v for k, v in settings.items() if k not in ("threads", "eval_every")}
 
     def save(self, rows: list[dict[str, Any]]) -> None:
         part = self.path.with_name(self.path.name + ".part")
