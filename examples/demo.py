@@ -1,6 +1,6 @@
 """Every registered method on real test images: accuracy, cost and speed, offline and on the CPU.
 
-    python examples/demo.py
+python examples/demo.py
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import demo_scenes
 import digits
 import torch
 from PIL import Image
@@ -55,12 +56,10 @@ def measure(
     accuracies, runs = evaluate(model, [], batches), [Run()]
     print(f"accuracy of {'unpatched':<10} {accuracies[0].top1.mean:6.2f} %", flush=True)
     for method in methods:
-        own = [Run(method, {"flops": share}) for share in shares]
-        try:
-            found = evaluate(model, own, batches)[1:]
-        except ValueError as error:
-            print(f"{method} is left out: {error}", flush=True)
+        own = [Run(method, {"flops": share}) for share in shares if reaches(model, method, share)]
+        if not own:
             continue
+        found = evaluate(model, own, batches)[1:]
         print(f"accuracy of {method:<10} {'  '.join(f'{a.top1.mean:6.2f} %' for a in found)}", flush=True)
         accuracies, runs = accuracies + found, runs + own
     print(f"speed: {len(runs)} models take turns, {rounds} rounds ...", flush=True)
@@ -69,6 +68,16 @@ def measure(
     for row, run, speed in zip(rows, runs, speeds):
         row.update(flops=run.options.get("flops"), gmac_share=round(1 / speed.gmac_ratio, 4))
     return rows
+
+
+def reaches(model: nn.Module, method: str, share: float) -> bool:
+    """Whether a method can act on the model at a share of its multiply-adds; says why not."""
+    try:
+        with tokenzoo.patched(model, method, flops=share):
+            return True
+    except ValueError as error:
+        print(f"left out: {method} at {share:.0%}: {str(error).partition(';')[0]}", flush=True)
+        return False
 
 
 def line(row: dict[str, Any]) -> str:
@@ -170,6 +179,10 @@ def main() -> None:
         draw_maps(model, method, data, written[-1])
 
     print("\n" + "\n".join(summary(rows)))
+    print(
+        "\nSegmentation: scenes of digits, a class for every pixel, the same methods without retraining.\n", flush=True
+    )
+    written += demo_scenes.run(args.output, args.methods, rounds=args.rounds)
     print(f"\nWritten in {time.perf_counter() - start:.0f} s:")
     print("\n".join(f"  {path}" for path in written))
 

@@ -44,9 +44,7 @@ def load_digits() -> Digits:
     from sklearn.model_selection import train_test_split
 
     images, labels = sklearn_digits(return_X_y=True)
-    train, test = train_test_split(
-        range(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=SPLIT_SEED
-    )
+    train, test = train_test_split(range(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=SPLIT_SEED)
     ink = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     ink = F.interpolate(ink, size=IMAGE_SIZE, mode="bicubic", align_corners=False).clamp(0, 1)
     labels = torch.tensor(labels, dtype=torch.int64)
@@ -76,7 +74,5 @@ def load_checkpoint(path: Path = CHECKPOINT) -> tuple[VisionTransformer, dict[st
 @torch.inference_mode()
 def accuracy(model: VisionTransformer, images: Tensor, labels: Tensor) -> float:
     """Share of images [N, 1, 40, 40] (ink) whose top class is the label."""
-    hits = sum(
-        (model(normalize(x)).argmax(1) == y).sum().item() for x, y in zip(images.split(120), labels.split(120))
-    )
+    hits = sum((model(normalize(x)).argmax(1) == y).sum().item() for x, y in zip(images.split(120), labels.split(120)))
     return hits / len(labels)

@@ -95,7 +95,7 @@ def test_method_without_strength_is_named_and_left_out(demo, digits, data, capsy
     batches = [(digits.normalize(data.test_images[:4]), data.test_labels[:4])]
     rows = demo.measure(model, ["tome", "no_such_method"], (0.6,), batches, rounds=1)
     assert [row["method"] for row in rows] == ["unpatched", "tome"]
-    assert "no_such_method is left out: method 'no_such_method' is unknown" in capsys.readouterr().out
+    assert "left out: no_such_method at 60%: method 'no_such_method' is unknown" in capsys.readouterr().out
 
 
 def test_demo_writes_what_it_names(demo, tmp_path, monkeypatch, capsys):
@@ -108,11 +108,49 @@ def test_demo_writes_what_it_names(demo, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     written = sorted(path.name for path in tmp_path.iterdir())
     maps = [f"token_maps_{method}.png" for method in demo.MAPPED]
-    assert written == sorted(["table.csv", "curve.png", "speed.png", *maps])
+    of_scenes = ["scenes_table.csv", "scenes_curve.png", "scenes.png"]
+    assert written == sorted(["table.csv", "curve.png", "speed.png", *maps, *of_scenes])
     assert all(str(tmp_path / name) in out for name in written)
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["unpatched", *["uniform"] * len(demo.SHARES)]
-    for name in maps:
+    with (tmp_path / "scenes_table.csv").open(newline="") as file:
+        assert {row["method"] for row in csv.DictReader(file)} == {"unpatched", "uniform"}
+    for name in [*maps, "scenes.png"]:
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 400
+
+
+def test_scenes_come_from_their_digits(demo, data):
+    scenes = importlib.import_module("scenes")
+    rng = torch.Generator().manual_seed(0)
+    picture, mask = scenes.draw_scene(data.test_images[:3], data.test_labels[:3], rng)
+    assert picture.shape == (64, 64, 3) and picture.dtype == mask.dtype == torch.uint8 and mask.shape == (64, 64)
+    assert set(mask.unique().tolist()) <= {0, *(1 + int(label) for label in data.test_labels[:3])}
+    ink = mask > 0
+    assert picture[ink].float().mean() > picture[~ink].float().mean() + 50
+    again = scenes.draw_scene(data.test_images[:3], data.test_labels[:3], torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], picture) and torch.equal(again[1], mask)
+
+
+def test_scenes_model_is_as_accurate_as_its_card_says(demo, tmp_path):
+    from tokenzoo.dense import load_segmenter
+    from tokenzoo.evaluation.segmentation_data import open_dataset
+    from tokenzoo.training.segmentation import evaluate_whole
+    from tokenzoo.training.segmentation_augment import Gallery
+
+    scenes = importlib.import_module("scenes")
+    assert scenes.CHECKPOINT.stat().st_size <= 1_000_000
+    scenes.write_scenes(tmp_path, "test", scenes.TEST, seed=1)
+    found = evaluate_whole(load_segmenter(scenes.CHECKPOINT), Gallery(open_dataset(tmp_path, classes=scenes.CLASSES)))
+    assert f"{100 * float(found.miou):.1f} %" in (EXAMPLES / "scenes_vit.md").read_text()
+
+
+def test_scenes_model_starts_from_the_digit_reader(demo, digits):
+    training = importlib.import_module("train_scenes")
+    reader, _ = digits.load_checkpoint()
+    encoder = training.build().encoder
+    assert torch.equal(encoder.blocks[3].mlp.fc1.weight, reader.blocks[3].mlp.fc1.weight)
+    grey = torch.rand(1, 1, 4, 4)
+    one, three = reader.patch_embed.proj(grey), encoder.patch_embed.proj(grey.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(one, three, atol=1e-5, rtol=1e-5)

@@ -86,7 +86,9 @@ def test_a_token_that_stands_for_itself_comes_back_unchanged(method):
 def test_compositions_lift_through_all_their_maps():
     model = grid_model()
     x = torch.randn(2, 3, 60, 80)
-    tokenzoo.patch_model(model, [tokenzoo.ToMe(r=40, layers=(0,)), tokenzoo.TopK(keep_rate=0.5, layers=(1,))], dense=True)
+    tokenzoo.patch_model(
+        model, [tokenzoo.ToMe(r=40, layers=(0,)), tokenzoo.TopK(keep_rate=0.5, layers=(1,))], dense=True
+    )
     tokens = model.forward_tokens(x, dense=True)
     merge, keep = tokens.trace
     dense = model.forward_features(x)
@@ -134,7 +136,9 @@ def test_reconstruction_gives_side_data_back():
     """Sizes and positions after a span are those before it, whatever happened inside."""
     model = build("dinov3")
     inside = [{"method": "cluster", "layers": 0, "scale": 0.5}, {"method": "topk", "layers": [1], "tokens": 2}]
-    tokenzoo.patch_model(model, [*inside, {"method": "reconstruct", "layers": 2}, {"method": "tome", "r": 3, "layers": [3]}])
+    tokenzoo.patch_model(
+        model, [*inside, {"method": "reconstruct", "layers": 2}, {"method": "tome", "r": 3, "layers": [3]}]
+    )
     x = torch.randn(2, 3, 32, 32)
     walked = list(model.walk(x))
     assert [tokens.length for tokens in walked] == [21, 9, 7, 21, 18]

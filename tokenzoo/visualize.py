@@ -75,6 +75,11 @@ def token_maps(model: nn.Module, images: Tensor) -> TokenMaps:
         raise ValueError(
             f"{type(model).__name__} is not patched, it has no token maps; call tokenzoo.patch_model first"
         )
+    if not hasattr(backbone_of(model), "forward_tokens"):
+        raise ValueError(
+            f"{type(backbone_of(model)).__name__} works on maps inside windows and has no token sequence to draw; "
+            "pictures of token maps are for plain ViTs"
+        )
     with torch.no_grad():
         # reconstruction takes its steps off the trace: the longest one on the way shows them all
         walked = list(backbone_of(model).walk(images, trace=True))
@@ -194,6 +199,7 @@ def plot_curves(
         ImportError: matplotlib is missing.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as missing:
@@ -213,7 +219,7 @@ def plot_curves(
             [row[x] for row in own],
             [row[y] for row in own],
             yerr=[row.get(error) or 0.0 for row in own],
-            color=f"C{number % 10}",
+            color=colormaps["tab20"](2 * number % 20 + number // 10 % 2),  # ten strong colours, then their light ones
             marker=marks[number % len(marks)],
             markersize=5,
             linewidth=1.4,

@@ -87,7 +87,12 @@ class SegmentationDataset:
 
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
-        image = self._decode(pair, pair.image, "picture").convert("RGB")
+        image = self._decode(pair, pair.image, "picture")
+        if image.mode.startswith(("I", "F")):  # 16-bit and float values would be cut off at 255
+            raise BrokenSample(
+                pair.name, f"picture {self._path(pair.image)} has values beyond 8 bits ({image.mode}); store 8 bits"
+            )
+        image = image.convert("RGB")
         if not self.masks:
             return Sample(image, None, pair.name)
         mask = self._mask(pair)
