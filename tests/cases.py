@@ -18,6 +18,8 @@ from timm.models.vision_transformer import (
 )
 from torch import nn
 
+from tokenzoo.models import LVViT, T2TViT
+
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
 ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "algm": ({"threshold": 2.0, "layers": (0,)}, {"threshold": 0.1, "layers": (0, 2)}, {"r": 2}),
@@ -126,8 +128,15 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
         EVA, attn_type="rope", use_pre_transformer_norm=True, use_rot_pos_emb=True, global_pool="map",
         ref_feat_shape=(8, 8),
     ),
+    "t2t_vit": partial(
+        T2TViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, token_dim=16
+    ),
+    "lv_vit": partial(
+        LVViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, skip_lam=2.0
+    ),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
+NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
 
 
 def _supported(name: str) -> bool:
@@ -171,4 +180,6 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
+    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT)):
+        return False
     return method not in NEEDS_CLASS or model.cls_token is not None

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from cases import COMPANION, METHODS, backbone_names, build, given
+from cases import COMPANION, METHODS, backbone_names, build, given, serves
 from fvcore.nn import FlopCountAnalysis
 
 import tokenzoo
@@ -57,7 +57,7 @@ def test_formula_is_what_tracing_counts(method, backbone):
     model = build(backbone)
     size = (3, *model.patch_embed.img_size)
     assert tokenzoo.report(model).total == pytest.approx(tokenzoo.count_macs(model, size).total, rel=0.001)
-    if method == "ats" and model.cls_token is None:
+    if not serves(method, model):
         return
     tokenzoo.patch_model(model, given(method, "static"))
     report, traced = tokenzoo.report(model), tokenzoo.count_macs(model, size)

@@ -116,12 +116,16 @@ def read_costs(backbone: nn.Module, family: Family, layout: Layout, grid: tuple[
     head, per_token, per_pair = _head_costs(backbone)
     sees_all = backbone.attn_pool is None or getattr(backbone, "pool_include_prefix", True)
     skips = 0 if sees_all else layout.num_prefix
+    if getattr(backbone, "aux_head", None) is not None:  # a second classifier that reads every patch token
+        per_token, skips = per_token + backbone.aux_head.weight.numel(), layout.num_prefix
     return Costs(tuple(blocks), _embed_macs(backbone, layout), head, per_token, per_pair, skips)
 
 
 def _embed_macs(backbone: nn.Module, layout: Layout) -> int:
     """Multiply-adds of the patch embedding, convolutional stems included, from the shapes that really occur."""
     embed, total = backbone.patch_embed, 0
+    if hasattr(embed, "macs"):  # embeddings of tokenzoo.models know their cost
+        return embed.macs(layout.grid)
     patch = embed.patch_size if isinstance(embed.patch_size, tuple) else (embed.patch_size,) * 2
     if isinstance(getattr(embed, "proj", None), nn.Conv2d) and not hasattr(embed, "backbone"):
         return embed.proj.weight.numel() * layout.num_patches

@@ -47,9 +47,9 @@ def linear_macs(module: nn.Module) -> int:
 
 def families() -> tuple[Family, ...]:
     """All families, imported when first asked for."""
-    from . import eva, sam, vit
+    from . import eva, sam, vit, vit_stems
 
-    return vit.FAMILY, eva.FAMILY, sam.FAMILY
+    return vit.FAMILY, eva.FAMILY, vit_stems.FAMILY, sam.FAMILY
 
 
 def find_family(model: nn.Module) -> Family:

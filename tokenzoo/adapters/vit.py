@@ -101,7 +101,7 @@ class ReducingResPostBlock(_OneAttention, ResPostBlock):
         return self.drop_path2(self.norm2(self.mlp(z)))
 
 
-class _VitModel(ReducingModel):
+class VitModel(ReducingModel):
     """The model side of the family."""
 
     def embed(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -127,11 +127,11 @@ def _refine_and_pool(pool: nn.Module, x: Tensor, bias: Tensor | None, tokens: To
     return pool_plain(tokens._replace(x=x), pool.pool, include_prefix=True, mass_weighted=mass_weighted)
 
 
-class ReducingVisionTransformer(_VitModel, VisionTransformer):
+class ReducingVisionTransformer(VitModel, VisionTransformer):
     """`VisionTransformer` whose blocks reduce tokens."""
 
 
-class ReducingVisionTransformerDistilled(_VitModel, VisionTransformerDistilled):
+class ReducingVisionTransformerDistilled(VitModel, VisionTransformerDistilled):
     """DeiT with a distillation token: the heads read tokens 0 and 1, no pooling."""
 
     def forward_head(self, x: Tensor | Tokens, pre_logits: bool = False) -> Tensor:
