@@ -27,10 +27,12 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "cluster": ({"scale": 1.0}, {"layers": 0, "where": "before", "scale": 0.5}, {}),
     "cts": ({"shared": 0}, {"shared": 2}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
     "pool": ({"stride": 1}, {"stride": 2}, {}),
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
+    "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),
     "tome": ({"r": 0}, {"r": 2}, {}),
     "tomesd": ({"ratio": 0.0}, {"ratio": 0.75, "branches": ("attention", "mlp")}, {}),
     "topk": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
@@ -40,7 +42,7 @@ METHODS = sorted(ZOO)
 # methods that only make sense after another one
 COMPANION = {"reconstruct": "cluster"}
 # methods after which all tokens are there again: no shorter sequence, nothing in the trace
-KEEPS_LENGTH = {"reconstruct", "tomesd"}
+KEEPS_LENGTH = {"evo", "reconstruct", "sta", "tomesd"}
 
 
 def given(method: str, kind: str = "reduce", **more: Any) -> Any:
@@ -137,6 +139,17 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
+NEEDS_ATTENTION_ALONE = {"sta"}  # another form of attention, where no MLP shares its branch
+
+
+def _shared_branch() -> tuple[type, ...]:
+    import timm.models.vision_transformer as vit
+
+    names = ("ParallelScalingBlock", "DiffParallelScalingBlock")
+    return tuple(getattr(vit, name) for name in names if hasattr(vit, name))
+
+
+SHARED_BRANCH = _shared_branch()
 
 
 def _supported(name: str) -> bool:
@@ -181,5 +194,7 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
     if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT)):
+        return False
+    if method in NEEDS_ATTENTION_ALONE and isinstance(model.blocks[0], SHARED_BRANCH):
         return False
     return method not in NEEDS_CLASS or model.cls_token is not None

@@ -25,6 +25,7 @@ ROOT = Path(os.environ.get("TOKENZOO_GOLDENS", Path(__file__).parent / "golden")
 LANDED = (
     "tome", "evit", "ats", "mctf", "algm", "tomesd", "cts", "expedit", "expedit_sam", "dense_unmerge",
     "segmentation_eval", "super_token_attention", "t2t_vit", "lv_vit", "dtop",
+    "plain_mamba", "vision_mamba", "uniformer_light", "r_meeto", "famba_v", "ssm_token_pruning",
 )  # fmt: skip
 LEFT_OUT = {"ats/tokenreduction_variant"}  # another method under the same name
 READ: set[tuple[str, str]] = set()

@@ -14,8 +14,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("backbone", ["registers", "rope_mixed"])
+PAPERS = [(backbone, method) for backbone in ("t2t_vit", "lv_vit") for method in ("tome", "evit", "mctf", "ats")]
+
+
+@pytest.mark.parametrize("backbone,method", [
+    *((backbone, method) for backbone in ("registers", "rope_mixed") for method in METHODS), *PAPERS,
+    ("dinov2_like", "sta"),
+])  # fmt: skip
 def test_one_graph(method, backbone):
     model = build(backbone)
     if method == "ats" and model.cls_token is None:

@@ -24,12 +24,27 @@ def _recipe(first, second):
     return out
 
 
+def _refusal(first, second):
+    """What is said about a pair that cannot act together with these options, None for all others."""
+    both = {first, second}
+    if "cts" in both and {"cluster", "reconstruct"} & both:
+        return "cluster before any other reduction"  # shared groups are no grid
+    if "evo" in both and "reconstruct" in both:
+        return "carries importance from block to block"
+    if both <= {"evo", "tomesd"} and "evo" in both:
+        return "both merge around the branches of block 1"
+    grid_is_gone = {"cluster", "cts", "reconstruct"} & both or first in ("sta", "tomesd")
+    if second == "sta" and grid_is_gone or first == "sta" and {"cluster", "cts", "reconstruct"} & both:
+        return "needs all 4 x 4 patches in their grid"
+    return None
+
+
 @pytest.mark.parametrize("first,second", list(product(METHODS, METHODS)))
 def test_two_methods(first, second, tmp_path):
     model = build("deit")
     x = images(model)
-    if "cts" in (first, second) and {"cluster", "reconstruct"} & {first, second}:
-        with pytest.raises(ValueError, match="cluster before any other reduction"):  # shared groups are no grid
+    if (refusal := _refusal(first, second)) is not None:
+        with pytest.raises(ValueError, match=refusal):
             tokenzoo.patch_model(model, _recipe(first, second))
         return
     tokenzoo.patch_model(model, _recipe(first, second))

@@ -58,6 +58,17 @@ def test_every_method_with_any_batch(tmp_path, monkeypatch, method):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.pt2"]
 
 
+@pytest.mark.parametrize("backbone,method", [
+    *((backbone, method) for backbone in ("t2t_vit", "lv_vit") for method in ("tome", "evit", "mctf", "ats")),
+    ("dinov2_like", "sta"),
+])  # fmt: skip
+def test_backbones_of_the_papers(tmp_path, backbone, method):
+    model = build(backbone)
+    tokenzoo.patch_model(model, given(method, "static"))
+    export(model, tmp_path / "model.pt2", images(model, 2))
+    check(model, tmp_path / "model.pt2", batch=3)
+
+
 def test_rotary_model_with_a_composition(tmp_path):
     model = build("dinov3")
     tokenzoo.patch_model(

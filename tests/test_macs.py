@@ -51,6 +51,13 @@ def test_published_counts(method, options, gmacs):
     assert tokenzoo.report(model).total / 1e9 == pytest.approx(gmacs, abs=0.011)
 
 
+@pytest.mark.parametrize("rate,gmacs", [(0.7, 4.7), (0.5, 3.9)])
+def test_published_counts_on_lv_vit(rate, gmacs):
+    """EViT on LV-ViT-S, as in the tables of its paper."""
+    model = tokenzoo.patch_model(timm.create_model("lvvit_small"), "evit", keep_rate=rate, layers=(4, 8, 12))
+    assert tokenzoo.report(model).total / 1e9 == pytest.approx(gmacs, abs=0.06)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("backbone", backbone_names())
 def test_formula_is_what_tracing_counts(method, backbone):

@@ -26,6 +26,7 @@ class Largest(TorchDispatchMode):
 SMALL = {
     "ats": {"layers": (0, 1)},
     "mctf": {"r": 1000, "layers": (0, 1)},
+    "evo": {"layers": (1,)},
     "pool": {"layers": (0,)},
     "cluster": {"layers": 0},
     "cts": {},

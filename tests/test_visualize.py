@@ -56,13 +56,18 @@ def test_maps_compose_to_the_trace(method, backbone):
     tokenzoo.patch_model(model, given(method))
     maps = token_maps(model, x)
     with torch.no_grad():
-        tokens = max(model.walk(x, trace=True), key=lambda t: len(t.trace))
+        tokens = max(reversed(list(model.walk(x, trace=True))), key=lambda t: len(t.trace))
     prefix, (high, wide) = tokens.layout.num_prefix, tokens.layout.grid
-    assert maps.grid == (high, wide) and [b.block for b in maps.blocks] == sorted({s.block for s in tokens.trace})
-    total = trace_assign(tokens.trace, 3, prefix + high * wide, x.device)
-    if method == "tomesd":
-        assert not maps.blocks  # merged and unmerged inside of the branches: nothing is taken away
+    assert maps.grid == (high, wide)
+    if method in ("evo", "sta", "tomesd"):  # merged and unmerged inside of the branches: nothing is taken away
+        assert not tokens.trace and maps.blocks and all(b.inside for b in maps.blocks)
+        for entry, note in zip(maps.blocks, tokens.inside, strict=True):
+            assert entry.block == note.block and torch.equal(entry.assign, note.map.assign[:, prefix:])
+            assert entry.tokens_in.tolist() == [prefix + high * wide] * 3
+            assert entry.tokens_out.tolist() == [note.map.n_out] * 3
         return
+    assert [b.block for b in maps.blocks] == sorted({s.block for s in tokens.trace})
+    total = trace_assign(tokens.trace, 3, prefix + high * wide, x.device)
     assert torch.equal(maps.blocks[-1].assign, total[:, prefix:])
     count = torch.full((3,), prefix + high * wide)
     for block in maps.blocks:

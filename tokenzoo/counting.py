@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from .adapters.block import BlockMacs
+from .adapters.block_costs import block_cost
 from .adapters.family import Family, families, find_family, linear_macs
-from .methods.base import BlockShape, Step
+from .adapters.scan_costs import ScanCosts
+from .methods.base import BlockShape
 from .patching import backbone_of, describe
 from .recipes import Recipe
 from .tokens import Layout
@@ -51,11 +53,14 @@ class Report:
         rows: embed, the blocks, head.
         unpatched: multiply-adds of the same model without reduction.
         data_dependent: counts depend on the images, the rows are upper bounds.
+        one_direction: multiply-adds of models that scan, and of the same model without reduction, with one direction of
+            the scan counted, as most of their papers do; None for all other models.
     """
 
     rows: tuple[BlockRow, ...]
     unpatched: int
     data_dependent: bool = False
+    one_direction: tuple[int, int] | None = None
 
     @property
     def total(self) -> int:
@@ -74,7 +79,9 @@ class Report:
 
     @property
     def attn_impl(self) -> str:
-        """ "fused" if every block attends on the fused kernel, else "unfused"."""
+        """ "fused" if every block attends on the fused kernel, else "unfused"; "none" for models that scan."""
+        if self.one_direction is not None:
+            return "none"
         return "unfused" if any(row.attention.startswith("unfused") for row in self.rows) else "fused"
 
     def __str__(self) -> str:
@@ -87,6 +94,11 @@ class Report:
         share = f"{self.total / 1e9:.3f}"
         bound = "at most " if self.data_dependent else ""
         body.append(("total", "", "", share, f"{bound}{self.ratio:.1%} of {self.unpatched / 1e9:.3f} unpatched"))
+        if self.one_direction is not None:
+            own, whole = self.one_direction
+            what = f"{bound}{own / whole:.1%} of {whole / 1e9:.3f} unpatched"
+            body[-1] = ("total", "all directions", *body[-1][2:])
+            body.append(("total", "one direction", "", f"{own / 1e9:.3f}", what))
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)]
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -166,45 +178,6 @@ def _head_costs(backbone: nn.Module) -> tuple[int, int, int]:
     return fixed + pool.latent_len * once, pool.kv.weight.numel() + 2 * width * pool.latent_len, 0
 
 
-def _block_cost(
-    macs: BlockMacs, shape: BlockShape, steps: list[tuple[Step, int, int]], n: int, layout: Layout
-) -> tuple[int, int, int]:
-    """(tokens out, multiply-adds, the part that reduction costs) of one block that n tokens enter."""
-    reduction = 0
-    by_place: dict[str, list[tuple[Step, int, int]]] = {}
-    for step, before, after in steps:
-        by_place.setdefault(step.method.place, []).append((step, before, after))
-        reduction += step.method.macs(before, after, shape, layout)
-
-    def through(place: str, n: int) -> int:
-        return by_place[place][-1][2] if place in by_place else n
-
-    for step, before, _ in (*by_place.get("before", ()), *by_place.get("around", ())):
-        if step.method.reads_attention:
-            reduction += macs.qk * before  # projected for the decision alone
-    n = through("before", through("embed", n))
-    merged = through("ahead", n)
-    kept = through("queries", merged)
-    inside = _inside("attention", by_place, n, layout)
-    if inside is not None:
-        total = (macs.qk + macs.v + macs.pair * inside + macs.out) * inside
-    else:
-        pairs = n * n if "ahead" in by_place else kept * n
-        total = macs.qk * n + macs.v * merged + macs.pair * pairs + macs.out * kept
-    between = through("between", kept)
-    inside = _inside("mlp", by_place, between, layout)
-    total += macs.mlp * (between if inside is None else inside)
-    return through("norm", through("after", between)), total + reduction, reduction
-
-
-def _inside(branch: str, by_place: dict[str, list[tuple[Step, int, int]]], n: int, layout: Layout) -> int | None:
-    """Tokens inside a branch that n tokens enter, None where nothing merges around it."""
-    steps = [step for step, _, _ in by_place.get("around", ()) if branch in step.method.branches]
-    for step in steps:
-        n = step.method.tokens_inside(n, step, layout)
-    return n if steps else None
-
-
 def block_rows(costs: Costs | Any, recipe: Recipe | None, layout: Layout) -> tuple[BlockRow, ...]:
     """The rows of a report: embedding, blocks, head; `recipe` None for the unpatched model."""
     if not isinstance(costs, Costs):
@@ -218,7 +191,7 @@ def block_rows(costs: Costs | Any, recipe: Recipe | None, layout: Layout) -> tup
     rows = [BlockRow("embed", "", n, n, costs.embed + half, half, "")]
     sized = padded = False
     for index, ((macs, shape, fused), steps) in enumerate(zip(costs.blocks, counts)):
-        after, total, reduction = _block_cost(macs, shape, steps, n, layout)
+        after, total, reduction = block_cost(macs, shape, steps, n, layout)
         path = "fused" if fused else "unfused"
         if sized or padded:
             path += ", " + " and ".join([*(["log-size bias"] if sized else []), *(["padding mask"] if padded else [])])
@@ -255,4 +228,7 @@ def report(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> R
     costs = read_costs(backbone, family, info.layout, grid)
     unpatched = sum(row.macs for row in block_rows(costs, None, info.layout))
     data_dependent = recipe is not None and any(m.data_dependent for m in recipe.methods)
-    return Report(block_rows(costs, recipe, info.layout), unpatched, data_dependent)
+    one = None
+    if isinstance(costs, ScanCosts):
+        one = tuple(sum(row[4] for row in costs.rows(r, info.layout, 1)) for r in (recipe, None))
+    return Report(block_rows(costs, recipe, info.layout), unpatched, data_dependent, one)

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from .adapters.block import BlockPlan
+from .adapters.block import BlockPlan, ReducingBlock
 from .adapters.family import Family, families, find_family
 from .adapters.model import BackboneInfo
+from .methods.base import Method
 from .recipes import Recipe, take_flops
-from .registry import create_method
+from .registry import create_method, list_methods, method_class
 from .tokens import Layout
 
 _log = logging.getLogger(__name__)
@@ -59,9 +60,12 @@ def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Reci
         grid: patch grid; None for the model's own image size.
         recipe: decides which side data is tracked.
     """
-    layout_of = next((f.layout for f in families() if type(model) in (*f.models, *f.models.values())), None)
-    if layout_of is not None:
-        return BackboneInfo(len(model.blocks), model.embed_dim, layout_of(model))
+    family = next((f for f in families() if type(model) in (*f.models, *f.models.values())), None)
+    if family is not None and family.layout is not None:
+        return BackboneInfo(len(model.blocks), model.embed_dim, family.layout(model))
+    if family is not None and family.sequences is not None:
+        layouts = family.sequences(model, grid, recipe)
+        return BackboneInfo(len(model.blocks), model.embed_dim, layouts.pop(0), layouts)
     if grid is None:
         grid = model.patch_embed.grid_size
         if grid is None:
@@ -106,13 +110,13 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     method, flops = take_flops(method, flops)
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
-    _check_recipe(recipe, info, type(backbone).__name__)
+    _check_recipe(recipe, info, type(backbone).__name__, family)
     family.check_recipe(backbone, recipe)
     if flops is not None:
         from .solving import solve_flops
 
         recipe = solve_flops(backbone, family, recipe, info, flops)
-    recipe.token_counts(info.depth, info.layout)  # raises for strengths that cannot be reached
+    recipe.token_counts(info.depth, info.layout, info.restarts)  # raises for strengths that cannot be reached
     _check_branches(backbone, family, recipe)
     _install(backbone, family, recipe, info)
     return model
@@ -137,25 +141,50 @@ def _check(backbone: nn.Module, family: Family) -> None:
             )
 
 
-def _check_recipe(recipe: Recipe, info: BackboneInfo, name: str) -> None:
+def _check_recipe(recipe: Recipe, info: BackboneInfo, name: str, family: Family) -> None:
     if not recipe.steps(info.depth) and all(m.layers in ((), "others") for m in recipe.methods):
         raise ValueError(
             f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers from 0 to {info.depth - 1}"
         )
     for method in recipe.methods:
-        method.check(info.layout, name)
+        _check_mixing(method, name, family)
+        for layout in (info.layout, *(info.restarts or {}).values()):
+            method.check(layout, name)
         method.check_recipe(recipe.methods, info.depth)
 
 
+def _check_mixing(method: Method, name: str, family: Family) -> None:
+    """Refuses methods that look at attention on models that scan, and the other way round."""
+    if method.reads_scan and not family.scans:
+        scanning = ", ".join(cls.__name__ for f in families() if f.scans for cls in f.models)
+        raise ValueError(
+            f"{method.name} looks into the scan of a block, and {name} has none; it works on {scanning} (for models "
+            "that attend see evit, topk or tome)"
+        )
+    if family.scans and not method.serves_scans:
+        served = [other for other in list_methods() if method_class(other)().serves_scans]
+        raise ValueError(
+            f"{method.name} looks at attention or changes it, and {name} has none: its tokens are scanned; use one of "
+            f"{', '.join(served)}"
+        )
+
+
 def _check_branches(backbone: nn.Module, family: Family, recipe: Recipe) -> None:
-    """Refuses merging around an MLP that has no branch of its own."""
+    """Refuses what needs a branch of its own where attention and MLP share one."""
     for index, steps in recipe.steps(len(backbone.blocks)).items():
         for step in steps:
-            alone = step.method.place == "around" and "attention" not in step.method.branches
-            if alone and not family.blocks[type(backbone.blocks[index])].mlp_follows:
+            block = backbone.blocks[index]
+            if step.method.place != "around" or family.blocks[type(block)].mlp_follows:
+                continue
+            if "attention" not in step.method.branches:
                 raise step.error(
-                    f"branches={step.method.branches}, but the MLP of {type(backbone.blocks[index]).__name__} runs "
-                    "beside attention; add 'attention' to the branches"
+                    f"branches={step.method.branches}, but the MLP of {type(block).__name__} runs beside attention; "
+                    "add 'attention' to the branches"
+                )
+            if step.method.replaces_attention:
+                raise step.error(
+                    f"the attention of {type(block).__name__} cannot be replaced, since its MLP runs in the same "
+                    "branch; use a model whose blocks keep the two apart"
                 )
 
 
@@ -168,7 +197,8 @@ def _install(backbone: nn.Module, family: Family, recipe: Recipe, info: Backbone
         block.__class__ = family.blocks[type(block)]
         kept = []
         for step in steps.get(index, ()):
-            module = step.method.module(info.dim, step)
+            width = block.shape().dim if isinstance(block, ReducingBlock) else info.dim
+            module = step.method.module(width, step)
             if module is None:
                 kept.append(step._replace(key=None))
                 continue
@@ -176,7 +206,10 @@ def _install(backbone: nn.Module, family: Family, recipe: Recipe, info: Backbone
             block.add_module(step.key, module.to(like.device, like.dtype).train(block.training))
             new += [f"blocks.{index}.{step.key}.{name}" for name, _ in module.named_parameters()]
             kept.append(step)
-        block.tokenzoo = BlockPlan(index, info.depth, tuple(kept), recipe.proportional, info.layout)
+        layout, stop = info.sequence(index)
+        block.tokenzoo = BlockPlan(index, stop, tuple(kept), recipe.proportional, layout)
+        if family.sequences is not None:  # such blocks go back to the full map themselves
+            block.tokenzoo_recipe = recipe
     if new:
         _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
 
@@ -198,6 +231,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             if step.key is not None:
                 delattr(block, step.key)
         del block.tokenzoo
+        if family.sequences is not None:
+            del block.tokenzoo_recipe
         block.__class__ = plain_blocks[type(block)]
     del backbone.tokenzoo_recipe
     backbone.__class__ = plain_models[type(backbone)]
@@ -252,10 +287,10 @@ def update_method(model: nn.Module, method: str | None = None, **options: Any) -
     methods = tuple(replace(m, **options) if m.name == chosen else m for m in old.methods)
     new = replace(old, methods=methods)
     info = describe(backbone, recipe=new)
-    _check_recipe(new, info, type(backbone).__name__)
     family = next(f for f in families() if type(backbone) in f.models.values())
+    _check_recipe(new, info, type(backbone).__name__, family)
     family.check_recipe(backbone, new)
-    new.token_counts(info.depth, info.layout)
+    new.token_counts(info.depth, info.layout, info.restarts)
     steps = new.steps(info.depth)
     keys = {(s.block, s.key) for block in backbone.blocks for s in block.tokenzoo.steps if s.key}
     if keys:
@@ -263,5 +298,8 @@ def update_method(model: nn.Module, method: str | None = None, **options: Any) -
     backbone.tokenzoo_recipe = new
     for index, block in enumerate(backbone.blocks):
         kept = tuple(s._replace(key=None) for s in steps.get(index, ()))
-        block.tokenzoo = block.tokenzoo._replace(steps=kept, proportional=new.proportional, layout=info.layout)
+        layout = info.sequence(index)[0]
+        block.tokenzoo = block.tokenzoo._replace(steps=kept, proportional=new.proportional, layout=layout)
+        if family.sequences is not None:
+            block.tokenzoo_recipe = new
     return model

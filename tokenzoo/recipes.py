@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .dialling import dial_in_parts
 from .lifting import Fill
 from .methods.base import PLACES, Method, Step
 from .registry import create_method
@@ -98,8 +99,15 @@ class Recipe:
             block: tuple(sorted(steps, key=lambda s: PLACES.index(s.method.place))) for block, steps in found.items()
         }
 
-    def token_counts(self, depth: int, layout: Layout) -> list[list[tuple[Step, int, int]]]:
+    def token_counts(
+        self, depth: int, layout: Layout, restarts: Mapping[int, Layout] | None = None
+    ) -> list[list[tuple[Step, int, int]]]:
         """(step, tokens before, tokens after) of every block in the order in which they run.
+
+        Args:
+            depth: blocks of the model.
+            layout: the sequence that block 0 sees.
+            restarts: blocks that a new sequence begins at, with its layout; None where one runs through all blocks.
 
         Raises:
             ValueError: a strength that cannot be reached at this number of tokens.
@@ -107,8 +115,14 @@ class Recipe:
         steps, n, rows = self.steps(depth), layout.num_prefix + layout.num_patches, []
         opened: list[int] = []  # tokens in front of the spans that are still open
         for block in range(depth):
+            if restarts and block in restarts:
+                layout, opened = restarts[block], []
+                n = layout.num_prefix + layout.num_patches
             row = []
+            inside: dict[str, int] = {}  # tokens inside each branch that something merges around
             for step in steps.get(block, ()):
+                for branch in step.method.branches:
+                    inside[branch] = step.method.tokens_inside(inside.get(branch, n), step, layout)
                 if step.method.opens_span:
                     opened.append(n)
                 closes = step.method.closes_span and bool(opened)
@@ -118,9 +132,12 @@ class Recipe:
             rows.append(row)
         return rows
 
-    def dial(self, t: float, depth: int, layout: Layout) -> Recipe:
-        """The same recipe with every method at relative strength t in [0, 1]."""
-        return replace(self, methods=tuple(m.dial(t, depth, layout) for m in self.methods))
+    def dial(self, t: float, depth: int, layout: Layout, restarts: Mapping[int, Layout] | None = None) -> Recipe:
+        """The same recipe with every method at relative strength t in [0, 1]; see `token_counts` for the rest."""
+        if not restarts:
+            return replace(self, methods=tuple(m.dial(t, depth, layout) for m in self.methods))
+        layouts = {0: layout, **restarts}
+        return replace(self, methods=tuple(dial_in_parts(m, t, depth, layouts) for m in self.methods))
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dict that `Recipe.parse` and `patch_model` take back; JSON and YAML safe."""

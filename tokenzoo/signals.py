@@ -27,7 +27,7 @@ class Signals:
     Attributes:
         module: the learned module that a method keeps in this block, None for methods without parameters.
         branch: "attention" or "mlp" for methods around a branch, else None.
-        branch_input: what that branch reads [B, N, C], else None.
+        branch_input: what that branch reads [B, N, C], None where the residual stream is merged in front of its norm.
     """
 
     def __init__(
@@ -90,6 +90,11 @@ class Signals:
         for token_map in self._maps:
             k = token_map.apply(k)
         return k
+
+    @property
+    def metric(self) -> Tensor:
+        """What tokens are alike by: the mean of the keys over heads [B, N, D]."""
+        return self.mean_key
 
     @property
     def queries(self) -> Tensor:

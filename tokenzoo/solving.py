@@ -29,7 +29,7 @@ def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: Backb
     base = sum(row.macs for row in block_rows(costs, None, info.layout))
 
     def reached(t: float) -> tuple[Recipe, float]:
-        dialled = recipe.dial(t, info.depth, info.layout)
+        dialled = recipe.dial(t, info.depth, info.layout, info.restarts)
         return dialled, sum(row.macs for row in block_rows(costs, dialled, info.layout)) / base
 
     (weakest, high), (strongest, low) = reached(0.0), reached(1.0)

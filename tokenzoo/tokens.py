@@ -23,6 +23,7 @@ class Layout(NamedTuple):
         track_positions: the original index of each token is kept (RoPE, masks, grid methods).
         standalone: the blocks were called without their model; the last one hands back a plain tensor.
         keep_values: the trace keeps the values before every map that drops tokens, so that these can be given back.
+        scan_rows: rows of the prefix tokens in the sequence that a model scans; in attention order says nothing.
     """
 
     num_prefix: int
@@ -32,6 +33,7 @@ class Layout(NamedTuple):
     track_positions: bool = False
     standalone: bool = False
     keep_values: bool = False
+    scan_rows: tuple[int, ...] = ()
 
     @property
     def num_patches(self) -> int:
@@ -46,6 +48,7 @@ class SideData(NamedTuple):
     valid: Tensor | None
     positions: Tensor | None
     coords: Tensor | None
+    scores: Tensor | None
 
 
 class TraceStep(NamedTuple):
@@ -68,6 +71,22 @@ class TraceStep(NamedTuple):
     prefix: int
 
 
+class Inside(NamedTuple):
+    """Tokens that merged around a branch of a block and came apart again after it.
+
+    Attributes:
+        block: index of the block.
+        method: names of the methods.
+        map: the map.
+        after: reductions that the sequence had seen by then.
+    """
+
+    block: int
+    method: str
+    map: TokenMap
+    after: int
+
+
 class Tokens(NamedTuple):
     """Tokens and their side data, handed from block to block.
 
@@ -79,6 +98,9 @@ class Tokens(NamedTuple):
         positions: index in the original sequence [B, N] int64, -1 for tokens without a place; None while untouched.
         coords: mass-weighted mean patch coordinate [B, N, 2] float32 (row, column); None unless RoPE asks for it.
         trace: the reductions so far; None when nobody asks.
+        scores: importance that a method carries from block to block [B, N] float32; None before there is one.
+        inside: what merged around branches so far; kept along with the trace.
+        rows: rows of the prefix tokens in the sequence that is scanned, a tuple or [B, 1]; None while untouched.
     """
 
     x: Tensor
@@ -88,16 +110,21 @@ class Tokens(NamedTuple):
     positions: Tensor | None = None
     coords: Tensor | None = None
     trace: tuple[TraceStep, ...] | None = None
+    scores: Tensor | None = None
+    inside: tuple[Inside, ...] = ()
+    rows: tuple[int, ...] | Tensor | None = None
 
     @property
     def length(self) -> int:
         """N, tokens in the sequence, prefix and padding included."""
-        return self.x.shape[1]
+        length = self.x.shape[1]
+        # the tracer hands sizes out as tensors, in which a share of them would be rounded in float32
+        return int(length) if torch.jit.is_tracing() else length
 
     @property
     def num_patches(self) -> int:
         """Tokens after the prefix."""
-        return self.x.shape[1] - self.layout.num_prefix
+        return self.length - self.layout.num_prefix
 
     @property
     def valid_patches(self) -> Tensor | None:
@@ -130,7 +157,8 @@ class Tokens(NamedTuple):
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
         if isinstance(token_map, RestoreMap):
             x, undone = token_map.apply(self.x), self.trace[token_map.start]
-            return Tokens(x, self.layout, *undone.side, trace=self.trace[: token_map.start])
+            side = undone.side._asdict()
+            return Tokens(x, self.layout, **side, trace=self.trace[: token_map.start], inside=self.inside)
         size = self.size
         if self.layout.track_size:
             with full_precision(self.x):
@@ -147,12 +175,17 @@ class Tokens(NamedTuple):
             with full_precision(self.x):
                 mass = self.sizes()
                 coords = (token_map.pool(coords * mass) / token_map.pool(mass).clamp(min=1e-12)).detach()
+        scores = self.scores
+        if scores is not None:
+            scores = token_map.pool(scores.unsqueeze(-1)).squeeze(
+                -1
+            )  # attention to a group is the sum over its members
         trace = self.trace
         if trace is not None:
             before = self.x if self.layout.keep_values and token_map.drops else None
-            side = SideData(self.size, self.valid, self.positions, self.coords)
+            side = SideData(self.size, self.valid, self.positions, self.coords, self.scores)
             trace = (*trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
-        return Tokens(token_map.apply(self.x), self.layout, size, valid, positions, coords, trace)
+        return Tokens(token_map.apply(self.x), self.layout, size, valid, positions, coords, trace, scores, self.inside)
 
 
 def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:

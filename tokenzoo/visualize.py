@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .maps import TokenMap
 from .panels import (
     LEGEND,
     compose,
@@ -27,6 +28,7 @@ from .panels import (
     token_colors,
 )
 from .patching import backbone_of, is_patched
+from .tokens import Inside, TraceStep
 
 
 class BlockMap(NamedTuple):
@@ -39,6 +41,7 @@ class BlockMap(NamedTuple):
         tokens_out: real tokens after [B], prefix included.
         assign: token that each patch of the input went into [B, P], -1 for dropped ones.
         origin: token of the input that heads each token [B, N'], -1 for one without (EViT's fused token).
+        inside: the tokens merge around a branch of the block and come apart again after it.
     """
 
     block: int
@@ -47,6 +50,7 @@ class BlockMap(NamedTuple):
     tokens_out: Tensor
     assign: Tensor
     origin: Tensor
+    inside: bool = False
 
 
 class TokenMaps(NamedTuple):
@@ -54,7 +58,8 @@ class TokenMaps(NamedTuple):
 
     Attributes:
         grid: patches (high, wide).
-        blocks: one entry for each block that reduced something, first to last.
+        blocks: one entry for each block that reduced something, first to last; those with `inside` leave no trace in
+            the entries after them.
     """
 
     grid: tuple[int, int]
@@ -89,17 +94,43 @@ def token_maps(model: nn.Module, images: Tensor) -> TokenMaps:
         origin = assign = torch.arange(total, device=images.device).expand(batch, -1)
         valid = torch.ones_like(assign, dtype=torch.bool)
         blocks: list[BlockMap] = []
-        for step in tokens.trace:
-            before, heads = valid.sum(1), step.map.heads
-            assign = torch.where(assign >= 0, step.map.assign.gather(1, assign.clamp(min=0)), -1)
-            origin = torch.where(heads >= 0, origin.gather(1, heads.clamp(min=0)), -1)
-            valid = (valid.gather(1, heads.clamp(min=0)) | (heads < 0)) if step.map.valid is None else step.map.valid
-            method = step.method
-            if blocks and blocks[-1].block == step.block:  # several methods in one block: one entry
+        state = _State(assign, origin, valid)
+        for done, step in enumerate((*tokens.trace, None)):
+            for note in (note for note in tokens.inside if note.after == done):
+                inner = state.through(note.map)
+                blocks.append(inner.entry(note, state, layout.num_prefix, inside=True))
+            if step is None:
+                break
+            before, state = state, state.through(step.map)
+            entry = state.entry(step, before, layout.num_prefix)
+            if blocks and blocks[-1].block == step.block and not blocks[-1].inside:  # several methods in one block
                 last = blocks.pop()
-                before, method = last.tokens_in, f"{last.method} + {method}"
-            blocks.append(BlockMap(step.block, method, before, valid.sum(1), assign[:, layout.num_prefix :], origin))
+                entry = entry._replace(tokens_in=last.tokens_in, method=f"{last.method} + {entry.method}")
+            blocks.append(entry)
     return TokenMaps(tuple(layout.grid), tuple(blocks))
+
+
+class _State(NamedTuple):
+    """Where the tokens of the input are after some maps."""
+
+    assign: Tensor
+    origin: Tensor
+    valid: Tensor
+
+    def through(self, token_map: TokenMap) -> _State:
+        """The state after one map more."""
+        heads = token_map.heads
+        assign = torch.where(self.assign >= 0, token_map.assign.gather(1, self.assign.clamp(min=0)), -1)
+        origin = torch.where(heads >= 0, self.origin.gather(1, heads.clamp(min=0)), -1)
+        valid = token_map.valid
+        if valid is None:
+            valid = self.valid.gather(1, heads.clamp(min=0)) | (heads < 0)
+        return _State(assign, origin, valid)
+
+    def entry(self, step: TraceStep | Inside, before: _State, prefix: int, inside: bool = False) -> BlockMap:
+        """What is shown of one step."""
+        counts = before.valid.sum(1), self.valid.sum(1)
+        return BlockMap(step.block, step.method, *counts, self.assign[:, prefix:], self.origin, inside)
 
 
 def group_picture(
@@ -165,6 +196,7 @@ def draw_token_maps(
         labels, kinds = (pixel_labels(values, maps.grid, (high, wide)) for values in (assign, kind))
         panel = paint(pixels, labels, kinds, token_colors(assign, origin), max(1, cell // 12))
         counts = f"{int(block.tokens_in[index])} -> {int(block.tokens_out[index])} tokens"
+        counts += " inside" if block.inside else ""
         panels.append((to_image(panel), f"block {block.block}: {block.method}", counts))
         seen.append(set(kind.tolist()))
     legend = [(swatch(kind), LEGEND[kind]) for kind in sorted(set().union(*seen))]

@@ -15,13 +15,15 @@ from ..signals import Signals, attend_through
 from ..tokens import Layout, Tokens
 from .merging import Merging, lifted_heads
 
+_SLICE = 1024  # tokens
+
 
 class BlockPlan(NamedTuple):
     """What one block does about tokens; the only thing patching adds to it.
 
     Attributes:
         index: index of the block.
-        depth: blocks of the model.
+        depth: blocks of the model, or the block behind the last one that sees the same sequence.
         steps: methods in the order in which they act.
         proportional: attention adds log sizes.
         layout: layout at the model's own image size, used when the block is called with a plain tensor.
@@ -67,6 +69,7 @@ class ReducingBlock:
     tokenzoo: BlockPlan
     training: bool
     mlp_follows: bool = True  # False where the MLP runs beside attention and is part of its branch
+    mlp_pointwise: bool = True  # False where the MLP looks at neighbours
 
     # ---- spelled by the family; z is what a branch reads, x the residual stream
 
@@ -134,26 +137,41 @@ class ReducingBlock:
         for step in plan.at("between"):
             tokens, signals = self._act(step, tokens, self._with_module(signals, step))
         merging.moved = any(plan.at(place) for place in ("ahead", "queries", "between"))
+        after = plan.at("after")
+        if not after:
+            signals = None  # queries, keys and values need not outlive attention
         if self.mlp_follows:
-            z = self.mlp_input(tokens.x)
-            merge = merging.map("mlp", tokens, z)
-            y = self.mlp_branch(z) if merge is None else merge.lift(self.mlp_branch(merge.apply(z)))
-            tokens = tokens._replace(x=tokens.x + y)
-        for step in plan.at("after"):
+            tokens = self._transform(tokens, merging)
+        for step in after:
             tokens, signals = self._act(step, tokens, self._with_module(signals, step))
         return tokens
 
+    def _transform(self, tokens: Tokens, merging: Merging) -> Tokens:
+        """The MLP half."""
+        merge, z = merging.enter("mlp", tokens, self.mlp_input)
+        y = self._mlp(z)
+        return tokens._replace(x=tokens.x + (y if merge is None else merge.lift(y)))
+
+    def _mlp(self, z: Tensor) -> Tensor:
+        """The MLP, at inference in slices of long sequences: else its hidden layer is the largest thing in memory."""
+        whole = self.training or torch.is_grad_enabled() or not self.mlp_pointwise
+        if whole or z.shape[1] <= 2 * _SLICE or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.mlp_branch(z)
+        return torch.cat([self.mlp_branch(part) for part in z.split(_SLICE, dim=1)], dim=1)
+
     def _attend(self, tokens: Tokens, rope: Any, mask: Tensor | None, merging: Merging) -> tuple[Tokens, Signals]:
         """The attention half, with the steps that act inside it."""
-        z = self.attention_input(tokens.x)
-        merge = merging.map("attention", tokens, z)
+        merge, z = merging.enter("attention", tokens, self.attention_input)
         if merge is not None:
-            return self._attend_merged(tokens, z, merge, rope, mask)
+            if mask is not None:
+                _refuse_mask(merging.steps)
+            return self._attend_merged(merging.recorded(tokens, merge, "attention"), z, merge, rope, mask)
         ahead, kept = self.tokenzoo.at("ahead"), self.tokenzoo.at("queries")
         bias = self._bias(tokens, mask)
         inputs = tokens._replace(x=z)
         heads = self.query_keys(inputs, rope) if ahead else self.heads(inputs, rope)
         signals = Signals(heads, bias, tokens, self.training)
+        tokens = self._scored(tokens, signals)
         ahead_maps: list[TokenMap] = []
         kept_maps: list[TokenMap] = []
         for step in ahead:
@@ -176,12 +194,13 @@ class ReducingBlock:
         """The attention half on merged tokens, its output read back by every token.
 
         Methods that act inside attention see every token with the keys of the one it merged into; attention has run by
-        then, so they act on its output.
+        then, so they act on its output. `z` is what the branch reads behind the map.
         """
-        inner = tokens._replace(x=z, trace=None).reduce(merge)
-        heads = self.heads(inner, rope)
-        y = self.attention_branch(attend(heads, self._bias(inner, mask)), inner.x)
+        inner = tokens._replace(trace=None).reduce(merge)._replace(x=z)
+        heads, bias = self.heads(inner, rope), self._bias(inner, mask)
+        y = self.attention_branch(attend(heads, bias), z)
         y = merge.lift(y)
+        tokens = self._scored(tokens, Signals(heads, bias, inner, self.training), merge)
         signals = Signals(partial(lifted_heads, heads, merge), self._bias(tokens, mask), tokens, self.training)
         maps: list[TokenMap] = []
         for step in (*self.tokenzoo.at("ahead"), *self.tokenzoo.at("queries")):
@@ -189,6 +208,13 @@ class ReducingBlock:
         for token_map in maps:
             y = token_map.apply(y)
         return tokens._replace(x=tokens.x + y), signals
+
+    def _scored(self, tokens: Tokens, signals: Signals, merge: TokenMap | None = None) -> Tokens:
+        """The tokens with the scores that a method carries from block to block, brought up to date."""
+        for step in self.tokenzoo.steps:
+            if step.method.scores_tokens:
+                tokens = tokens._replace(scores=step.method.score(tokens, signals, merge, step))
+        return tokens
 
     def _signals_of(self, step: Step, tokens: Tokens, rope: Any, mask: Tensor | None) -> Signals:
         """Signals in front of attention: queries and keys are projected only if the method looks."""
@@ -236,6 +262,13 @@ class ReducingBlock:
         if tokens.layout.standalone and self.tokenzoo.index == self.tokenzoo.depth - 1:
             return tokens.x
         return tokens
+
+
+def _refuse_mask(steps: tuple[Step, ...]) -> None:
+    """A mask says which tokens see which; it says nothing about tokens that another form of attention makes."""
+    for step in steps:
+        if step.method.replaces_attention:
+            raise step.error("its attention runs among tokens that no attn_mask covers; call the model without a mask")
 
 
 def _refuse_alone(block: ReducingBlock) -> None:

@@ -25,8 +25,11 @@ class Family:
         check_block: returns an inner module of a block that is not exactly known, None if all are.
         check_recipe: raises ValueError for recipes that a model of the family cannot follow.
         layout: what methods see where that is not the sequence of all tokens (windows); None for the usual.
+        sequences: where blocks see one sequence after the other (stages), the first block of each and what it sees at
+            a grid of tokens (None for the model's own) under a recipe (None for none); None for the usual.
         costs: reads what counting needs, at a grid of tokens, where the usual formulas do not hold; the result has
             `rows(recipe, layout)`, the fields of the rows of a report. None for the usual.
+        scans: blocks scan their tokens instead of attending.
     """
 
     name: str
@@ -37,7 +40,9 @@ class Family:
     check_block: Callable[[nn.Module], nn.Module | None]
     check_recipe: Callable[[nn.Module, Recipe], None] = lambda model, recipe: None
     layout: Callable[[nn.Module], Layout] | None = None
+    sequences: Callable[[nn.Module, tuple[int, int] | None, Recipe | None], dict[int, Layout]] | None = None
     costs: Callable[[nn.Module, tuple[int, int]], Any] | None = None
+    scans: bool = False
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -47,9 +52,9 @@ def linear_macs(module: nn.Module) -> int:
 
 def families() -> tuple[Family, ...]:
     """All families, imported when first asked for."""
-    from . import eva, sam, vit, vit_stems
+    from . import eva, plain_mamba, sam, svit, vim, vit, vit_stems
 
-    return vit.FAMILY, eva.FAMILY, vit_stems.FAMILY, sam.FAMILY
+    return vit.FAMILY, eva.FAMILY, vit_stems.FAMILY, svit.FAMILY, sam.FAMILY, vim.FAMILY, plain_mamba.FAMILY
 
 
 def find_family(model: nn.Module) -> Family:

@@ -10,7 +10,7 @@ from ..attention import Heads
 from ..maps import ChainMap, TokenMap
 from ..methods.base import Step
 from ..signals import Signals
-from ..tokens import Tokens
+from ..tokens import Inside, Tokens
 
 
 class Merging:
@@ -29,18 +29,21 @@ class Merging:
         self.steps, self.start, self.signals, self.moved = steps, tokens, signals, False
         self.shared: dict[int, TokenMap | None] = {}
 
-    def map(self, branch: str, tokens: Tokens, z: Tensor) -> TokenMap | None:
-        """The map of one branch, None where its tokens are left alone.
+    def enter(self, branch: str, tokens: Tokens, read: Callable[[Tensor], Tensor]) -> tuple[TokenMap | None, Tensor]:
+        """The map of one branch, None where its tokens are left alone, and what the branch reads behind that map.
 
         Args:
             branch: "attention" or "mlp".
             tokens: tokens in front of the branch.
-            z: what the branch reads [B, N, C].
+            read: what the branch makes of the residual stream (its norm).
         """
         maps: list[TokenMap] = []
+        z: Tensor | None = None
         for order, step in enumerate(self.steps):
             if branch not in step.method.branches:
                 continue
+            if not step.method.merges_stream and z is None:
+                z = read(tokens.x)
             # one matching for both branches where the method wants that and the sequence is still the block's input
             once = step.method.matches_once and not maps and not self.moved
             if once and order in self.shared:
@@ -52,10 +55,20 @@ class Merging:
             if token_map is None:
                 continue
             maps.append(token_map)
-            tokens, z = tokens._replace(trace=None).reduce(token_map), token_map.apply(z)
-        return None if not maps else maps[0] if len(maps) == 1 else ChainMap(*maps)
+            z = None if step.method.merges_stream else token_map.apply(z)
+            tokens = tokens._replace(trace=None).reduce(token_map)
+        merge = None if not maps else maps[0] if len(maps) == 1 else ChainMap(*maps)
+        return merge, read(tokens.x) if z is None else z
 
-    def _decide(self, step: Step, branch: str, tokens: Tokens, z: Tensor) -> TokenMap | None:
+    def recorded(self, tokens: Tokens, token_map: TokenMap, branch: str) -> Tokens:
+        """The tokens with a note of what merged around a branch, for pictures; unchanged where nobody keeps a trace."""
+        if tokens.trace is None:
+            return tokens
+        names = [step.method.name for step in self.steps if branch in step.method.branches]
+        note = Inside(self.steps[0].block, " + ".join(names), token_map, len(tokens.trace))
+        return tokens._replace(inside=(*tokens.inside, note))
+
+    def _decide(self, step: Step, branch: str, tokens: Tokens, z: Tensor | None) -> TokenMap | None:
         signals = self.signals(step, tokens)
         signals.branch, signals.branch_input = branch, z
         return step.method.map(tokens, signals, step)

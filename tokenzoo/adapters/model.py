@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,20 @@ class BackboneInfo(NamedTuple):
         depth: number of blocks.
         dim: channels of the residual stream.
         layout: token layout at the model's own image size.
+        restarts: blocks after block 0 that a new sequence begins at, with its layout; None where one runs through.
     """
 
     depth: int
     dim: int
     layout: Layout
+    restarts: Mapping[int, Layout] | None = None
+
+    def sequence(self, block: int) -> tuple[Layout, int]:
+        """Layout of the sequence that a block sees, and the block behind the last one that sees it."""
+        firsts = sorted({0, *(self.restarts or {})})
+        first = max(i for i in firsts if i <= block)
+        stop = min((i for i in firsts if i > block), default=self.depth)
+        return self.layout if first == 0 else self.restarts[first], stop
 
 
 class ReducingModel:
@@ -225,6 +235,20 @@ class ReducingModel:
         """Pooling with side data at hand."""
         raise NotImplementedError
 
+    def tap(self, x: Tensor, index: int, norm: bool) -> Tensor:
+        """Values [B, N, C] behind a block as `forward_intermediates` hands them out.
+
+        Args:
+            x: values of tokens.
+            index: the block.
+            norm: apply the final norm.
+        """
+        return self.norm(x) if norm else x
+
+    def in_model_order(self, tokens: Tokens) -> Tensor:
+        """Values of tokens [B, N, C] in the order in which the unpatched model lists them."""
+        return tokens.x
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -266,10 +290,11 @@ class ReducingModel:
         for index, tokens in enumerate(self.walk(x, attn_mask, last, dense=dense), -1):
             if index not in take:
                 continue
-            y = self.norm(tokens.x) if norm else tokens.x
+            tap = partial(self.tap, index=index, norm=norm)
+            y = tap(tokens.x)
             if dense:
                 recipe = self.tokenzoo_recipe
-                y = lift(y, recipe.lift_trace(tokens.trace), recipe.fill, self.norm if norm else None)
+                y = lift(y, recipe.lift_trace(tokens.trace), recipe.fill, tap)
             if not dense and tokens.valid is not None:
                 y = y * tokens.valid.unsqueeze(-1).to(y.dtype)
             prefixes.append(y[:, :prefix])
@@ -282,10 +307,10 @@ class ReducingModel:
             if prefix and return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefixes
             if not intermediates_only:
-                result["image_features"] = self._finish(tokens).x
+                result["image_features"] = self.in_model_order(self._finish(tokens))
             return result
         out = list(zip(spatial, prefixes)) if return_prefix_tokens and prefix else spatial
-        return out if intermediates_only else (self._finish(tokens).x, out)
+        return out if intermediates_only else (self.in_model_order(self._finish(tokens)), out)
 
 
 def _call(block: nn.Module, tokens: Tokens, rope: Any, mask: Tensor | None) -> Tokens:

@@ -69,7 +69,7 @@ class SamCosts(NamedTuple):
                     macs = self._block(block, across, layout.grid, cells)
                 for step, n, n_out in steps:
                     if step.method.place == place:
-                        reduction += step.method.macs(n, n_out, block.shape, layout) * across[0] * across[1]
+                        reduction += step.method.macs(n, n_out, block.shape, layout, step) * across[0] * across[1]
                         cells = _cells(step, layout) if step.method.opens_span else None
             if index == depth - 1 and cells is not None:  # windows are rebuilt after the last block at the latest
                 pairs = layout.num_patches * cells[0] * cells[1]

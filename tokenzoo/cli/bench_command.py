@@ -19,6 +19,7 @@ from .common import (
     precision_of,
     runs_of,
     say,
+    say_scans,
 )
 
 HELP = "throughput and batch-1 latency of a model, unpatched and with methods, measured round robin"
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     title = setting(args.model, results[0], record)
     say(title)
     _print(results)
+    say_scans(model, results[0].input_size[1:])
     if args.results_file:
         write_results(args.results_file, rows, BENCH_COLUMNS, record)
     if args.plot:

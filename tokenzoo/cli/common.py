@@ -10,7 +10,9 @@ import torch
 import yaml
 from torch import nn
 
-from ..evaluation.runs import Precision, Run
+from ..counting import report
+from ..evaluation.runs import Precision, Run, is_served
+from ..patching import backbone_of
 from ..registry import list_methods
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -62,6 +64,25 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
 def precision_of(args: argparse.Namespace) -> Precision:
     """The number formats of the arguments."""
     return Precision(getattr(torch, args.dtype), getattr(torch, args.amp_dtype) if args.amp else None)
+
+
+def say_scans(model: nn.Module, size: tuple[int, ...]) -> None:
+    """For models that scan, says which directions the multiply-adds of a table count; nothing for others.
+
+    Args:
+        model: unpatched.
+        size: height and width of the images, which are filled up to whole patches.
+    """
+    backbone = backbone_of(model)
+    if not is_served(backbone):
+        return
+    costs = report(backbone, tuple(-(-n // p) * p for n, p in zip(size, backbone.patch_embed.patch_size)))
+    if costs.one_direction is not None:
+        one, every = costs.one_direction[1] / 1e9, costs.total / 1e9
+        say(
+            "GMACs count all directions of the scan; with one, as in many papers, the unpatched backbone has "
+            f"{one:.3f} instead of {every:.3f}"
+        )
 
 
 def argv_of(args: argparse.Namespace) -> list[str] | None:

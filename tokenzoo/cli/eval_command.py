@@ -21,6 +21,7 @@ from .common import (
     precision_of,
     runs_of,
     say,
+    say_scans,
 )
 
 _log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     }
     rows = [{**common, **r.row()} for r in results]
     _print(args, results, common, loader)
+    say_scans(model, (height, width))
     if args.results_file:
         record = environment(args.device, argv_of(args))
         record["skipped"] = ["/".join(Path(name).parts[-2:]) for name, _ in loader.skipped]

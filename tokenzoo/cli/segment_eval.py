@@ -12,7 +12,7 @@ from ..evaluation.segmentation import evaluate_segmentation
 from ..evaluation.segmentation_data import KINDS, open_dataset
 from ..evaluation.segmentation_results import SEGMENT_COLUMNS, SegmentationReport
 from ..evaluation.timing import Spread
-from .common import add_method_arguments, add_precision_arguments, argv_of, precision_of, runs_of, say
+from .common import add_method_arguments, add_precision_arguments, argv_of, precision_of, runs_of, say, say_scans
 from .segment_common import add_checkpoint_arguments, add_inference_arguments, inference_of, load_checkpoint
 
 HELP = "mIoU of a segmentation model, unpatched and with methods, over the same pictures"
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [{**common, **row} for row in report.rows()]
     record = environment(args.device, argv_of(args))
     _print(report, common, record)
+    say_scans(model, report.crop)
     if args.results_file:
         record["skipped"] = [name for name, _ in report.skipped]
         write_results(args.results_file, rows, SEGMENT_COLUMNS, record)

@@ -135,6 +135,10 @@ def _clusters(predict: Predictor, picture: Image.Image) -> Image.Image:
     shown = np.zeros((*image.shape[-2:], 3), dtype=np.uint8)
     shown[top : top + high, left : left + wide] = pixels[0].permute(1, 2, 0).numpy()
     assign = maps.blocks[-1].assign[0].cpu() if maps.blocks else torch.arange(maps.grid[0] * maps.grid[1])
-    drawn = Image.fromarray(group_picture(shown, assign, maps.grid))
+    size = shown.shape[1], shown.shape[0]
+    # where patches overlap, the picture is no whole number of tokens
+    whole = tuple(-(-pixels // tokens) * tokens for pixels, tokens in zip(size, reversed(maps.grid)))
+    cells = np.asarray(Image.fromarray(shown).resize(whole))
+    drawn = Image.fromarray(group_picture(cells, assign, maps.grid)).resize(size)
     drawn = drawn.crop((left, top, left + wide, top + high))
     return drawn if drawn.size == picture.size else drawn.resize(picture.size, Image.Resampling.LANCZOS)

@@ -26,10 +26,10 @@ def create_segmenter(
     window: int | None = None,
     stride: int | None = None,
 ) -> Segmenter:
-    """A timm ViT with a segmentation head.
+    """A timm ViT, or another model of one token sequence, with a segmentation head.
 
     Args:
-        encoder: timm's name of a ViT-like model, or such a model.
+        encoder: timm's name of a ViT-like model (Vim and PlainMamba too), or such a model.
         num_classes: K.
         head: "linear", "bn_linear" or "mask" (mask transformer).
         encoder_kwargs: passed to `timm.create_model`.
@@ -56,8 +56,8 @@ def create_segmenter(
             kwargs["img_size"] = img_size
         if isinstance(kwargs.get("img_size"), list):
             kwargs["img_size"] = tuple(kwargs["img_size"])
-        given = {"name": encoder, "kwargs": {k: list(v) if isinstance(v, tuple) else v for k, v in kwargs.items()}}
-        encoder = _create_encoder(encoder, pretrained, kwargs)
+        name, (encoder, kwargs) = encoder, _create_encoder(encoder, pretrained, kwargs)
+        given = {"name": name, "kwargs": {k: list(v) if isinstance(v, tuple) else v for k, v in kwargs.items()}}
     elif encoder_kwargs or img_size is not None or pretrained:
         raise ValueError("create_segmenter: encoder_kwargs, img_size and pretrained need an encoder given by name")
     Segmenter.check_encoder(encoder)
@@ -76,16 +76,22 @@ def create_segmenter(
     return model
 
 
-def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """timm's model; names and options that it does not know end in one sentence."""
+def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's model and the options it took; names and options that it does not know end in one sentence."""
     if not timm.is_model(name):
         raise ValueError(f"encoder={name!r} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')")
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        return timm.create_model(name, pretrained=pretrained, **kwargs), kwargs
     except TypeError as error:
-        if "dynamic_img_size" in str(error):
-            raise ValueError(
-                f"encoder={name!r} takes images of one size only (timm gives it no dynamic_img_size): it is no plain "
-                "ViT that a token head can follow"
-            ) from error
-        raise
+        if "dynamic_img_size" not in str(error):
+            raise
+        refused = error
+    # models that take any size anyway have no such option
+    kwargs = {key: value for key, value in kwargs.items() if key != "dynamic_img_size"}
+    encoder = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if getattr(getattr(encoder, "patch_embed", None), "strict_img_size", True):
+        raise ValueError(
+            f"encoder={name!r} takes images of one size only (timm gives it no dynamic_img_size): it is no plain "
+            "ViT that a token head can follow"
+        ) from refused
+    return encoder, kwargs

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..adapters.family import families
 from ..lifting import lift
-from ..patching import is_patched
+from ..patching import describe, is_patched
+from ..scan_order import from_scan
 
 
 class Encoded(NamedTuple):
@@ -41,13 +43,13 @@ def encode(backbone: nn.Module, images: Tensor) -> Encoded:
     """Runs a backbone, patched or not, for a dense head.
 
     Args:
-        backbone: a timm ViT-like model.
+        backbone: a timm ViT-like model, or one that scans its tokens.
         images: [B, 3, H, W].
     """
     grid = tuple(backbone.patch_embed.dynamic_feat_size(images.shape[-2:]))
     prefix = backbone.num_prefix_tokens
     if not is_patched(backbone):
-        x = backbone.forward_features(images)
+        x = from_scan(backbone.forward_features(images), _prefix_rows(backbone, grid))
         return Encoded(x, prefix, grid, lambda y: y[:, prefix:], lambda y: y[:, prefix:])
     recipe = backbone.tokenzoo_recipe
     tokens = backbone.forward_tokens(images, dense=True)
@@ -62,3 +64,9 @@ def encode(backbone: nn.Module, images: Tensor) -> Encoded:
     # class maps cannot take the place of features that were dropped: then features are restored first
     stashed = recipe.fill.kind == "stash" and any(step.map.drops for step in trace)
     return Encoded(tokens.x, prefix, grid, restore, features_of, recipe.restores_maps and not stashed, tokens.valid)
+
+
+def _prefix_rows(backbone: nn.Module, grid: tuple[int, int]) -> tuple[int, ...]:
+    """Where prefix tokens are in the features of an unpatched model that scans; () for all that have them in front."""
+    served = any(type(backbone) in family.models for family in families())
+    return describe(backbone, grid).layout.scan_rows if served else ()

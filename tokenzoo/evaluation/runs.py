@@ -82,8 +82,8 @@ class Candidate(NamedTuple):
         run: what it stands for.
         model: in eval mode; weights are shared with the other candidates.
         gmacs: 1e9 multiply-adds of one image (of a random one where they depend on the image).
-        attn_impl: "fused" if every attention runs on `scaled_dot_product_attention`, else "unfused"; "" for a backbone
-            that tokenzoo does not serve.
+        attn_impl: "fused" if every attention runs on `scaled_dot_product_attention`, else "unfused"; "none" for models
+            that scan; "" for a backbone that tokenzoo does not serve.
     """
 
     run: Run
@@ -155,7 +155,8 @@ def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
         if not is_served(model):
             return model(images), None
         grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-        layout = describe(model, tuple(grid)).layout
+        info = describe(model, tuple(grid))
+        layout = info.sequence(info.depth - 1)[0]
         count = layout.num_prefix + layout.num_patches
         return model(images), torch.full((len(images),), count, device=images.device)
     tokens = model.forward_tokens(images)
@@ -177,8 +178,10 @@ def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
         size = (size[0], *embed.img_size)
-    if hasattr(embed, "proj"):
+    if isinstance(getattr(embed, "proj", None), (nn.Conv2d, nn.Linear)):
         size = (embed.proj.weight.shape[1], *size[1:]) if embed.proj.weight.dim() == 4 else size
+    elif hasattr(model, "in_chans"):  # a stem of several layers
+        size = (model.in_chans, *size[1:])
     if img_size:
         size = (size[0], img_size[0], img_size[-1])
     if len(size) != 3 or min(size) < 1:

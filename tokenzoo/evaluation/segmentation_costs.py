@@ -24,7 +24,7 @@ class DenseMacs(NamedTuple):
         encoder: up to the final norm, reduction and reconstruction included.
         decoder: everything behind it.
         tokens_out: tokens that leave the encoder, prefix included, padding not; a mean where it depends on the image.
-        attn_impl: "fused" or "unfused".
+        attn_impl: "fused" or "unfused"; "none" for models that scan.
     """
 
     encoder: float
@@ -61,7 +61,7 @@ def dense_macs(model: nn.Module, crops: Tensor, traced: int = 4) -> DenseMacs | 
         return None
     patch, size = backbone.patch_embed.patch_size, tuple(crops.shape[-2:])
     size = tuple(-(-n // p) * p for n, p in zip(size, patch))  # dense models pad to whole patches
-    grid = tuple(n // p for n, p in zip(size, patch))
+    grid = tuple(backbone.patch_embed.dynamic_feat_size(size))
     costs, prefix = report(backbone, size), backbone.num_prefix_tokens
     encoder = float(costs.total - costs.rows[-1].macs)  # without the classifier, which a dense model does not run
     tokens = float(costs.tokens_out)

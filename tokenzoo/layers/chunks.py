@@ -26,10 +26,15 @@ def by_images(function: Callable[[Tensor], Tensor], x: Tensor, numbers: int, tra
     Returns:
         function(x).
     """
-    whole = training or torch.is_grad_enabled() or x.device.type != "cpu"
-    if whole or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return function(x)
-    step = max(1, _CPU_NUMBERS // numbers)
+    step = at_once(x, numbers, training)
     if step >= x.shape[0]:
         return function(x)
     return torch.cat([function(part) for part in x.split(step)])
+
+
+def at_once(x: Tensor, numbers: int, training: bool) -> int:
+    """How many images of a batch `by_images` takes at a time; arguments as there."""
+    whole = training or torch.is_grad_enabled() or x.device.type != "cpu"
+    if whole or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x.shape[0]
+    return max(1, _CPU_NUMBERS // numbers)

@@ -14,6 +14,7 @@ from .merge import MergeMap
 from .mix import MixMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
+from .super_token import SuperTokenMap
 
 __all__ = [
     "AssignMap",
@@ -25,6 +26,7 @@ __all__ = [
     "MixMap",
     "ReplaceMap",
     "RestoreMap",
+    "SuperTokenMap",
     "TokenMap",
     "group_map",
 ]

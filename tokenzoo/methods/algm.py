@@ -213,7 +213,7 @@ class ALGM(Method):
 
     # ---- cost and strength
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         first = self.r[0] if isinstance(self.r, tuple) else self.r
         if first and n - layout.num_prefix == layout.num_patches:
             return self._windows(layout.num_patches, layout) * shape.dim + (n - n_out) * shape.dim

@@ -109,7 +109,7 @@ class ATS(Method):
         idx = with_prefix(order.gather(1, front), prefix)
         return KeepMap(idx, tokens.length, real_rows(counts, length, prefix))
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return n * shape.num_heads * shape.head_dim * 2
 
     def dial(self, t: float, depth: int, layout: Layout) -> Method:

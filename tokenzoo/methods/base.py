@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..maps import TokenMap
 from ..signals import Signals
@@ -130,6 +130,67 @@ class Method:
         """Whether a method at the place "around" decides one map a block, from the block's input, for all branches."""
         return False
 
+    @property
+    def merges_stream(self) -> bool:
+        """Whether a method at the place "around" merges the residual stream, in front of the norm of a branch."""
+        return False
+
+    @property
+    def replaces_attention(self) -> bool:
+        """Whether a method at the place "around" is another form of attention: it wants a branch that is only that."""
+        return False
+
+    @property
+    def serves_scans(self) -> bool:
+        """Whether the method works on models that scan their tokens (it looks at no attention and changes none)."""
+        return False
+
+    @property
+    def reads_scan(self) -> bool:
+        """Whether the decision looks into a scan, so that the method works on models that scan only."""
+        return False
+
+    @property
+    def keeps_scan_values(self) -> bool:
+        """Whether the mixer has to hand out the values of its scan; by default for every method that reads the scan."""
+        return self.reads_scan
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether maps leave patches in the order of the scan by themselves; else they are put into it."""
+        return False
+
+    @property
+    def gap_rule(self) -> str | None:
+        """How pruned positions let the state of a scan decay, see `tokenzoo.layers.gaps.stretch`; None: not at all."""
+        return None
+
+    def scan_rows(self, tokens: Tokens, token_map: TokenMap, step: Step) -> tuple[int, ...] | Tensor | None:
+        """Where the prefix tokens go in the sequence that is scanned, None to stay between their neighbours.
+
+        Args:
+            tokens: the tokens before the map; `tokens.rows` is where they are.
+            token_map: the map.
+            step: this method in this block.
+        """
+        return None
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether the method carries a score of every token from block to block."""
+        return False
+
+    def score(self, tokens: Tokens, signals: Signals, token_map: TokenMap | None, step: Step) -> Tensor | None:
+        """Scores of all tokens after the attention of a block [B, N] float32; only for methods that `scores_tokens`.
+
+        Args:
+            tokens: all tokens, with the scores of the block before.
+            signals: lazy view of the attention that ran.
+            token_map: the map to the tokens that attended, None when all did.
+            step: this method in this block.
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores tokens: define score(...)")
+
     def tokens_inside(self, n: int, step: Step, layout: Layout) -> int:
         """Tokens inside the branches of a method at the place "around" when n are outside, prefix included."""
         return n
@@ -222,7 +283,7 @@ class Method:
 
     # ---- cost and strength
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         """Multiply-adds of deciding and applying the map, for one image."""
         return 0
 

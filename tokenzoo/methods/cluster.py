@@ -128,7 +128,7 @@ class Cluster(Method):
         found = cluster(tokens.x[:, prefix:], size, cells, self.iterations, self.window, self.temperature)
         return ClusterMap(tokens.x, found, size, cells, prefix, self.k, self.temperature, "l1")
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         if n == n_out:
             return 0
         cells = self.cells(layout, Step(self, -1, None))

@@ -140,7 +140,7 @@ class CTS(Method):
 
     # ---- cost and strength
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return layout.num_patches // 4 * macs_per_group() if self.score == "policy" else 0
 
     def dial(self, t: float, depth: int, layout: Layout) -> Method:

@@ -64,6 +64,6 @@ class EViT(KeepRate):
         valid = torch.cat([keep.valid, left_out.any(dim=1, keepdim=True)], dim=1)
         return ChainMap(FuseMap(keep.idx, weight, left_out, valid), compact(valid))
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         fused = (n - layout.num_prefix) * shape.dim if self.fuse_token else 0
         return importance_macs(n, shape, layout) + fused

@@ -143,7 +143,7 @@ class MCTF(Method):
         reduce = "max" if self.pooling == "max" else "mean"
         return MergeMap(pairs.order, pairs.src, pairs.slot, n, weight, reduce, pairs.valid)
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         received = n * n * shape.num_heads * shape.head_dim
         score = (n // 2) * (n - n // 2) * shape.dim
         return received + score + 2 * (n - n_out) * shape.dim

@@ -95,6 +95,10 @@ class Pool(Method):
         down, right = self._cells(*layout.grid, step)
         return layout.num_prefix + down * right
 
+    @property
+    def serves_scans(self) -> bool:
+        return True
+
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         layout, batch = tokens.layout, tokens.x.shape[0]
         if tokens.num_patches == layout.num_patches and tokens.valid is None:
@@ -132,7 +136,7 @@ class Pool(Method):
             heads = _fill_unused(heads, patches, assign)
         return heads, assign, real_rows(own, kept, layout.num_prefix)
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return (n - n_out) * shape.dim
 
     def dial(self, t: float, depth: int, layout: Layout) -> Method:

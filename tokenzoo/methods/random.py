@@ -40,6 +40,10 @@ class Random(KeepRate):
     source: ClassVar[str] = "baseline"
     kind: ClassVar[str] = "prune"
 
+    @property
+    def serves_scans(self) -> bool:
+        return True
+
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         if signals.training:
             scores = torch.rand(tokens.x.shape[:2], device=tokens.x.device)

@@ -116,6 +116,6 @@ class Reconstruct(Method):
     def dial(self, t: float, depth: int, layout: Layout) -> Method:
         return self  # the strength is that of the clustering
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         # distances of all tokens to all centres, then the mix
         return 2 * (n - layout.num_prefix) * (n_out - layout.num_prefix) * shape.dim if n_out != n else 0

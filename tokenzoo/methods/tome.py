@@ -61,6 +61,10 @@ class ToMe(Method):
     def uses_size(self) -> bool:
         return True
 
+    @property
+    def serves_scans(self) -> bool:
+        return True
+
     def strengths(self, depth: int) -> dict[int, int]:
         layers = self.resolve_layers(depth)
         return {i: r for i, r in zip(layers, removed_per_layer(self.r, len(layers))) if r > 0}
@@ -78,10 +82,10 @@ class ToMe(Method):
         r = tokens.length - step.tokens_out(tokens.length, tokens.layout)
         if r == 0:
             return None
-        pairs = bipartite_pairs(signals.mean_key, r, tokens.layout.num_prefix, tokens.valid)
+        pairs = bipartite_pairs(signals.metric, r, tokens.layout.num_prefix, tokens.valid)
         return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, tokens.sizes(), valid=pairs.valid)
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         score = (n // 2) * (n - n // 2) * shape.head_dim
         return score + (n - n_out) * shape.dim
 

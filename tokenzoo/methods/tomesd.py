@@ -184,7 +184,7 @@ class ToMeSD(Method):
 
     # ---- cost and strength
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         patches = n - layout.num_prefix
         wanted, most = self._wanted(patches, layout), self._sources(patches, layout)
         pairs = (n // 2) * (n - n // 2) if self.stride is None else most * (patches - most)

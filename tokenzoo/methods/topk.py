@@ -38,7 +38,7 @@ class TopK(KeepRate):
             return None
         return keep_best(signals.importance, tokens, self.kept(step))
 
-    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout) -> int:
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return importance_macs(n, shape, layout)
 
 

@@ -31,6 +31,10 @@ class Uniform(KeepRate):
     source: ClassVar[str] = "baseline"
     kind: ClassVar[str] = "prune"
 
+    @property
+    def serves_scans(self) -> bool:
+        return True
+
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         kept = self.kept_patches(tokens.num_patches, step)
         slots = torch.arange(kept, device=tokens.x.device)

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d, trunc_normal_
+from timm.layers import SelectAdaptivePool2d, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers.pointwise import PointwiseConv
 from ._config import config
-from .svit_blocks import Stem, SuperTokenStage
+from .svit_blocks import Stem, SuperTokenBlock, SuperTokenStage
 
 
 class SViT(nn.Module):
@@ -43,6 +43,7 @@ class SViT(nn.Module):
         proj_drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth of the last block.
         mask_borders: see `tokenzoo.layers.SuperTokenAttention`.
+        img_size: image size in pixels that costs are given for, one number or (high, wide); every size runs.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class SViT(nn.Module):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         mask_borders: bool = False,
+        img_size: int | tuple[int, int] = 224,
     ):
         super().__init__()
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = projection
-        self.patch_embed = Stem(in_chans, embed_dim[0])
+        self.embed_dim = embed_dim[-1]
+        self.patch_embed = Stem(in_chans, embed_dim[0], img_size)
         total = sum(depths)
         rates = [drop_path_rate * i / max(1, total - 1) for i in range(total)]
         outputs = (*embed_dim[1:], None)
@@ -108,7 +111,17 @@ class SViT(nn.Module):
         features = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(features, num_classes) if num_classes > 0 else nn.Identity()
 
+    @property
+    def blocks(self) -> tuple[SuperTokenBlock, ...]:
+        """The blocks with plain attention, which methods of token reduction act in, through the stages in order."""
+        return tuple(block for stage in self.layers if stage.is_plain for block in stage.blocks)
+
     # ---- timm's conventions
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Gives costs for images of another size (pixels, one number or high, wide) from now on; every size runs."""
+        self.patch_embed.img_size = to_2tuple(img_size)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -178,16 +191,16 @@ class SViT(nn.Module):
         wanted, last = feature_take_indices(len(self.layers), indices)
         maps = []
         x = self.patch_embed(_channels_last(x))
-        for index, stage in enumerate(self.layers):
-            if stop_early and index > last:
-                break
+        stop = last + 1 if stop_early else len(self.layers)
+        for index in range(stop):
+            stage = self.layers[index]
             x = stage.run_blocks(x)
             if index in wanted:
                 maps.append(x)
             x = stage.downsample(x)
         if intermediates_only:
             return maps
-        return self._project(x) if index == len(self.layers) - 1 else x, maps
+        return self._project(x) if stop == len(self.layers) else x, maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

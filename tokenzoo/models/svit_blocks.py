@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -125,10 +125,12 @@ class Stem(nn.Module):
     Args:
         in_chans: channels of the image.
         dim: channels of the first stage.
+        img_size: image size in pixels that costs are given for, one number or (high, wide); every size runs.
     """
 
-    def __init__(self, in_chans: int, dim: int):
+    def __init__(self, in_chans: int, dim: int, img_size: int | tuple[int, int] = 224):
         super().__init__()
+        self.img_size = to_2tuple(img_size)
         half = dim // 2
         layers: list[nn.Module] = []
         for wide, out, stride in ((in_chans, half, 2), (half, half, 1), (half, dim, 2), (dim, dim, 1)):
@@ -137,6 +139,20 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return by_images(self.proj, x, x.shape[2] * x.shape[3] * self.proj[0].out_channels // 4, self.training)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Places (high, wide) of the first stage at `img_size`."""
+        return self.dynamic_feat_size(self.img_size)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Places (high, wide) of the first stage for an image size."""
+        return halved(halved(img_size))
+
+
+def halved(size: tuple[int, int]) -> tuple[int, int]:
+    """What a 3 x 3 convolution of stride two leaves of a map (high, wide)."""
+    return -(-size[0] // 2), -(-size[1] // 2)
 
 
 class SuperTokenStage(nn.Module):
@@ -153,6 +169,7 @@ class SuperTokenStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(SuperTokenBlock(dim, drop_path=rate, **block_options) for rate in drop_paths)
         self.downsample = nn.Identity() if out_dim is None else Downsample(dim, out_dim)
+        self.is_plain = block_options["stoken_size"] == 1  # its blocks attend among all places
         self.grad_checkpointing = False
 
     def run_blocks(self, x: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
-"""What methods bring into training: losses and schedules."""
+"""Training: the run of train_imagenet.py and its parts, losses and schedules that methods bring, segmentation."""
 
 from .consistency import token_consistency
+from .losses import TrainStep, distillation
+from .options import parse_options
+from .run import train
 from .token_label import TokenLabelLoss
 
-__all__ = ["TokenLabelLoss", "token_consistency"]
+__all__ = ["TokenLabelLoss", "TrainStep", "distillation", "parse_options", "token_consistency", "train"]

@@ -1,0 +1,215 @@
+"""Blocks of SViT's stages with plain attention, on tokens: the depthwise convolutions go back to the grid.
+
+Differences from upstream: attention, norms and the 1 x 1 convolutions run on the tokens that are left. In front of a
+depthwise convolution every place of the grid gets the value of the token it belongs to, dropped ones what the recipe's
+`fill` says, and what the convolution adds goes back to the tokens through the same maps. The convolution inside the MLP
+reads hidden values: with fill "stash" those of dropped tokens are what the MLP makes of the value they had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import Heads
+from ..layers.chunks import at_once
+from ..lifting import lift
+from ..methods.base import BlockShape
+from ..models.svit_blocks import SuperTokenBlock
+from ..recipes import Recipe
+from ..rows import take_rows
+from ..tokens import Layout, Tokens, TraceStep
+from .block import BlockMacs, BlockPlan, ReducingBlock
+from .merging import Merging
+from .places import Places, lost_tokens, places_of
+from .token_norm import norm_alike, norm_tokens
+
+
+def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens [B, H * W, C] as a map [B, C, H, W], channels last in memory; no copy."""
+    return x.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def from_map(x: Tensor) -> Tensor:
+    """A map [B, C, H, W] as tokens [B, H * W, C]; no copy where channels lie last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def sequence_layout(grid: tuple[int, int], recipe: Recipe | None, standalone: bool = False) -> Layout:
+    """What the blocks of a stage see: no prefix, and the trace is kept with all it takes to go back to the grid."""
+    size = recipe is not None and recipe.track_size
+    return Layout(0, False, grid, size, recipe is not None and recipe.track_positions, standalone, keep_values=True)
+
+
+def begin(x: Tensor, recipe: Recipe, scores: Tensor | None = None, standalone: bool = False) -> Tokens:
+    """A new sequence: all places of a map [B, C, H, W]."""
+    grid = int(x.shape[2]), int(x.shape[3])  # the tracer hands sizes out as tensors
+    return Tokens(from_map(x), sequence_layout(grid, recipe, standalone), trace=(), scores=scores)
+
+
+def full_map(tokens: Tokens, recipe: Recipe) -> Tensor:
+    """The map [B, C, H, W] of tokens, every place with the value of the token it belongs to."""
+    return to_map(lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill), tokens.layout.grid)
+
+
+class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
+    """`SuperTokenBlock` with plain attention on tokens; called with a map it does what the model would."""
+
+    tokenzoo: BlockPlan
+    tokenzoo_recipe: Recipe
+
+    def forward(self, x: Tensor | Tokens) -> Any:
+        """Tokens to tokens; a map (blocks called without their model) is taken by the first block of a stage, and
+        handed back by the last one."""
+        if not isinstance(x, Tokens):
+            x = begin(x, self.tokenzoo_recipe, standalone=True)
+        tokens = self.run(x)
+        if tokens.layout.standalone and self.tokenzoo.index == self.tokenzoo.depth - 1:
+            return full_map(tokens, self.tokenzoo_recipe)
+        return tokens
+
+    # ---- the halves
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.norm1.norm(x)
+
+    def heads(self, tokens: Tokens, rope: Any) -> Heads:
+        return self._heads(*self._projected(tokens.x, 0, 3))
+
+    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
+        return self._heads(*self._projected(tokens.x, 0, 2), None)
+
+    def values(self, z: Tensor) -> Tensor:
+        return self._projected(z, 2, 3)[0]
+
+    def _projected(self, z: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Queries, keys and values number start..stop-1 of rows z: each [B, H, N, D]. Rows go by head."""
+        attn = self.attn.stoken_refine
+        weight, bias = attn.qkv.weight.flatten(1), attn.qkv.bias
+        if (start, stop) != (0, 3):
+            weight = weight.unflatten(0, (attn.num_heads, 3, -1))[:, start:stop].flatten(0, 2)
+            bias = None if bias is None else bias.unflatten(0, (attn.num_heads, 3, -1))[:, start:stop].flatten()
+        rows = F.linear(z, weight, bias).unflatten(2, (attn.num_heads, stop - start, -1))
+        return rows.transpose(1, 2).unbind(3)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor | None) -> Heads:
+        attn = self.attn.stoken_refine
+        return Heads(q, k, v, attn.scale, fused=attn.fused_attn)
+
+    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return self.drop_path1(_scaled(_pointwise(self.attn.stoken_refine.proj, out), self.gamma_1))
+
+    @property
+    def fused(self) -> bool:
+        return self.attn.stoken_refine.fused_attn
+
+    def shape(self) -> BlockShape:
+        attn = self.attn.stoken_refine
+        return BlockShape(attn.qkv.in_channels, attn.num_heads, attn.head_dim)
+
+    def macs(self) -> BlockMacs:
+        attn, dim = self.attn.stoken_refine, self.attn.stoken_refine.qkv.in_channels
+        mlp = self.mlp2.fc1.weight.numel() + self.mlp2.fc2.weight.numel()
+        return BlockMacs(2 * dim * dim, dim * dim, 2 * dim, attn.proj.weight.numel(), mlp)
+
+    # ---- the flow
+
+    def run(self, tokens: Tokens, rope: Any = None, mask: Tensor | None = None) -> Tokens:
+        """One block on tokens: positions by a convolution, then the usual flow with an MLP that sees the grid."""
+        return super().run(self._positioned(tokens), rope, mask)
+
+    def _positioned(self, tokens: Tokens) -> Tokens:
+        """Tokens with what the positional convolution adds."""
+        if not tokens.trace:
+            return tokens._replace(x=from_map(self.pos_embed(to_map(tokens.x, tokens.layout.grid))))
+        places = places_of(tokens.trace, self.tokenzoo_recipe.fill, tokens.x.dtype)
+        y = self._convolved(self.pos_embed.conv, tokens.x, tokens, lambda rows: rows, places)
+        return tokens._replace(x=tokens.x + y)
+
+    def _transform(self, tokens: Tokens, merging: Merging) -> Tokens:
+        """The MLP half."""
+        merge, z = merging.enter("mlp", tokens, partial(norm_tokens, self.norm2, valid=tokens.valid))
+        if merge is None and not tokens.trace:
+            y = from_map(self.mlp2(to_map(z, tokens.layout.grid)))
+        elif merge is None:
+            y = self._mlp_by_images(z, tokens)
+        else:
+            u = self._first_half(z)
+            added = self._convolved(self.mlp2.conv.conv, merge.lift(u), tokens, partial(self._hidden, tokens))
+            y = merge.lift(self._second_half(u + merge.apply(added)))
+        return tokens._replace(x=tokens.x + self.drop_path2(_scaled(y, self.gamma_2)))
+
+    def _mlp_by_images(self, z: Tensor, tokens: Tokens) -> Tensor:
+        """The MLP on reduced tokens, as many images at a time as the model's own MLP takes."""
+        conv, through = self.mlp2.conv.conv, partial(self._hidden, tokens)
+        places = places_of(tokens.trace, self.tokenzoo_recipe.fill, z.dtype)
+
+        def run(z: Tensor, places: Places | None) -> Tensor:
+            u = self._first_half(z)
+            return self._second_half(u + self._convolved(conv, u, tokens, through, places))
+
+        step = at_once(z, tokens.layout.num_patches * conv.in_channels, self.training)
+        if places is None or step >= z.shape[0]:
+            return run(z, places)
+        starts = range(0, z.shape[0], step)
+        return torch.cat([run(z[start : start + step], places.part(start, start + step)) for start in starts])
+
+    def _first_half(self, z: Tensor) -> Tensor:
+        return self.mlp2.act(_pointwise(self.mlp2.fc1, z))
+
+    def _second_half(self, u: Tensor) -> Tensor:
+        return self.mlp2.drop(_pointwise(self.mlp2.fc2, u))
+
+    def _hidden(self, tokens: Tokens, rows: Tensor) -> Tensor:
+        """Hidden values of the MLP for other rows of the residual stream."""
+        return self._first_half(norm_alike(self.norm2, rows, tokens.x, tokens.valid))
+
+    def _convolved(
+        self,
+        conv: nn.Conv2d,
+        values: Tensor,
+        tokens: Tokens,
+        through: Callable[[Tensor], Tensor],
+        places: Places | None = None,
+    ) -> Tensor:
+        """What a convolution on the grid gives the tokens.
+
+        Args:
+            conv: depthwise, D channels.
+            values: of the tokens [B, N', D].
+            tokens: the tokens and how they came about.
+            through: turns values of the residual stream, which dropped tokens are remembered by, into such values.
+            places: their trace in one, for the images of `values`; None goes back map by map.
+        """
+        recipe, grid = self.tokenzoo_recipe, tokens.layout.grid
+        if places is not None:
+            return places.collect(from_map(conv(to_map(places.spread(values, through), grid))))
+        trace = recipe.lift_trace(tokens.trace)
+        if recipe.fill.kind == "stash":
+            trace = tuple(_dropped_through(step, through) for step in trace)
+        out = from_map(conv(to_map(lift(values, trace, recipe.fill), grid)))
+        for step in tokens.trace:
+            out = step.map.apply(out)
+        return out
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x * gamma.flatten()
+
+
+def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1 x 1 convolution on rows [B, N, C]."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def _dropped_through(step: TraceStep, through: Callable[[Tensor], Tensor]) -> TraceStep:
+    """A step whose kept values are those of a function, computed for dropped tokens alone."""
+    if not step.map.drops:
+        return step
+    rows, slot = lost_tokens(step.map)
+    return step._replace(before=take_rows(through(take_rows(step.before, rows)), slot))

@@ -1,0 +1,183 @@
+"""evo: informative tokens take the whole block, the others follow one token that represents them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..maps import ChainMap, FuseMap, TokenMap
+from ..registry import register
+from ..schedules import spread
+from ..selection import compact, keep_best
+from ..signals import Signals
+from ..tokens import Layout, Tokens
+from .base import BlockShape, Method, Step
+from .topk import importance_macs
+
+_LEAST = 1e-12
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Evo(Method):
+    """Sends the most important tokens through the block; all others gain what one token that represents them gains.
+
+    Importance is class attention, blended from block to block; the representative is the mean of the other tokens by
+    importance. No token leaves: the sequence keeps its length and order, so heads, taps and dense decoders work as
+    before. Blocks before the first of `layers` run in full and only gather importance. Without a class token it is the
+    mean attention received. Drop path and LayerScale act on the representative as on any token.
+
+    Args:
+        keep_rate: share of the patches that take the block, in (0, 1]; one value or one a layer; rounded down.
+        blend: share of a block's own attention in the carried importance, in (0, 1].
+        layers: blocks to act in, block 0 excluded; by default all after the first third.
+
+    Source: Xu et al., "Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer", AAAI 2022, as in the light
+    models of Li et al., "UniFormer", TPAMI 2023.
+    """
+
+    keep_rate: float | tuple[float, ...] = 0.5
+    blend: float = 0.5
+
+    name: ClassVar[str] = "evo"
+    source: ClassVar[str] = "Xu et al., AAAI 2022"
+    kind: ClassVar[str] = "slow-fast"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(
+            self, "keep_rate", tuple(self.keep_rate) if isinstance(self.keep_rate, list) else self.keep_rate
+        )
+        for rate in self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,):
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+                raise TypeError(f"evo: keep_rate={self.keep_rate!r}; give a number in (0, 1] or one a layer")
+            if not 0 < rate <= 1:
+                raise ValueError(f"evo: keep_rate={rate} is outside (0, 1]; 0.5 sends half of the patches through")
+        if isinstance(self.blend, bool) or not isinstance(self.blend, (int, float)):
+            raise TypeError(f"evo: blend={self.blend!r}; give a number in (0, 1]")
+        if not 0 < self.blend <= 1:
+            raise ValueError(f"evo: blend={self.blend} is outside (0, 1]; 1 forgets earlier blocks")
+
+    @property
+    def place(self) -> str:
+        return "around"
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return ("attention", "mlp")
+
+    @property
+    def matches_once(self) -> bool:
+        return True
+
+    @property
+    def merges_stream(self) -> bool:
+        return True
+
+    @property
+    def scores_tokens(self) -> bool:
+        return True
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(max(1, depth // 3), depth))
+
+    def strengths(self, depth: int) -> dict[int, tuple[float, bool]]:
+        """(share of the patches that take the block, whether a later block wants importance) of every block."""
+        layers = self.resolve_layers(depth)
+        if 0 in layers:
+            raise ValueError(
+                "evo: layers names block 0, where no importance is known yet; begin at block 1 or later (blocks before "
+                "the first one run in full and gather it)"
+            )
+        rates = spread(self.keep_rate, layers, "evo: keep_rate")
+        slow = {i: rate for i, rate in rates.items() if rate < 1}
+        return {i: (slow.get(i, 1.0), i < max(slow)) for i in range(max(slow) + 1)} if slow else {}
+
+    def check_recipe(self, methods: tuple[Method, ...], depth: int) -> None:
+        own = {i for i, (rate, _) in self.strengths(depth).items() if rate < 1} if self.layers != "others" else set()
+        for other in methods:
+            if other is self or other.layers == "others":
+                continue
+            if other.closes_span and other.place != "maps" and min(other.strengths(depth)) < max(own, default=0):
+                raise ValueError(
+                    f"evo carries importance from block to block, which {other.name} at block "
+                    f"{min(other.strengths(depth))} does not rebuild; let evo act in earlier blocks only"
+                )
+            if other.place != "around":
+                continue
+            both = sorted(own & set(other.strengths(depth)))
+            if both:
+                raise ValueError(
+                    f"evo and {other.name} both merge around the branches of block {both[0]}; give them different "
+                    "layers"
+                )
+
+    # ---- counts
+
+    @staticmethod
+    def _slow(step: Step) -> Callable[[int], int]:
+        """The rule of one block: patches of n that take it."""
+        return lambda n: int(n * step.strength[0])
+
+    def _split(self, patches: int, step: Step) -> int:
+        slow = self._slow(step)(patches)
+        if slow < 1:
+            raise step.error(f"keep_rate={step.strength[0]} leaves none of {patches} patches; raise it")
+        return slow
+
+    def tokens_inside(self, n: int, step: Step, layout: Layout) -> int:
+        patches = n - layout.num_prefix
+        slow = self._split(patches, step)
+        return n if slow >= patches else layout.num_prefix + slow + 1
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        self.tokens_inside(n, step, layout)  # refuses what cannot be reached
+        return n
+
+    # ---- the map and the scores
+
+    def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
+        slow = self._split(tokens.num_patches, step)
+        if step.strength[0] == 1 or (slow == tokens.num_patches and tokens.valid is None):
+            return None
+        scores = tokens.scores
+        if scores is None:
+            raise step.error("no importance has been carried here; call the model, not its blocks out of order")
+        keep = keep_best(scores, tokens, self._slow(step))
+        left_out = keep.assign < 0
+        if tokens.valid is not None:
+            left_out = left_out & tokens.valid
+        # differential attention can be negative; where nothing is important, all count alike
+        weight = torch.where(left_out, scores.clamp(min=0) + _LEAST, torch.zeros_like(scores))
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=_LEAST)
+        if keep.valid is None:
+            return FuseMap(keep.idx, weight, left_out)
+        valid = torch.cat([keep.valid, left_out.any(dim=1, keepdim=True)], dim=1)
+        return ChainMap(FuseMap(keep.idx, weight, left_out, valid), compact(valid))
+
+    def score(self, tokens: Tokens, signals: Signals, token_map: TokenMap | None, step: Step) -> Tensor | None:
+        before = tokens.scores
+        if not step.strength[1]:
+            return before
+        seen = signals.importance
+        if token_map is not None:
+            seen = token_map.lift(seen.unsqueeze(-1)).squeeze(-1)
+        if before is None:
+            return seen
+        blended = (1 - self.blend) * before + self.blend * seen
+        return blended if token_map is None else torch.where(token_map.dropped, before, blended)
+
+    # ---- cost and strength
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
+        inside = self.tokens_inside(n, step, layout)
+        # the representative is formed once a branch
+        scoring = importance_macs(inside, shape, layout) if step.strength[1] else 0
+        return scoring + (0 if inside == n else 2 * n * shape.dim)
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Method:
+        return replace(self, keep_rate=1 - t * (1 - 1.5 / layout.num_patches))

@@ -1,0 +1,98 @@
+"""famba: merge similar tokens in front of the scan, in some of the blocks only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..maps import MergeMap, TokenMap
+from ..matching import bipartite_pairs
+from ..mixer_signals import MixerSignals
+from ..ordered_matching import sort_pairs
+from ..registry import register
+from ..tokens import Layout, Tokens
+from ._remove_count import RemoveCount
+from .base import BlockShape, Step
+
+STRATEGIES = ("all", "alternate", "lower:k", "upper:k")
+_STRATEGY = re.compile(r"all|alternate|(lower|upper):[1-9]\d*")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FambaV(RemoveCount):
+    """Averages the r most similar pairs of tokens in front of the scan of some blocks of a scanning model.
+
+    Similarity is that of what the mixer reads, between tokens at even and at odd places, class tokens in front; means
+    are plain, so that a token that has merged twice counts once. Published for training with fewer tokens; the authors
+    find that merging in the upper blocks alone costs the least accuracy.
+
+    Args:
+        r: tokens to remove a block: an int, a list with one entry a layer (missing ones 0), or (r, slope).
+        strategy: "all" blocks, "alternate" (those with an odd index), "lower:k" (blocks 0 to k - 1) or "upper:k"
+            (block k and all above). The released code turns the last two around.
+        ordered: tokens stay in the order of the scan; False gives [unmerged even, odd], as released.
+        clip: merge fewer where r exceeds half of the tokens, as released, instead of refusing.
+        layers: blocks to act in, in place of a strategy.
+
+    Source: Shen, Wan, Wang, Zhang, "Famba-V: Fast Vision Mamba with Cross-Layer Token Fusion", ECCV 2024 workshops.
+    """
+
+    r: int | tuple[Any, ...] | dict[str, Any] = 7
+    strategy: str = "all"
+    ordered: bool = True
+
+    name: ClassVar[str] = "famba"
+    source: ClassVar[str] = "Shen et al., ECCV 2024 workshops"
+    kind: ClassVar[str] = "merge"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_flags("ordered")
+        if not isinstance(self.strategy, str) or not _STRATEGY.fullmatch(self.strategy):
+            raise ValueError(
+                f"famba: strategy={self.strategy!r}; use one of {', '.join(STRATEGIES)}, k from 1, such as 'upper:18'"
+            )
+        if self.layers is not None and self.strategy != "all":
+            raise ValueError(f"famba: strategy={self.strategy!r} and layers={self.layers} both name blocks; give one")
+
+    @property
+    def place(self) -> str:
+        return "ahead"
+
+    @property
+    def serves_scans(self) -> bool:
+        return True
+
+    @property
+    def reads_scan(self) -> bool:
+        return True
+
+    @property
+    def keeps_scan_values(self) -> bool:
+        return False
+
+    @property
+    def keeps_order(self) -> bool:
+        return True  # or is asked not to keep it
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        kind, _, k = self.strategy.partition(":")
+        if not k:
+            return tuple(range(1, depth, 2)) if kind == "alternate" else tuple(range(depth))
+        if int(k) > depth - (kind == "upper"):
+            raise ValueError(f"famba: strategy={self.strategy!r}, but the model has blocks 0 to {depth - 1}; lower k")
+        return tuple(range(int(k)) if kind == "lower" else range(int(k), depth))
+
+    def map(self, tokens: Tokens, signals: MixerSignals, step: Step) -> TokenMap | None:
+        r = tokens.length - step.tokens_out(tokens.length, tokens.layout)
+        if r == 0:
+            return None
+        pairs = bipartite_pairs(signals.normed, r, tokens.layout.num_prefix)
+        pairs = sort_pairs(pairs) if self.ordered else pairs
+        return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length)
+
+    def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
+        score = (n // 2) * (n - n // 2) * shape.dim
+        return score + 2 * (n - n_out) * shape.dim  # stream and input of the mixer both merge

@@ -1,0 +1,180 @@
+"""ssm_prune: drop the tokens whose scan says little, and keep the scan on its path."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..maps import KeepMap, TokenMap
+from ..mixer_signals import MixerSignals
+from ..registry import register
+from ..scan_order import from_scan, to_scan
+from ..tokens import Layout, Tokens
+from ._keep_rate import KeepRate
+from .base import Step
+
+SCORES = ("both_ungated", "both", "backward", "released")
+MEASURES = {
+    "clip": lambda y: y.clamp(min=0).sum(-1),
+    "sum": lambda y: y.sum(-1),
+    "l1": lambda y: y.abs().sum(-1),
+    "l2": lambda y: y.square().sum(-1),
+}
+ALIGNMENTS = ("carry", "decay", "none")
+RULES = ("hold", "bias")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SSMPrune(KeepRate):
+    """Prunes tokens of a scanning model by what their scan puts out, with the hidden state aligned across the gaps.
+
+    Importance is the output of the scan, negative values clipped, summed over the channels. Survivors stay in the order
+    of the original path. With alignment "carry" the state passes over a gap as it is; with "decay" pruned positions
+    still let it decay, by the step of the kept token before them ("hold") or that of a token of zeros ("bias"); either
+    way only kept tokens are scanned. As released, an odd number of tokens stays where there is a class token, and a
+    class token in the middle goes to the middle of what is left.
+
+    Args:
+        score: output of the scan in both directions before the gate ("both_ungated") or behind it ("both"), of the
+            backward direction behind the gate ("backward"), or as released ("released": that, unclipped and in reversed
+            token order).
+        measure: "clip" (sum of the positive values), "sum", "l1" or "l2".
+        alignment: "carry", "decay", or "none" (survivors in the order of their score, which breaks the path).
+        rule: what decays in gaps, "hold" or "bias"; only read with alignment="decay".
+        recentre: put a class token from the middle into the middle of what is left; None for all but "decay", where
+            gaps are counted on the original path and it has to stay between its neighbours.
+        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
+        tokens: patches to keep instead, an int or one entry a layer; even where there is a class token.
+        layers: blocks to act after; by default the 5th and the 15th of 24 (indices 4 and 14), in proportion.
+
+    Source: Zhan, Kong, Gong et al., "Exploring Token Pruning in Vision State Space Models", NeurIPS 2024. The paper's
+    alignment was not released; "carry" and "decay" are the two readings of it.
+    """
+
+    keep_rate: float | tuple[float, ...] = 0.8
+    score: str = "both_ungated"
+    measure: str = "clip"
+    alignment: str = "carry"
+    rule: str = "hold"
+    recentre: bool | None = None
+
+    name: ClassVar[str] = "ssm_prune"
+    source: ClassVar[str] = "Zhan et al., NeurIPS 2024"
+    kind: ClassVar[str] = "prune"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {"score": SCORES, "measure": tuple(MEASURES), "alignment": ALIGNMENTS, "rule": RULES}
+        for option, values in known.items():
+            if getattr(self, option) not in values:
+                raise ValueError(f"ssm_prune: {option}={getattr(self, option)!r}; use one of {', '.join(values)}")
+        if self.recentre not in (None, True, False):
+            raise TypeError(f"ssm_prune: recentre={self.recentre!r}; give True, False or None")
+        if self.recentre and self.alignment == "decay":
+            raise ValueError(
+                "ssm_prune: recentre=True moves the class token past patches, which leaves no gaps to decay over; "
+                "leave it out with alignment='decay'"
+            )
+
+    @property
+    def place(self) -> str:
+        return "after"
+
+    @property
+    def serves_scans(self) -> bool:
+        return True
+
+    @property
+    def reads_scan(self) -> bool:
+        return True
+
+    @property
+    def keeps_order(self) -> bool:
+        return True
+
+    @property
+    def gap_rule(self) -> str | None:
+        return self.rule if self.alignment == "decay" else None
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(sorted({max(0, depth * part // 24 - 1) for part in (5, 15)}))
+
+    # ---- counts
+
+    def _kept(self, patches: int, step: Step, layout: Layout) -> int:
+        """Patches that remain, checked."""
+        rate, count = step.strength
+        has_class = layout.num_prefix > 0
+        if count is not None:
+            if count > patches:
+                raise step.error(f"tokens={count} cannot be kept of {patches} patches; lower it or use keep_rate")
+            if has_class and count % 2:
+                raise step.error(
+                    f"tokens={count} is odd, but as many patches have to stand on both sides of the class token; give "
+                    f"{count - 1 or 2} or {count + 1}"
+                )
+            return count
+        kept = math.ceil(rate * patches)
+        # released: with the class token the count is odd, and the class token takes one of the kept places
+        return min(kept - 1 + (kept % 2 == 0), patches) if has_class else kept
+
+    def _checked(self, patches: int, step: Step, layout: Layout) -> int:
+        kept = self._kept(patches, step, layout)
+        if kept < 1:
+            raise step.error(f"keep_rate={step.strength[0]} leaves none of {patches} patches; raise it")
+        return kept
+
+    def kept_patches(self, patches: int, step: Step) -> int:
+        raise NotImplementedError("counts of ssm_prune depend on the layout: use tokens_out")
+
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
+        return layout.num_prefix + self._checked(n - layout.num_prefix, step, layout)
+
+    # ---- the map
+
+    def map(self, tokens: Tokens, signals: MixerSignals, step: Step) -> TokenMap | None:
+        prefix = tokens.layout.num_prefix
+        kept = self._checked(tokens.num_patches, step, tokens.layout)
+        if kept == tokens.num_patches:
+            return None
+        best = self.importance(tokens, signals)[:, prefix:].topk(kept, dim=1).indices
+        if self.alignment != "none":
+            best = best.sort(dim=1).values
+        front = torch.arange(prefix, device=best.device).expand(best.shape[0], -1)
+        return KeepMap(torch.cat([front, best + prefix], dim=1), tokens.length)
+
+    @torch.no_grad()
+    def importance(self, tokens: Tokens, signals: MixerSignals) -> Tensor:
+        """Importance of all tokens [B, N] float32.
+
+        Args:
+            tokens: the tokens behind the mixer.
+            signals: view of the scan that ran.
+        """
+        if self.score in ("both_ungated", "both"):
+            y = sum(signals.scanned("y", direction) for direction in range(signals.directions))
+        else:
+            y = signals.scanned("y", signals.directions - 1)
+        y = y.float() if self.score == "both_ungated" else (y * signals.gate).float()
+        if self.score != "released":
+            return MEASURES[self.measure](y)
+        rows = tokens.layout.scan_rows if tokens.rows is None else tokens.rows
+        reversed_ = to_scan(y.sum(-1, keepdim=True), rows).flip(1)
+        return from_scan(reversed_, rows).squeeze(-1)
+
+    def scan_rows(self, tokens: Tokens, token_map: TokenMap, step: Step) -> tuple[int, ...] | None:
+        layout = tokens.layout
+        in_middle = layout.num_prefix == 1 and 0 < layout.scan_rows[0] < layout.num_patches
+        recentre = self.alignment != "decay" if self.recentre is None else self.recentre
+        return ((token_map.n_out - 1) // 2,) if in_middle and recentre else None
+
+    def dial(self, t: float, depth: int, layout: Layout) -> Any:
+        from dataclasses import replace
+
+        least = 2.5 if layout.num_prefix else 0.5
+        return replace(self, keep_rate=1 - t * (1 - least / layout.num_patches), tokens=None)

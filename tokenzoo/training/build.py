@@ -1,0 +1,130 @@
+"""The model of a run, its teacher, and the recipe on it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..patching import is_patched, patch_model, recipe
+from ..recipes import Recipe
+from ..registry import list_methods
+from .seeds import METHOD, MODEL, seed_everything
+
+_log = logging.getLogger(__name__)
+
+
+class Built(NamedTuple):
+    """What a run trains.
+
+    Attributes:
+        model: on its device, patched if a method is given.
+        teacher: frozen, in eval mode; None without distillation.
+        recipe: what `patch_model` takes to get this run's reduction again, None without one.
+    """
+
+    model: nn.Module
+    teacher: nn.Module | None
+    recipe: dict[str, Any] | None
+
+
+def build(args: argparse.Namespace, num_classes: int, device: torch.device) -> Built:
+    """Creates, loads and patches the model.
+
+    Raises:
+        ValueError: an unknown model, weights that do not fit, a recipe that cannot be reached.
+        TypeError: a model that the method cannot be put on.
+    """
+    method = _parsed(args)
+    seed_everything(args.seed, MODEL)
+    model = _create(args.model, args, num_classes, args.pretrained, args.initial_checkpoint)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model = model.to(device)
+    teacher = _teacher(args, model, num_classes, device)
+    if args.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(f"{type(model).__name__} has no gradient checkpointing; leave --grad-checkpointing out")
+        model.set_grad_checkpointing(True)
+    if method is None:
+        return Built(model, teacher, None)
+    seed_everything(args.seed, METHOD)
+    patch_model(model, method, flops=args.flops, **args.method_kwargs)
+    return Built(model, teacher, recipe(model))
+
+
+def _parsed(args: argparse.Namespace) -> Any:
+    """The method as `patch_model` takes it; an unknown name or option is reported before anything is loaded."""
+    if args.method is None:
+        return None
+    named = isinstance(args.method, str) and not args.method.endswith((".yaml", ".yml"))
+    if named and args.method not in list_methods():
+        raise ValueError(f"--method {args.method!r} is unknown; use one of {', '.join(list_methods())} or a .yaml file")
+    given = dict(args.method) if isinstance(args.method, Mapping) else args.method
+    if isinstance(given, dict) and "flops" not in given or named:
+        Recipe.parse(given, **args.method_kwargs)
+    return given
+
+
+def _create(name: str, args: argparse.Namespace, num_classes: int, pretrained: bool, checkpoint: str) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:5]
+        raise ValueError(f"--model {name!r} is no timm model" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    options = {"drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
+    if args.img_size:
+        options["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
+    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    if checkpoint:
+        _load(model, checkpoint)
+    return model
+
+
+def _load(model: nn.Module, path: str) -> None:
+    """Loads weights; a classifier for another number of classes stays as it was created, with a warning."""
+    from timm.models import load_state_dict
+
+    try:
+        state = load_state_dict(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"--initial-checkpoint {path} does not exist") from error
+    own = model.state_dict()
+    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier", "head")
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    other = [
+        key for key, value in state.items()
+        if key in own and own[key].shape != value.shape and key.startswith(tuple(f"{head}." for head in heads))
+    ]  # fmt: skip
+    if other:
+        _log.warning("%s: %s have another number of classes and start anew", path, ", ".join(other))
+        state = {key: own[key] if key in other else value for key, value in state.items()}
+    missing, unexpected = set(own) - set(state), set(state) - set(own)
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or unexpected or shapes:
+        words = [f"{what} {', '.join(sorted(keys)[:5])}" for what, keys in (
+            ("missing", missing), ("unknown", unexpected), ("of another shape", shapes)) if keys]  # fmt: skip
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: {'; '.join(words)}; check --model and --img-size"
+        )
+    model.load_state_dict(state)
+
+
+def _teacher(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> nn.Module | None:
+    if args.kd_model_name is None or args.kd_weight == 0:
+        return None
+    if args.kd_model_name == "unpatched" and not args.kd_checkpoint:
+        teacher = copy.deepcopy(model)
+    else:
+        name = args.model if args.kd_model_name == "unpatched" else args.kd_model_name
+        own = args if name == args.model else argparse.Namespace(**{**vars(args), "model_kwargs": {}})
+        teacher = _create(name, own, num_classes, args.pretrained and not args.kd_checkpoint, args.kd_checkpoint)
+        teacher = teacher.to(device)
+    if is_patched(teacher):
+        raise ValueError(f"the teacher {args.kd_model_name} is patched; distillation takes an unpatched one")
+    return teacher.eval().requires_grad_(False)

@@ -1,0 +1,81 @@
+"""Processes that train together: started by torchrun, or one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Attributes:
+        rank: number of the process over all nodes.
+        size: how many there are.
+        device: where this one computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and messages."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, float64."""
+        values = values.double()
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def names(self, found: list[str]) -> list[str]:
+        """The lists of all processes, one after another."""
+        if self.size == 1:
+            return found
+        everything: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(everything, found)
+        return [name for part in everything for name in part]
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """Joins the processes that torchrun started (RANK and WORLD_SIZE in the environment); leaves them at the end.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:1"; with several processes on "cuda" each takes the one of its LOCAL_RANK.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if size > 1 and chosen.index is None:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {chosen}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,165 @@
+"""One epoch: batches in, updates out; a loss that is no number stops the run before it is saved."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..evaluation.runs import Precision
+from .batches import TrainBatches
+from .distributed import World
+from .keep_rate import KeepRateWarmup
+from .losses import PARTS, TrainStep
+from .optim import Schedule
+
+
+class Diverged(ValueError):
+    """The loss is no number any more."""
+
+
+@dataclass
+class Engine:
+    """All that changes while a model trains.
+
+    Args:
+        step: the model with its losses.
+        wrapped: the same, or DDP around it.
+        optimizer: of the model's parameters.
+        schedule: of the learning rate.
+        ema: timm's averaged weights, None for none.
+        warmup: of the keep rate, None for none.
+        batches: of the training set.
+        precision: number formats.
+        world: this process among all.
+        args: options of the run.
+    """
+
+    step: TrainStep
+    wrapped: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule
+    ema: Any
+    warmup: KeepRateWarmup | None
+    batches: TrainBatches
+    precision: Precision
+    world: World
+    args: argparse.Namespace
+    scaler: Any = field(init=False)
+    sums: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        half = self.precision.amp == torch.float16
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
+        self.clear()
+
+    @property
+    def updates(self) -> int:
+        """Updates an epoch has; the last may see fewer batches."""
+        return -(-len(self.batches) // self.args.grad_accum_steps)
+
+    def clear(self) -> None:
+        """Forgets the losses summed so far."""
+        # batches, losses that are no numbers, the loss and its parts
+        self.sums = torch.zeros(3 + len(PARTS), dtype=torch.float64, device=self.world.device)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of this."""
+        return {
+            "model": self.step.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        self.step.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def run_epoch(self, epoch: int, first: int = 0, save: Callable[[int], None] | None = None) -> dict[str, float]:
+        """Trains for one epoch.
+
+        Args:
+            epoch: its number.
+            first: first batch, the beginning of an update.
+            save: called inside the epoch with the next batch's number, every --recovery-interval updates.
+
+        Returns:
+            The highest learning rate and the keep rate of the last update (None without one), and mean losses.
+
+        Raises:
+            Diverged: the loss is no number; what was saved last is sound.
+        """
+        args, total = self.args, len(self.batches)
+        self.wrapped.train()
+        lr = keep_rate = None
+        for batch in self.batches.epoch(epoch, first):
+            number, inside = divmod(batch.index, args.grad_accum_steps)
+            update = epoch * self.updates + number
+            share = min(args.grad_accum_steps, total - number * args.grad_accum_steps)
+            if inside == 0:
+                lr = self.schedule.set(epoch, update)
+                if self.warmup is not None:
+                    keep_rate = self.warmup.set(self.step.model, epoch, update)
+            closes = inside == share - 1
+            waits = nullcontext() if closes or self.world.size == 1 else self.wrapped.no_sync()
+            with waits:
+                with self.precision.autocast(self.world.device):
+                    losses = self.wrapped(batch.images, batch.target, update)
+                self._note(losses)
+                if self.world.size == 1 and self.world.device.type == "cpu":
+                    self.check(epoch, batch.index)  # costs nothing here, and the weights stay sound
+                self.scaler.scale(losses["loss"] / share).backward()
+            if not closes:
+                continue
+            self._update(update)
+            done = batch.index + 1
+            if (number + 1) % args.log_interval == 0:
+                self.check(epoch, batch.index)
+            if save is not None and args.recovery_interval and (number + 1) % args.recovery_interval == 0:
+                if done < total:
+                    self.check(epoch, batch.index)
+                    save(done)
+        self.check(epoch, total - 1)
+        values = self.world.total(self.sums).tolist()
+        names = ("train_loss", *(f"train_{part}" for part in PARTS))
+        means = {name: value / values[0] for name, value in zip(names, values[2:])}
+        absent = {f"train_{part}" for part in PARTS} - {f"train_{part}" for part in self.step.parts}
+        return {"lr": lr, "keep_rate": keep_rate, **{k: v for k, v in means.items() if k not in absent}}
+
+    def _note(self, losses: dict[str, Tensor]) -> None:
+        loss = losses["loss"].detach().double()
+        zero = torch.zeros_like(loss)
+        parts = [losses[part].detach().double() if part in losses else zero for part in PARTS]
+        self.sums += torch.stack([zero + 1, (~loss.isfinite()).double(), loss, *parts])
+
+    def _update(self, update: int) -> None:
+        from timm.utils import dispatch_clip_grad
+
+        args = self.args
+        if args.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.step.model.parameters(), args.clip_grad, args.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.step.model, step=update + 1)
+
+    def check(self, epoch: int, batch: int) -> None:
+        """Stops all processes if a loss was no number in any of them."""
+        if self.world.total(self.sums[1:2]).item() > 0:
+            raise Diverged(
+                f"the loss is no number in epoch {epoch}, at or before batch {batch}; the last good checkpoint is "
+                "kept. Lower --lr, set --clip-grad, or use --amp-dtype bfloat16, in another --output"
+            )

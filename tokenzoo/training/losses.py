@@ -1,0 +1,162 @@
+"""The loss of a training step: cross-entropy, a teacher, and a second pass that reduces less."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..evaluation.runs import shared_copy
+from ..patching import backbone_of, is_patched, update_method
+from .consistency import token_consistency
+from .seeds import STRENGTH, seed_of
+
+PARTS = ("task", "distillation", "second_task", "consistency")
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Kullback-Leibler divergence of the student's answers from the teacher's, mean over images.
+
+    Args:
+        student: logits [B, K].
+        teacher: logits [B, K], without gradient.
+        temperature: logits are divided by it, the loss is multiplied by its square.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; at temperature 1 as in
+    DynamicViT (Rao et al., NeurIPS 2021) and R-MeeTo (Shi et al., 2024).
+    """
+    student, teacher = (F.log_softmax(x.float() / temperature, dim=1) for x in (student, teacher.detach()))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def second_strength(r: int | float, limit: float, seed: int, update: int) -> int | float:
+    """The weaker r of one update, uniform below a limit: a whole number, or whole percents of a share.
+
+    Args:
+        r: strength of the recipe, which says whether counts or shares are meant.
+        limit: drawn values lie below it.
+        seed: of the run.
+        update: number of the update; all processes draw the same.
+
+    Source: Lee, Choi, Kim, "Multi-criteria Token Fusion", CVPR 2024 (r below 8 beside r = 16).
+    """
+    share = isinstance(r, float)
+    high = max(1, round(limit * 100) if share else int(limit))
+    drawn = seed_of(seed, STRENGTH, update) % high
+    return drawn / 100 if share else drawn
+
+
+class TrainStep(nn.Module):
+    """A model with its losses; one forward pass gives all of them, so that DDP wraps this.
+
+    Args:
+        model: the model to train, patched or not.
+        teacher: frozen model that answers the same images, None for none.
+        args: options of the run.
+
+    Raises:
+        ValueError: consistency for a recipe without one number r, or a model without class token.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.model = model
+        self.smoothing, self.seed = args.smoothing, args.seed
+        self.kd_weight, self.kd_temperature = args.kd_weight, args.kd_temperature
+        self.consistency, self.limit = args.consistency, args.consistency_r
+        self.strength: int | float = 0
+        self.threshold, self.second_weight = args.consistency_threshold, args.consistency_task
+        # lists hide modules: teacher and second pass are no parameters of their own
+        self._teacher = [teacher]
+        self._second = [self._weaker(model) if args.consistency else None]
+        self._forward = torch.compile(_answer) if args.torchcompile else _answer
+
+    def _weaker(self, model: nn.Module) -> nn.Module:
+        methods = backbone_of(model).tokenzoo_recipe.methods if is_patched(model) else ()
+        if len(methods) != 1 or type(getattr(methods[0], "r", None)) not in (int, float):
+            raise ValueError(
+                "--consistency compares two strengths of one method with one number r (mctf, tome); this recipe is "
+                f"{[m.to_dict() for m in methods]}"
+            )
+        if getattr(model, "cls_token", None) is None:
+            raise ValueError(f"--consistency compares class tokens; {type(model).__name__} has none")
+        self.strength = methods[0].r
+        self.limit = self.strength / 2 if self.limit is None else self.limit
+        if not 0 < self.limit <= self.strength:
+            raise ValueError(
+                f"--consistency-r {self.limit:g} has to lie above 0 and not above r={self.strength}: the second pass "
+                "reduces less"
+            )
+        return shared_copy(model)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of `PARTS` that this loss has."""
+        has = (True, self._teacher[0] is not None, *[self._second[0] is not None] * 2)
+        return tuple(part for part, there in zip(PARTS, has) if there)
+
+    def train(self, mode: bool = True) -> TrainStep:
+        super().train(mode)
+        if self._second[0] is not None:
+            self._second[0].train(mode)
+        return self
+
+    def forward(self, images: Tensor, target: Tensor, update: int = 0) -> dict[str, Tensor]:
+        """The parts of the loss, unweighted, and their weighted sum "loss".
+
+        Args:
+            images: [B, C, H, W].
+            target: class indices [B], or soft targets [B, K].
+            update: number of the update since the start of the run.
+        """
+        second = self._second[0]
+        logits, token = self._forward(self.model, images, second is not None)
+        parts = {"task": self._task(logits, target)}
+        loss = parts["task"]
+        if self._teacher[0] is not None:
+            with torch.no_grad():
+                wanted = self._teacher[0](images)
+            parts["distillation"] = distillation(logits, wanted, self.kd_temperature)
+            loss = loss + self.kd_weight * parts["distillation"]
+        if second is not None:
+            update_method(second, r=second_strength(self.strength, self.limit, self.seed, update))
+            second_logits, second_token = _answer(second, images, True)
+            parts["second_task"] = self._task(second_logits, target)
+            parts["consistency"] = token_consistency(
+                token.float(), second_token.float(), logits, target, self.threshold
+            ).loss
+            loss = loss + self.second_weight * parts["second_task"] + self.consistency * parts["consistency"]
+        return {"loss": loss, **parts}
+
+    def _task(self, logits: Tensor, target: Tensor) -> Tensor:
+        smoothing = self.smoothing if target.dim() == 1 else 0.0  # mixing smooths its targets itself
+        return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+
+
+def _answer(model: nn.Module, images: Tensor, with_token: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, K], and the normed class token [B, C] if asked for."""
+    if not with_token:
+        return model(images), None
+    tokens = model.forward_tokens(images)
+    return model.forward_head(tokens), tokens.x[:, 0]
+
+
+def unused_parameters(step: TrainStep, batch: tuple[Tensor, Tensor], context: Any) -> list[str]:
+    """Names of the model's parameters that one forward and backward pass leaves without gradient.
+
+    Args:
+        step: a `TrainStep`; its gradients are gone afterwards.
+        batch: images and target.
+        context: precision to run in, a context manager.
+    """
+    compiled, step._forward = step._forward, _answer  # another batch size would cost another graph
+    with context:
+        loss = step(*batch)["loss"]
+    step._forward = compiled
+    loss.backward()
+    names = [name for name, p in step.model.named_parameters() if p.requires_grad and p.grad is None]
+    step.zero_grad(set_to_none=True)
+    return names
