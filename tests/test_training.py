@@ -313,6 +313,12 @@ def test_shards(main, tmp_path, capsys, caplog, workers):  # noqa: F811
             path.unlink()
     assert main(words(tmp_path / "shards", tmp_path / "run", *more, "--resume")) == 0
     same(tmp_path / "whole.safetensors", tmp_path / "run" / "model.safetensors")
+    capsys.readouterr()
+    assert main(words(tmp_path / "shards", tmp_path / "run", *more, "--resume", "--workers", "1")) == 2
+    assert f"--workers: {workers} before, 1 now" in capsys.readouterr().err
+    remote = [*more, "--data-dir", f"pipe:cat {tmp_path / 'shards'}"]
+    assert main(words(tmp_path, tmp_path / "remote", *remote)) == 0
+    same(tmp_path / "whole.safetensors", tmp_path / "remote" / "model.safetensors")
 
 
 @pytest.mark.slow
@@ -335,6 +341,7 @@ def test_refused_shards(main, tmp_path, capsys):  # noqa: F811
         ([*one, "--num-classes", "2"], "class count mismatch: a picture has class index"),
         ([*one, "--aug-repeats", "3"], "a stream (wds/small) is read in order, give --aug-repeats 0"),
         ([*one[:-1], "train-{0000..0002}.tar|4"], "2 of 3 shards are not in"),
+        ([*one, "--data-dir", f"pipe:cat {tmp_path / 'nothing'}"], "epoch 0 ended after 0 of 1 batches"),
     ):
         assert main(words(tmp_path / "shards", tmp_path / "run", *more)) == 2
         assert expected in capsys.readouterr().err

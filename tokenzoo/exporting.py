@@ -17,6 +17,7 @@ from .patching import backbone_of, is_patched
 
 SUFFIXES = (".pt2", ".onnx")
 _ONNX_LIMIT = 2**31  # bytes that one ONNX file can hold
+_MOST_IMAGES = 2**31 - 1  # of a batch; torch 2.6 refuses axes without an end
 Shapes = tuple[dict[int, Any]] | None  # which axes are open
 
 
@@ -64,7 +65,7 @@ def export(
     _check_model(model, path, example_input)
     # a batch of one would be taken for a constant
     traced = example_input if len(example_input) > 1 or not dynamic_batch else torch.cat([example_input] * 2)
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    shapes = ({0: torch.export.Dim("batch", max=_MOST_IMAGES)},) if dynamic_batch else None
     batches = [example_input, _noise(example_input, 1 if len(example_input) > 1 else 3)]
     if not dynamic_batch:
         batches[1] = _noise(example_input, len(example_input))

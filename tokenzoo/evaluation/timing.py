@@ -89,7 +89,8 @@ def room_for_graphs(graphs: int) -> AbstractContextManager:
     """Context with a large enough graph cache: all candidates run the same Python code and share one."""
     import torch._dynamo.config as dynamo
 
-    return dynamo.patch(recompile_limit=max(graphs, dynamo.recompile_limit))
+    name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # the name until torch 2.6
+    return dynamo.patch(**{name: max(graphs, getattr(dynamo, name))})
 
 
 def warm_up(candidates: list[Candidate], calls: list[Callable], images: Tensor, times: int) -> Tensor:

@@ -81,7 +81,7 @@ class TrainBatches:
         """The batches of an epoch, from number `first` on.
 
         Raises:
-            ValueError: a target that the classifier has no class for.
+            ValueError: a target that the classifier has no class for, or a stream that ends early.
         """
         device, mixes = self.world.device, self.mix is not None and not self._mixed_enough(epoch)
         seed_host(self.args.seed, ORDER, epoch, self.world.rank)  # the loader seeds its workers from here
@@ -91,6 +91,7 @@ class TrainBatches:
         else:
             self.dataset.start(epoch)
             batches, skipped = islice(iter(self.loader), len(self)), first
+        index = first - skipped - 1
         for index, (images, target, broken) in enumerate(batches, first - skipped):
             self._note(broken)
             if index < first:  # a stream can only be read through
@@ -107,6 +108,11 @@ class TrainBatches:
             if self.args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             yield Batch(index, images, target)
+        if index + 1 < len(self):
+            raise ValueError(
+                f"epoch {epoch} ended after {index + 1} of {len(self)} batches: {self.args.train_split!r} in "
+                f"{self.args.data_dir} has shards that cannot be read, or a reader without a readable one"
+            )
 
     def _mixed_enough(self, epoch: int) -> bool:
         return 0 < self.args.mixup_off_epoch <= epoch

@@ -179,7 +179,7 @@ def _open_stream(args: argparse.Namespace, world: World) -> IterableDataset:
 
 
 def _refuse_missing_shards(shards: Sequence[str], root: str | None) -> None:
-    """The reader steps over a shard that it cannot open, and goes round for ever where there is none."""
+    """The reader steps over a shard that it cannot open and repeats others in its place, which nobody would notice."""
     if root is None or not Path(root).is_dir():  # the root of remote shards is an address or a command
         return
     missing = [shard for shard in shards if ":" not in shard and not (Path(root) / shard).is_file()]

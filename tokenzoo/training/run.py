@@ -81,9 +81,9 @@ class _Run:
         self.unused = self._probe(step)
         self.engine = self._engine(step, batches)
         self.checkpoints = Checkpoints(folder, args.checkpoint_hist)
-        # workers share out the shards of a stream; pictures with a number come in the same order for any count
-        readers = max(1, args.workers) if splits.stream else None
-        facts = {"processes": world.size, "readers": readers, "pictures": len(splits.train)}
+        # workers deal out the shards of a stream; pictures with a number come in one order for any count
+        workers = {"workers": args.workers} if splits.stream else {}
+        facts = {"processes": world.size, "pictures": len(splits.train), **workers}
         settings = settings_of(args, **facts, classes=splits.num_classes)
         self.settings = {"recipe": self.recipe, "settings": settings}
         self.rows: list[dict[str, Any]] = []
