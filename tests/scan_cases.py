@@ -18,6 +18,7 @@ SCAN_ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "pool": ({"stride": 1}, {"stride": 2}, {}),
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "layers": (0, 1)}, {}),
     "rmeeto": ({"r": 0}, {"r": 3, "interval": 1}, {}),
+    "ssm_prune": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "layers": (0, 1)}, {}),
     "tome": ({"r": 0}, {"r": 3}, {}),
     "uniform": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "layers": (0, 1)}, {}),
 }

@@ -22,14 +22,18 @@ import yaml
 from cases import COMPANION, KEEPS_LENGTH
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.run import get_args_parser
 
 import tokenzoo
 from tokenzoo import registry
 from tokenzoo.cli import build_parser
 from tokenzoo.cli.common import runs_of
+from tokenzoo.training.options import parse_options
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")]
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/scaling.md")
+]
 CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if not path.stem.endswith("_train")]  # recipes
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LARGEST_PICTURE = 300_000  # bytes
@@ -147,6 +151,29 @@ def test_commands_parse(command, monkeypatch):
     if hasattr(args, "model"):
         assert timm.is_model(args.model)
         runs_of(args)  # names, options and recipe files of the methods
+
+
+def training_commands() -> list[str]:
+    found = []
+    for path in DOCUMENTS:
+        for block in blocks(path.read_text(encoding="utf-8"), "bash"):
+            found += [line for line in block.splitlines() if " train_imagenet.py " in line]
+    return found
+
+
+@pytest.mark.parametrize("command", training_commands())
+def test_training_commands_parse(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)
+    launcher, arguments = words[: words.index("train_imagenet.py")], words[words.index("train_imagenet.py") + 1 :]
+    args = parse_options(arguments)
+    assert timm.is_model(args.model)
+    assert not (args.dataset.startswith("wds/") and args.aug_repeats)
+    if launcher[0] == "torchrun":
+        parsed = get_args_parser().parse_args([*launcher[1:], "train_imagenet.py"])
+        assert parsed.nproc_per_node == "8" and parsed.training_script_args == []
+    else:
+        assert launcher == ["python"]
 
 
 def test_every_command_is_shown():

@@ -341,7 +341,10 @@ def test_refused_shards(main, tmp_path, capsys):  # noqa: F811
         ([*one, "--num-classes", "2"], "class count mismatch: a picture has class index"),
         ([*one, "--aug-repeats", "3"], "a stream (wds/small) is read in order, give --aug-repeats 0"),
         ([*one[:-1], "train-{0000..0002}.tar|4"], "2 of 3 shards are not in"),
-        ([*one, "--data-dir", f"pipe:cat {tmp_path / 'nothing'}"], "epoch 0 ended after 0 of 1 batches"),
+        (
+            [*one, "--data-dir", f"pipe:cat {tmp_path / 'nothing'}"],
+            "cannot be read",
+        ),  # by version: at once, or after many
     ):
         assert main(words(tmp_path / "shards", tmp_path / "run", *more)) == 2
         assert expected in capsys.readouterr().err

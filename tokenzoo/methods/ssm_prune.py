@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..registry import register
 from ..scan_order import from_scan, to_scan
 from ..tokens import Layout, Tokens
 from ._keep_rate import KeepRate
-from .base import Step
+from .base import Method, Step
 
 SCORES = ("both_ungated", "both", "backward", "released")
 MEASURES = {
@@ -173,8 +173,13 @@ class SSMPrune(KeepRate):
         recentre = self.alignment != "decay" if self.recentre is None else self.recentre
         return ((token_map.n_out - 1) // 2,) if in_middle and recentre else None
 
-    def dial(self, t: float, depth: int, layout: Layout) -> Any:
-        from dataclasses import replace
-
-        least = 2.5 if layout.num_prefix else 0.5
-        return replace(self, keep_rate=1 - t * (1 - least / layout.num_patches), tokens=None)
+    def dial(self, t: float, depth: int, layout: Layout) -> Method:
+        layers, patches = self.resolve_layers(depth), layout.num_patches
+        if t == 0:
+            return replace(self, keep_rate=1.0, tokens=None)
+        step = 2 if layout.num_prefix else 1
+        rate = 1 - t * (1 - (step / patches) ** (1 / max(1, len(layers))))
+        counts = (patches * rate ** (i + 1) for i in range(len(layers)))
+        return replace(
+            self, tokens=tuple(min(max(step, round(n / step) * step), patches // step * step) for n in counts)
+        )

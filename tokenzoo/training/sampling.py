@@ -157,8 +157,14 @@ class _Complaints(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if "Handling webdataset error" in text:
-            self.found.append(Broken("in a shard", text.partition("(")[2].rpartition(")")[0]))
+        if "Handling webdataset error" not in text:
+            return
+        self.found.append(Broken("in a shard", text.partition("(")[2].rpartition(")")[0]))
+        if len(self.found) >= _RETRIES:  # some versions of webdataset would go round an unreadable list for ever
+            raise ValueError(
+                f"{_RETRIES} pictures or shards in a row cannot be read, the last because of {self.found[-1].reason}; "
+                "check --train-split and --data-dir"
+            )
 
     def take(self) -> list[Broken]:
         """What was found since the last call."""
