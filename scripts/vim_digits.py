@@ -44,10 +44,10 @@ RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
 STAGES = (2, 7)
 METHODS: dict[str, dict[str, Any]] = {
     "ssm_prune carry": {"method": "ssm_prune"},
-    "ssm_prune carry, class token not re-centred": {"method": "ssm_prune", "recentre": False},
+    "ssm_prune carry, not re-centred": {"method": "ssm_prune", "recentre": False},
     "ssm_prune decay, hold": {"method": "ssm_prune", "alignment": "decay"},
     "ssm_prune decay, bias": {"method": "ssm_prune", "alignment": "decay", "rule": "bias"},
-    "ssm_prune, score order (unaligned)": {"method": "ssm_prune", "alignment": "none"},
+    "ssm_prune, score order": {"method": "ssm_prune", "alignment": "none"},
     "ssm_prune carry, released score": {"method": "ssm_prune", "score": "released"},
     "mtr": {"method": "mtr"},
     "random": {"method": "random"},
@@ -122,7 +122,7 @@ def evaluate(checkpoint: Path, output: Path) -> None:
     plot_curves(
         [{**row, "method": row["setting"]} for row in rows], output.with_suffix(".png"), x="gmacs", y="top1",
         error="diff_se", xlabel="GMACs, both directions", ylabel="top-1 of 360 digits, %",
-        title="Small Vision Mamba, pruned without training; bars: error of the difference to unpatched",
+        title="Small Vim pruned without training (bars: error of difference)",
     )  # fmt: skip
 
 

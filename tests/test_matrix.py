@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from cases import KEEPS_LENGTH, METHODS, backbone_names, build, given, images, serves
+from scan_cases import SCAN_METHODS
 
 import tokenzoo
 from tokenzoo.patching import backbone_of
@@ -22,7 +23,9 @@ backbones = pytest.mark.parametrize("backbone", backbone_names())
 
 
 def test_the_table_has_a_row_for_every_method():
-    assert METHODS == tokenzoo.list_methods()
+    """In the table of models that attend, or in that of models that scan."""
+    scanning = {name for name in tokenzoo.list_methods() if tokenzoo.create_method(name).reads_scan}
+    assert sorted({*METHODS, *SCAN_METHODS}) == tokenzoo.list_methods() and set(SCAN_METHODS) - set(METHODS) == scanning
 
 
 @pairs

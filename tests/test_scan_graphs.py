@@ -14,6 +14,9 @@ from tokenzoo.exporting import export
 # what a method does to a graph does not depend on the family; what the family does, one that merges shows
 PAIRS = [*(("vim", method) for method in SCAN_METHODS), ("plain_mamba_depthwise", "tome")]
 every = pytest.mark.parametrize("scanner,method", PAIRS)
+# an export takes long, and the baselines make no maps that the others do not make
+BASELINES = {"pool", "random", "uniform"}
+exported = pytest.mark.parametrize("scanner,method", [pair for pair in PAIRS if pair[1] not in BASELINES])
 cores = pytest.mark.parametrize("scanner", CORE)
 
 
@@ -59,7 +62,7 @@ def test_compiled_gradients(scanner):
 
 
 @pytest.mark.slow
-@every
+@exported
 @torch.no_grad()
 def test_exported_files_take_any_batch(scanner, method, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.gaps import gaps_of, stretch
@@ -50,9 +49,8 @@ class ReducingVimBlock(ScanBlock, VimBlock):
         length = layout.num_prefix + layout.num_patches
         gaps = {name: gaps_of(rows, length, name == "backward") for name in ("forward", "backward")}
 
-        def stretched(dt: Tensor, direction: str, bias: Tensor) -> Tensor:
-            # the step of a token of zeros is what the bias alone gives
-            return stretch(dt, gaps[direction], context.gap_rule, F.softplus(bias.to(dt.dtype)))
+        def stretched(dt: Tensor, direction: str, of_zero: Tensor) -> Tensor:
+            return stretch(dt, gaps[direction], context.gap_rule, of_zero)
 
         return stretched
 
