@@ -115,7 +115,7 @@ def associate(cells: Tensor, iterations: int = 1, mask_borders: bool = False) ->
     supers = cells.mean(dim=3)
     beyond = gather_around(cells.new_ones(1, down, right, 1)).transpose(-1, -2) == 0 if mask_borders else None
     for round_ in range(iterations):
-        logits = cells @ (gather_around(supers) * channels**-0.5).transpose(-1, -2)
+        logits = ((gather_around(supers) * channels**-0.5) @ cells.transpose(-1, -2)).transpose(-1, -2)
         if beyond is not None:
             logits = logits.masked_fill(beyond, float("-inf"))
         weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -143,7 +143,7 @@ class Tokens(NamedTuple):
             return self.positions
         return torch.arange(self.length, device=self.x.device).expand(self.x.shape[0], -1)
 
-    def reduce(self, token_map: TokenMap, block: int = -1, method: str = "") -> Tokens:
+    def reduce(self, token_map: TokenMap, block: int = -1, method: str = "", values: Tensor | None = None) -> Tokens:
         """Applies a map to the values and to all side data.
 
         A `RestoreMap` takes the steps that it undoes off the trace and gives their side data back.
@@ -152,6 +152,7 @@ class Tokens(NamedTuple):
             token_map: the map; its n_in must equal the current length.
             block: index of the block, for the trace.
             method: name of the method, for the trace.
+            values: new values that are known already; None applies the map to the present ones.
         """
         if token_map.n_in != self.length:
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
@@ -185,7 +186,8 @@ class Tokens(NamedTuple):
             before = self.x if self.layout.keep_values and token_map.drops else None
             side = SideData(self.size, self.valid, self.positions, self.coords, self.scores)
             trace = (*trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
-        return Tokens(token_map.apply(self.x), self.layout, size, valid, positions, coords, trace, scores, self.inside)
+        x = token_map.apply(self.x) if values is None else values
+        return Tokens(x, self.layout, size, valid, positions, coords, trace, scores, self.inside)
 
 
 def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:

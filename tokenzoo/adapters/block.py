@@ -196,7 +196,7 @@ class ReducingBlock:
         Methods that act inside attention see every token with the keys of the one it merged into; attention has run by
         then, so they act on its output. `z` is what the branch reads behind the map.
         """
-        inner = tokens._replace(trace=None).reduce(merge)._replace(x=z)
+        inner = tokens._replace(trace=None).reduce(merge, values=z)
         heads, bias = self.heads(inner, rope), self._bias(inner, mask)
         y = self.attention_branch(attend(heads, bias), z)
         y = merge.lift(y)

@@ -56,7 +56,8 @@ class Merging:
                 continue
             maps.append(token_map)
             z = None if step.method.merges_stream else token_map.apply(z)
-            tokens = tokens._replace(trace=None).reduce(token_map)
+            if z is None or any(branch in later.method.branches for later in self.steps[order + 1 :]):
+                tokens = tokens._replace(trace=None).reduce(token_map)  # what nobody reads is not merged
         merge = None if not maps else maps[0] if len(maps) == 1 else ChainMap(*maps)
         return merge, read(tokens.x) if z is None else z
 

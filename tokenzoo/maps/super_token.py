@@ -21,10 +21,18 @@ class SuperTokenMap(TokenMap):
         grid: patches (high, wide).
         cell: patches of a cell (high, wide).
         num_prefix: prefix tokens in front.
+        known: tokens [B, N, D] and their patches cut into cells already, so that these need not be cut again.
     """
 
-    def __init__(self, found: Association, grid: tuple[int, int], cell: tuple[int, int], num_prefix: int) -> None:
-        self.found, self.grid, self.cell, self.num_prefix = found, grid, cell, num_prefix
+    def __init__(
+        self,
+        found: Association,
+        grid: tuple[int, int],
+        cell: tuple[int, int],
+        num_prefix: int,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.found, self.grid, self.cell, self.num_prefix, self._known = found, grid, cell, num_prefix, known
         down, right = found.weights.shape[1:3]
         self.n_in, self.n_out = num_prefix + grid[0] * grid[1], num_prefix + down * right
 
@@ -72,7 +80,8 @@ class SuperTokenMap(TokenMap):
         return torch.cat([prefix.expand(self._nearest.shape[0], -1), self._nearest + self.num_prefix], dim=1)
 
     def apply(self, x: Tensor) -> Tensor:
-        supers = self.found.collect(self._by_cell(x[:, self.num_prefix :]))
+        known = self._known is not None and self._known[0] is x
+        supers = self.found.collect(self._known[1] if known else self._by_cell(x[:, self.num_prefix :]))
         return torch.cat([x[:, : self.num_prefix], supers.flatten(1, 2)], dim=1)
 
     def pool(self, mass: Tensor) -> Tensor:

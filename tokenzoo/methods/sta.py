@@ -114,9 +114,10 @@ class STA(Method):
             raise step.error(
                 "needs all patches in their grid, but tokens were reduced before; let it act in earlier blocks"
             )
-        patches = signals.branch_input[:, layout.num_prefix :].unflatten(1, layout.grid)
-        found = associate(to_cells(patches, self._sides), self.iterations, self.mask_borders)
-        return SuperTokenMap(found, layout.grid, self._sides, layout.num_prefix)
+        z = signals.branch_input
+        cells = to_cells(z[:, layout.num_prefix :].unflatten(1, layout.grid), self._sides)
+        found = associate(cells, self.iterations, self.mask_borders)
+        return SuperTokenMap(found, layout.grid, self._sides, layout.num_prefix, known=(z, cells))
 
     # ---- cost and strength
 
