@@ -276,3 +276,14 @@ def test_example_of_the_help_runs_as_printed(capsys):
     assert program == "tokenzoo" and main(words) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [r["method"] for r in rows] == ["unpatched", "tome", "evit"]
+
+
+def test_a_recipe_file_may_hold_a_budget(tmp_path):
+    from tokenzoo.evaluation.runs import Run
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: tome\nflops: 0.7\n")
+    run = Run(str(file))
+    assert run.flops == 0.7 and run.name == "tome" and Run("tome", {"flops": 0.6}).flops == 0.6
+    with pytest.raises(ValueError, match="given twice"):
+        Run(str(file), {"flops": 0.6}).recipe()

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     inference = inference_of(args, model, "folder")
     plain = reduced = Predictor(model, model.mean, model.std, inference, args.device)
     if runs:  # two models on the same weights
-        own = patch_model(shared_copy(model), runs[0].recipe(), flops=runs[0].options.get("flops"))
+        own = patch_model(shared_copy(model), runs[0].recipe(), flops=runs[0].flops)
         reduced = Predictor(own, model.mean, model.std, inference, args.device)
     palette = class_colours(model.num_classes, model.classes)
     classes = model.classes or [f"class {i}" for i in range(model.num_classes)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapters.family import find_family
 from ..counting import report
 from ..patching import describe, is_patched, patch_model
-from ..recipes import Recipe
+from ..recipes import Recipe, take_flops
 from ..registry import list_methods
 from ..tracing import count_macs
 
@@ -48,7 +48,13 @@ class Run(NamedTuple):
 
     def recipe(self) -> Recipe:
         """The recipe of a reducing run (without `flops`, which patch_model takes itself)."""
-        return Recipe.parse(self.method, **{k: v for k, v in self.options.items() if k != "flops"})
+        method, _ = take_flops(self.method, self.options.get("flops"))
+        return Recipe.parse(method, **{k: v for k, v in self.options.items() if k != "flops"})
+
+    @property
+    def flops(self) -> float | None:
+        """The budget, from the options or from a recipe file."""
+        return take_flops(self.method, self.options.get("flops"))[1]
 
 
 class Precision(NamedTuple):
@@ -126,7 +132,7 @@ def prepare(
     for run in (Run(), *(r for r in runs if r.method is not None)):
         own = shared_copy(model).eval()
         if run.method is not None:
-            patch_model(own, run.recipe(), flops=run.options.get("flops"))
+            patch_model(own, run.recipe(), flops=run.flops)
         costs = report(own, input_size[1:]) if is_served(own) else None
         # the formula equals tracing and is immediate; counts that depend on the image have to be traced on one
         by_formula = costs is not None and not costs.data_dependent

@@ -184,7 +184,7 @@ def _candidates(model: nn.Module, runs: Sequence[Run], precision: Precision) -> 
     for run in (Run(), *(r for r in runs if r.method is not None)):
         own = shared_copy(model).eval()
         if run.method is not None:
-            patch_model(own, run.recipe(), flops=run.options.get("flops"))
+            patch_model(own, run.recipe(), flops=run.flops)
         candidates.append(Candidate(run, own, 0.0, ""))
     return candidates
 
