@@ -139,7 +139,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for the table and the pictures")
-    parser.add_argument("--methods", nargs="+", default=tokenzoo.list_methods(), help="all registered ones by default")
+    attending = [name for name in tokenzoo.list_methods() if not tokenzoo.create_method(name).reads_scan]
+    parser.add_argument("--methods", nargs="+", default=attending, help="all for models that attend by default")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each model")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; a single one is timed by its own clock")
     args = parser.parse_args()
