@@ -96,7 +96,9 @@ def test_reduction_and_undoing(method, size):
     tokenzoo.patch_model(model, given(method))
     out, tokens, walked = model(x), model.forward_tokens(x), list(model.walk(x))
     assert out.shape == plain.shape and out.isfinite().all() and not torch.allclose(out, plain, atol=1e-5)
-    torch.testing.assert_close(torch.cat([model(image[None]) for image in x]), out, atol=2e-5, rtol=1e-4)
+    # in double precision: in single precision, rounding alone can decide between two patches that are equally alike
+    exact, wide = copy.deepcopy(model).double(), x.double()
+    torch.testing.assert_close(torch.cat([exact(image[None]) for image in wide]), exact(wide), atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(model.forward_head(tokens), out)
 
     report = tokenzoo.report(model, size)
