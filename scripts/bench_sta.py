@@ -14,12 +14,11 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import timm
 import torch
+from resident_memory import growth
 
 import tokenzoo
 
@@ -91,25 +90,7 @@ def peak(name: str, size: int, side: str) -> float:
     """MiB beyond model and image."""
     model, image = build(name, size, side), torch.randn(1, 3, size, size)
     model(image[..., :size, :size])  # kernels, tables and the libraries' own buffers are there afterwards
-    start, most, done = resident(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, resident())
-            time.sleep(0.0005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model(image)
-    done.set()
-    watcher.join()
-    return most - start
-
-
-def resident() -> float:
-    """Resident memory of this process, MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return growth(lambda: model(image))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ import argparse
 import os
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 
 import torch
+from resident_memory import growth
 
 import tokenzoo
 from tokenzoo.dense import create_segmenter
@@ -51,25 +49,7 @@ def peak(encoder: str, side: str) -> float:
         cluster = {"method": "cluster", "layers": 3, "grid": GRID}
         tokenzoo.patch_model(model, [cluster, {"method": "reconstruct", "layers": side}])
     image = torch.randn(1, 3, 1024, 2048)
-    start, most, done = resident(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, resident())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model(image)
-    done.set()
-    watcher.join()
-    return most - start
-
-
-def resident() -> float:
-    """Resident memory of this process, MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return growth(lambda: model(image))
 
 
 if __name__ == "__main__":
