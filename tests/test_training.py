@@ -430,8 +430,20 @@ def test_weights_for_another_number_of_classes(tmp_path, caplog):
     assert "head.weight, head.bias have another number of classes" in caplog.text
     assert torch.equal(other.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
     assert isinstance(other.head, nn.Linear) and other.head.out_features == 7
-    args.img_size = [64]
-    with pytest.raises(ValueError, match="of another shape pos_embed"):
+
+
+def test_weights_of_another_image_size(tmp_path, caplog):
+    """Position embeddings are resized as timm does it for its own weights; what cannot be resized is refused."""
+    args = parse_options(words(tmp_path, tmp_path))
+    small = build_model(args, 10, torch.device("cpu")).model
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    args.initial_checkpoint, args.img_size = str(tmp_path / "small.pth"), [64]
+    large = build_model(args, 10, torch.device("cpu")).model
+    assert re.search(r"pos_embed was resized from \[1, \d+, 48\] to \[1, \d+, 48\]", caplog.text)
+    grid = timm.layers.resample_abs_pos_embed(small.pos_embed, list(large.patch_embed.grid_size), num_prefix_tokens=1)
+    assert torch.equal(large.pos_embed, grid) and torch.equal(large.head.weight, small.head.weight)
+    args.model_kwargs = {**args.model_kwargs, "embed_dim": 96}
+    with pytest.raises(ValueError, match="of another shape blocks.0"):
         build_model(args, 10, torch.device("cpu"))
 
 

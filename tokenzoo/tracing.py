@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .layers.scan_backends import scan_backend
 from .patching import backbone_of
@@ -32,24 +32,29 @@ class MacReport:
         return "\n".join([*lines, f"{'total':<12} {self.total / 1e9:.3f} GMACs (multiply-adds, counted once)"])
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> MacReport:
+def count_macs(
+    model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224), image: Tensor | None = None
+) -> MacReport:
     """Counts the multiply-adds of one image by tracing the model with fvcore.
 
     fvcore sees nothing of fused attention, of scans and of reduction; handlers for these are added here. A scan counts
     as the authors of Mamba count it: 9 operations a state, and one a channel for each of skip and gate that run inside
     of it; a gate behind the scan is one more product of values, which nothing counts. Where counts depend on the image,
-    those of a random image are meant.
+    those of a random image are meant, or of one that is given.
 
     Args:
         model: any module; patched and unpatched models alike.
         input_size: channels, height, width.
+        image: the image to run [1, C, H, W], instead of a random one of `input_size`.
     """
     from fvcore.nn import FlopCountAnalysis
 
     backbone = backbone_of(model)
     parameter = next(backbone.parameters())
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, *input_size, generator=generator).to(parameter.device, parameter.dtype)
+    if image is None:
+        image = torch.randn(1, *input_size, generator=generator)
+    image = image.to(parameter.device, parameter.dtype)
     training = backbone.training
     backbone.eval()
     quiet = logging.getLogger("fvcore.nn.jit_analysis")

@@ -184,7 +184,10 @@ def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
         size = (size[0], *embed.img_size)
-    if isinstance(getattr(embed, "proj", None), (nn.Conv2d, nn.Linear)):
+    if isinstance(getattr(embed, "backbone", None), nn.Module):  # patches of a network's features
+        first = next((m for m in embed.backbone.modules() if isinstance(m, nn.Conv2d)), None)
+        size = size if first is None else (first.in_channels, *size[1:])
+    elif isinstance(getattr(embed, "proj", None), (nn.Conv2d, nn.Linear)):
         size = (embed.proj.weight.shape[1], *size[1:]) if embed.proj.weight.dim() == 4 else size
     elif hasattr(model, "in_chans"):  # a stem of several layers
         size = (model.in_chans, *size[1:])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..patching import is_patched, patch_model, recipe
 from ..recipes import Recipe
@@ -87,7 +88,10 @@ def _create(name: str, args: argparse.Namespace, num_classes: int, pretrained: b
 
 
 def _load(model: nn.Module, path: str) -> None:
-    """Loads weights; a classifier for another number of classes stays as it was created, with a warning."""
+    """Loads weights; timm's own filter resizes position and patch embeddings to the model and knows released names.
+
+    A classifier for another number of classes stays as it was created, with a warning.
+    """
     from timm.models import load_state_dict
 
     try:
@@ -95,6 +99,7 @@ def _load(model: nn.Module, path: str) -> None:
     except FileNotFoundError as error:
         raise ValueError(f"--initial-checkpoint {path} does not exist") from error
     own = model.state_dict()
+    state = _fitted(model, state, own, path)
     heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier", "head")
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     other = [
@@ -113,6 +118,24 @@ def _load(model: nn.Module, path: str) -> None:
             f"{path} does not fit {type(model).__name__}: {'; '.join(words)}; check --model and --img-size"
         )
     model.load_state_dict(state)
+
+
+def _fitted(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The weights after the filter that timm runs over its released ones, where they do not fit as they are."""
+    embeddings = [key for key in own if "pos_embed" in key or "patch_embed" in key]
+    fits = own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in embeddings)
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if fits or filter_fn is None:
+        return state
+    try:
+        found = filter_fn(state, model)
+    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+        _log.warning("%s: timm's filter for %s failed (%s)", path, type(model).__name__, error)
+        return state
+    resized = [key for key in embeddings if key in state and key in found and state[key].shape != found[key].shape]
+    for key in resized:
+        _log.warning("%s: %s was resized from %s to %s", path, key, list(state[key].shape), list(found[key].shape))
+    return found
 
 
 def _teacher(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> nn.Module | None:
