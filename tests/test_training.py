@@ -11,7 +11,9 @@ import tarfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import cases as vit_cases
 import pytest
+import scan_cases
 import timm
 import timm.models.vision_transformer
 import torch
@@ -82,15 +84,19 @@ def test_keep_rate_of_a_run(case: Case):
 
 # ---- losses
 
+STEPS = [("deit", method) for method in METHODS]
+STEPS += [(backbone, method) for backbone in scan_cases.CORE for method in scan_cases.SCAN_METHODS]
+
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_two_steps_with_every_method(method, amp):
-    model = build("deit").train()
+@pytest.mark.parametrize("backbone, method", STEPS)
+def test_two_steps_with_every_method(backbone, method, amp):
+    models = scan_cases if backbone in scan_cases.SCANNERS else vit_cases
+    model = models.build(backbone).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tokenzoo.patch_model(model, given(method))
+    tokenzoo.patch_model(model, models.given(method))
     step = TrainStep(model, None, defaults()).train()
-    x, target = images(model, 4), torch.arange(4)
+    x, target = models.images(model, 4), torch.arange(4)
 
     def context():
         return nullcontext() if amp is None else torch.autocast("cpu", amp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 _log = logging.getLogger(__name__)
+_LIBRARIES = {  # what is imported, and what is installed
+    "hfds": [("datasets", "datasets")],
+    "hfids": [("datasets", "datasets")],
+    "tfds": [("tensorflow", "tensorflow"), ("tensorflow_datasets", "tensorflow-datasets")],
+    "wds": [("webdataset", "'tokenzoo[wds]'")],
+}
 
 
 class Broken(NamedTuple):
@@ -24,6 +31,14 @@ class Broken(NamedTuple):
 
     name: str
     reason: str
+
+
+def reason_of(error: Exception) -> str:
+    """What a decoder said, without the objects that it names or that readers of shards append."""
+    if isinstance(error, UnidentifiedImageError):  # its text names a file object
+        return "not a picture in a format that Pillow knows"
+    text = error.args[0] if error.args and not isinstance(error, OSError) else error
+    return f"{type(error).__name__}: {text}"
 
 
 class Pictures(Dataset):
@@ -49,6 +64,9 @@ class Pictures(Dataset):
             name = self.source.filename(index, absolute=True)  # timm
         except (AttributeError, NotImplementedError):
             name = None
+        table = type(getattr(self.source, "reader", None)).__name__ == "ReaderHfds"
+        if table and name and not Path(name).is_absolute():
+            return f"{name}, number {index}"  # pictures inside tables: names without folders are not unique
         return str(name) if name else f"number {index}"
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Broken:
@@ -62,9 +80,7 @@ class Pictures(Dataset):
         except MemoryError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-            unknown = isinstance(error, UnidentifiedImageError)  # its text names a file object
-            reason = "not a picture in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
-            return Broken(self.name(index), reason)
+            return Broken(self.name(index), reason_of(error))
         return self.transform(image), -1 if target is None else int(target)
 
 
@@ -76,20 +92,40 @@ class PictureStream(IterableDataset):
         self.num_classes = num_classes
         self.transform: Callable[[Image.Image], Tensor] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        stream, done = iter(self.source.reader), 0
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | Broken]:
+        from .streams import StreamWatch
+
+        watch = StreamWatch()
+        stream, done = iter(watch.watch(self.source.reader)), 0
         while True:
             try:
                 image, target, *_ = next(stream)
             except StopIteration:
+                yield from watch.take()
                 return
             except Exception as error:  # what is read in order cannot be stepped over
                 raise ValueError(
                     f"picture number {done} of the stream cannot be read ({type(error).__name__}: {error}); repair or "
                     "remove it, streams have no --skip-broken"
                 ) from error
+            yield from watch.take()
             yield self.transform(image), -1 if target is None else int(target)
             done += 1
+
+
+def require_library(dataset: str) -> None:
+    """Refuses a data set whose library is not installed, before timm's readers do it in their several ways.
+
+    Args:
+        dataset: timm's name with its prefix, or empty.
+
+    Raises:
+        ImportError: names the library and what installs it.
+    """
+    prefix = dataset.partition("/")[0].lower()
+    for library, package in _LIBRARIES.get(prefix, ()):
+        if find_spec(library) is None:
+            raise ImportError(f"--dataset {prefix}/ needs {library}; pip install {package}")
 
 
 def read_class_map(path: str | Path, root: str | Path | None = None) -> dict[str, int]:
@@ -134,6 +170,7 @@ def open_pictures(
     """
     from timm.data import create_dataset, get_img_extensions
 
+    require_library(dataset)
     local = dataset.partition("/")[0].lower() in ("", "folder", "tar")
     if local and (root is None or not Path(root).exists()):
         raise ValueError(f"--data-dir {root} does not exist; give a folder with one subfolder of pictures a class")
@@ -141,9 +178,11 @@ def open_pictures(
         raise ValueError(f"data set {dataset!r} has its own class numbers; leave --class-map out")
     indices = None if class_map is None else read_class_map(class_map, root)
     accepted = ", ".join(get_img_extensions())
+    # a stream of unknown length is refused, though this one is read to its end
+    length = {"num_samples": 1} if dataset.lower().startswith("hfids/") else {}
     try:
         source = create_dataset(
-            dataset, root=None if root is None else str(root), split=split, class_map=indices, download=False
+            dataset, root=None if root is None else str(root), split=split, class_map=indices, download=False, **length
         )
         size = None if isinstance(source, IterableDataset) else len(source)
     except ImportError:

@@ -4,6 +4,15 @@ from .consistency import token_consistency
 from .losses import TrainStep, distillation
 from .options import parse_options
 from .run import train
+from .token_distillation import token_distillation
 from .token_label import TokenLabelLoss
 
-__all__ = ["TokenLabelLoss", "TrainStep", "distillation", "parse_options", "token_consistency", "train"]
+__all__ = [
+    "TokenLabelLoss",
+    "TrainStep",
+    "distillation",
+    "parse_options",
+    "token_consistency",
+    "token_distillation",
+    "train",
+]

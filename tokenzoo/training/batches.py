@@ -119,8 +119,6 @@ class TrainBatches:
 
     def _note(self, broken: list[Broken]) -> None:
         for name, reason in broken:
-            if self.order is None:  # shards do not name their pictures: each meeting counts
-                name = f"number {len(self.broken) + 1} {name}"
             if name not in self.broken:
                 self.broken[name] = reason
                 _log.warning("picture %s cannot be read (%s); training goes on without it", name, reason)

@@ -139,7 +139,7 @@ def _fitted(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], 
 
 
 def _teacher(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> nn.Module | None:
-    if args.kd_model_name is None or args.kd_weight == 0:
+    if args.kd_model_name is None or args.kd_weight == args.kd_token_weight == 0:
         return None
     if args.kd_model_name == "unpatched" and not args.kd_checkpoint:
         teacher = copy.deepcopy(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ..evaluation.data import Pictures, PictureStream, open_pictures
+from ..evaluation.data import Pictures, PictureStream, open_pictures, require_library
 from .distributed import World
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def open_splits(args: argparse.Namespace, world: World) -> Splits:
     """
     stream = args.dataset.partition("/")[0].lower() in ("wds", "tfds", "hfids")
     if stream:
-        train, found = _open_stream(args, world), None
+        train = _open_stream(args, world)
+        found = max(class_names(train).values(), default=-1) + 1 or None
     else:
         train = open_pictures(args.data_dir, args.dataset, args.train_split, args.class_map)
         _refuse_empty_classes(train, args.class_map)
@@ -147,6 +149,7 @@ def _open_stream(args: argparse.Namespace, world: World) -> IterableDataset:
             f"--aug-repeats {args.aug_repeats} needs pictures with a number; a stream ({args.dataset}) is read in "
             "order, give --aug-repeats 0"
         )
+    require_library(args.dataset)
     try:
         source = create_dataset(
             args.dataset, root=args.data_dir, split=args.train_split, class_map=args.class_map or "", is_training=True,
@@ -155,9 +158,6 @@ def _open_stream(args: argparse.Namespace, world: World) -> IterableDataset:
     except ImportError:
         raise
     except Exception as error:  # readers fail in many ways
-        missing = isinstance(error, RuntimeError) and "install webdataset" in str(error)
-        if missing:
-            raise ImportError("--dataset wds/ needs webdataset; pip install 'tokenzoo[wds]'") from error
         raise ValueError(
             f"data set {args.dataset!r}, split {args.train_split!r}, could not be opened ({type(error).__name__}: "
             f"{error}); check its name, the split, --data-dir and --train-num-samples"
@@ -168,14 +168,25 @@ def _open_stream(args: argparse.Namespace, world: World) -> IterableDataset:
         reader.sample_shuffle_size = args.shuffle_buffer
         reader.sample_initial_size = min(reader.sample_initial_size, args.shuffle_buffer)
     shards = getattr(getattr(reader, "split_info", None), "filenames", None)
-    readers = world.size * max(1, args.workers)
     _refuse_missing_shards(shards or (), args.data_dir)
-    if shards is not None and len(shards) < readers:
+    count = _files_of_stream(reader) if shards is None else len(shards)
+    readers = world.size * max(1, args.workers)
+    if count is not None and count < (max(1, args.workers) if shards is None else readers):
         raise ValueError(
-            f"{len(shards)} shards cannot be spread over {readers} readers ({world.size} processes with "
+            f"{count} shards cannot be spread over {readers} readers ({world.size} processes with "
             f"{max(1, args.workers)} workers each); lower --workers or write more shards"
         )
     return source
+
+
+def _files_of_stream(reader: Any) -> int | None:
+    """How many parts a Hugging Face stream gives this process to read, None for other readers."""
+    if type(reader).__name__ != "ReaderHfids":
+        return None
+    probe = copy.copy(reader)
+    probe.num_workers = 1
+    probe._lazy_init()  # what its first iteration would do
+    return getattr(probe.ds, "num_shards", None)
 
 
 def _refuse_missing_shards(shards: Sequence[str], root: str | None) -> None:

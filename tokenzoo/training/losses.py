@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ..evaluation.runs import shared_copy
 from ..patching import backbone_of, is_patched, update_method
+from ..tokens import Layout, Tokens
 from .consistency import token_consistency
 from .seeds import STRENGTH, seed_of
+from .token_distillation import check_tokens, full_layout, patch_tokens, token_distillation
 
-PARTS = ("task", "distillation", "second_task", "consistency")
+# new parts come last: the sums in a checkpoint go by place
+PARTS = ("task", "distillation", "second_task", "consistency", "token_distillation")
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -49,16 +52,31 @@ def second_strength(r: int | float, limit: float, seed: int, update: int) -> int
     return drawn / 100 if share else drawn
 
 
+class _Taught(NamedTuple):
+    """What a teacher says about images.
+
+    Attributes:
+        logits: [B, K], None where they are not asked for.
+        places: normed patch tokens [B, N, C], None where they are not asked for.
+        layout: sequence of a student that is not patched, None for patched ones, who say themselves.
+    """
+
+    logits: Tensor | None = None
+    places: Tensor | None = None
+    layout: Layout | None = None
+
+
 class TrainStep(nn.Module):
     """A model with its losses; one forward pass gives all of them, so that DDP wraps this.
 
     Args:
         model: the model to train, patched or not.
-        teacher: frozen model that answers the same images, None for none.
+        teacher: frozen unpatched model that answers the same images, None for none.
         args: options of the run.
 
     Raises:
-        ValueError: consistency for a recipe without one number r, or a model without class token.
+        ValueError: consistency for a recipe without one number r, or a model without class token; distillation of
+            tokens without a teacher, or from or into a model without them.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, args: argparse.Namespace) -> None:
@@ -66,6 +84,12 @@ class TrainStep(nn.Module):
         self.model = model
         self.smoothing, self.seed = args.smoothing, args.seed
         self.kd_weight, self.kd_temperature = args.kd_weight, args.kd_temperature
+        self.token_weight = args.kd_token_weight
+        if self.token_weight and teacher is None:
+            raise ValueError(f"--kd-token-weight {self.token_weight} needs a teacher; give --kd-model-name unpatched")
+        if self.token_weight:
+            check_tokens(model, "student")
+            check_tokens(teacher, "teacher")
         self.consistency, self.limit = args.consistency, args.consistency_r
         self.strength: int | float = 0
         self.threshold, self.second_weight = args.consistency_threshold, args.consistency_task
@@ -95,7 +119,8 @@ class TrainStep(nn.Module):
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of `PARTS` that this loss has."""
-        has = (True, self._teacher[0] is not None, *[self._second[0] is not None] * 2)
+        answers = self._teacher[0] is not None and self.kd_weight > 0
+        has = (True, answers, *[self._second[0] is not None] * 2, self.token_weight > 0)
         return tuple(part for part, there in zip(PARTS, has) if there)
 
     def train(self, mode: bool = True) -> TrainStep:
@@ -112,18 +137,19 @@ class TrainStep(nn.Module):
             target: class indices [B], or soft targets [B, K].
             update: number of the update since the start of the run.
         """
-        second = self._second[0]
-        logits, token = self._forward(self.model, images, second is not None)
+        second, taught = self._second[0], self._taught(images)
+        logits, token, apart = self._forward(self.model, images, second is not None, taught.places, taught.layout)
         parts = {"task": self._task(logits, target)}
         loss = parts["task"]
-        if self._teacher[0] is not None:
-            with torch.no_grad():
-                wanted = self._teacher[0](images)
-            parts["distillation"] = distillation(logits, wanted, self.kd_temperature)
+        if taught.logits is not None:
+            parts["distillation"] = distillation(logits, taught.logits, self.kd_temperature)
             loss = loss + self.kd_weight * parts["distillation"]
+        if apart is not None:
+            parts["token_distillation"] = apart
+            loss = loss + self.token_weight * apart
         if second is not None:
             update_method(second, r=second_strength(self.strength, self.limit, self.seed, update))
-            second_logits, second_token = _answer(second, images, True)
+            second_logits, second_token, _ = _answer(second, images, True)
             parts["second_task"] = self._task(second_logits, target)
             parts["consistency"] = token_consistency(
                 token.float(), second_token.float(), logits, target, self.threshold
@@ -131,17 +157,48 @@ class TrainStep(nn.Module):
             loss = loss + self.second_weight * parts["second_task"] + self.consistency * parts["consistency"]
         return {"loss": loss, **parts}
 
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> _Taught:
+        teacher = self._teacher[0]
+        if teacher is None:
+            return _Taught()
+        if not self.token_weight:
+            return _Taught(teacher(images) if self.kd_weight else None)
+        features = teacher.forward_features(images)
+        logits = teacher.forward_head(features) if self.kd_weight else None
+        layout = None if is_patched(self.model) else full_layout(self.model, images)
+        return _Taught(logits, patch_tokens(features, full_layout(teacher, images)), layout)
+
     def _task(self, logits: Tensor, target: Tensor) -> Tensor:
         smoothing = self.smoothing if target.dim() == 1 else 0.0  # mixing smooths its targets itself
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
 
-def _answer(model: nn.Module, images: Tensor, with_token: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits [B, K], and the normed class token [B, C] if asked for."""
-    if not with_token:
-        return model(images), None
-    tokens = model.forward_tokens(images)
-    return model.forward_head(tokens), tokens.x[:, 0]
+def _answer(
+    model: nn.Module,
+    images: Tensor,
+    with_token: bool,
+    places: Tensor | None = None,
+    layout: Layout | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One forward pass; losses on tokens are part of it, so that a compiled one hands out tensors only.
+
+    Args:
+        model: patched or not.
+        images: [B, C, H, W].
+        with_token: also return the normed class token [B, C].
+        places: the teacher's patch tokens [B, N, C]; also return the distance from them.
+        layout: sequence of a model that is not patched, needed with `places`.
+    """
+    if not with_token and places is None:
+        return model(images), None, None
+    if layout is None:
+        x = tokens = model.forward_tokens(images, trace=places is not None)
+    else:
+        x = model.forward_features(images)
+        tokens = Tokens(patch_tokens(x, layout), layout._replace(num_prefix=0))
+    apart = None if places is None else token_distillation(tokens, places)
+    return model.forward_head(x), tokens.x[:, 0] if with_token else None, apart
 
 
 def unused_parameters(step: TrainStep, batch: tuple[Tensor, Tensor], context: Any) -> list[str]:

@@ -24,7 +24,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "workers", "shrink_start_epoch", "shrink_epochs", "consistency", "consistency_task", "kd_weight", "freeze_epochs",
-    "warmup_epochs", "aug_repeats", "mixup_off_epoch", "recovery_interval", "seed",
+    "kd_token_weight", "warmup_epochs", "aug_repeats", "mixup_off_epoch", "recovery_interval", "seed",
 )  # fmt: skip
 
 
@@ -151,5 +151,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size {args.batch_size} is odd; mixup and cutmix mix pairs, give an even one")
     if args.method is None and (args.method_kwargs or args.flops is not None):
         raise ValueError("--method-kwargs and --flops need a --method")
+    if args.kd_token_weight and args.kd_model_name is None:
+        raise ValueError(
+            f"--kd-token-weight {args.kd_token_weight:g} compares tokens with those of a teacher; give --kd-model-name "
+            "unpatched, or --kd-token-weight 0"
+        )
     if not args.data_dir and not args.dataset:
         raise ValueError("no pictures named; give --data-dir (a folder with train/ and val/) or --dataset")

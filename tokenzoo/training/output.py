@@ -15,11 +15,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from .loggers import Loggers
+
 _log = logging.getLogger(__name__)
 COLUMNS = (
     "epoch", "lr", "keep_rate", "train_loss", "train_task", "train_distillation", "train_second_task",
-    "train_consistency", "eval_loss", "eval_top1", "eval_top5", "unpatched_top1", "unpatched_top5", "n_broken",
-    "images_per_second", "seconds",
+    "train_consistency", "train_token_distillation", "eval_loss", "eval_top1", "eval_top5", "unpatched_top1",
+    "unpatched_top5", "n_broken", "images_per_second", "seconds",
 )  # fmt: skip
 
 
@@ -46,7 +48,7 @@ class Output:
             raise ValueError(f"--output {folder} cannot be written ({error.strerror}); give another folder") from error
         if not args.resume and (any(folder.glob("checkpoint-*.pt")) or (folder / "summary.csv").exists()):
             raise ValueError(f"--output {folder} holds a run already; add --resume to go on, or give another folder")
-        self._board, self._wandb = _tensorboard(folder, args), _wandb(folder, args)
+        self.loggers = Loggers(folder, args)
 
     def describe(self, recipe: dict[str, Any] | None) -> None:
         """args.yaml and recipe.json; a run that goes on leaves them as they are."""
@@ -66,16 +68,6 @@ class Output:
         os.replace(part, self.folder / "summary.csv")
         if find_spec("matplotlib") is not None:
             draw_curve(rows, self.folder / "curve.png", f"{self.args.model}, {self.args.method or 'unpatched'}")
-
-    def log(self, row: dict[str, Any]) -> None:
-        """One row to the loggers that were asked for."""
-        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, row["epoch"])
-            self._board.flush()
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=row["epoch"])
 
     def weights(self, state: dict[str, Tensor], name: str = "model.safetensors") -> None:
         """The weights under the names of the unpatched backbone, a method's own beside them."""
@@ -118,23 +110,3 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=120, format="png")
     os.replace(part, path)
-
-
-def _tensorboard(folder: Path, args: argparse.Namespace) -> Any:
-    if not args.log_tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("--log-tensorboard needs tensorboard; pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
-def _wandb(folder: Path, args: argparse.Namespace) -> Any:
-    if not args.log_wandb:
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("--log-wandb needs wandb; pip install wandb") from error
-    return wandb.init(project=args.wandb_project, dir=str(folder), config=vars(args), resume="allow", id=folder.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..methods.base import plain
 from ..registry import list_methods, method_class
-from .options import FREE, flag
+from .options import FREE, build_parser, flag
 
 _IN_RECIPE = frozenset({"method", "method_kwargs", "flops"})
 
@@ -27,6 +27,8 @@ def settings_of(args: argparse.Namespace, **facts: Any) -> dict[str, Any]:
 def refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Compares what a checkpoint holds with the run that wants to go on from it.
 
+    A flag that the checkpoint does not know had no effect then, as its default has none.
+
     Args:
         before: the checkpoint's "recipe" and "settings".
         now: the run's.
@@ -34,12 +36,13 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         ValueError: with every difference.
     """
+    old, new = {**vars(build_parser().parse_args([])), **before["settings"]}, now["settings"]
     changed = [
         *differences(before["recipe"], now["recipe"], "recipe"),
         *(
-            f"{flag(key)}: {before['settings'].get(key)!r} before, {now['settings'].get(key)!r} now"
-            for key in sorted(set(before["settings"]) | set(now["settings"]))
-            if before["settings"].get(key) != now["settings"].get(key)
+            f"{flag(key)}: {old.get(key)!r} before, {new.get(key)!r} now"
+            for key in sorted(set(before["settings"]) | set(new))
+            if old.get(key) != new.get(key)
         ),
     ]
     if changed:

@@ -58,7 +58,14 @@ def train(
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     with join(args.device) as world:
-        return _Run(args, world).go(progress, argv)
+        run, failed = _Run(args, world), True
+        try:
+            result = run.go(progress, argv)
+            failed = False
+        finally:
+            if run.output is not None:
+                run.output.loggers.close(failed)
+        return result
 
 
 class _Run:
@@ -136,6 +143,7 @@ class _Run:
         place = self._resume() if self.args.resume else Place(0, 0)
         if self.output is not None:
             self.output.describe(self.recipe)
+            self.output.loggers.open(place.epoch)
         engine, epochs = self.engine, self.engine.schedule.epochs
         for epoch in range(place.epoch, epochs):
             start, first = time.perf_counter(), place.batch if epoch == place.epoch else 0
@@ -151,10 +159,11 @@ class _Run:
             if better:
                 self.best = {"epoch": epoch, "eval_top1": row["eval_top1"]}
             engine.clear()
+            if self.output is not None:  # before the checkpoint: a point logged twice can be told, a lost one not
+                self.output.loggers.log(row)
             self._save(Place(epoch + 1, 0))
             if self.output is not None:
                 self._write(better)
-                self.output.log(row)
                 if progress is not None:
                     progress(row)
         if self.output is None:
@@ -202,7 +211,7 @@ class _Run:
         self.engine.load(state)
         self.rows, self.best = state["rows"], state["best"]
         if self.world.main:  # the sums of all processes, counted once
-            self.engine.sums.copy_(state["sums"])
+            self.engine.sums[: len(state["sums"])] = state["sums"].to(self.engine.sums)  # parts may have joined since
             self.engine.batches.broken.update(dict.fromkeys(state["broken"], "found before the run was resumed"))
         return place
 

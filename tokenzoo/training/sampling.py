@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,9 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..evaluation.data import Broken, Pictures
+from ..evaluation.streams import IN_A_ROW, StreamWatch
 from .seeds import ORDER, PICTURE, seed_host, seed_of
-
-_RETRIES = 50
 
 
 class Key(NamedTuple):
@@ -97,13 +95,13 @@ class Augmented(Dataset):
     def __getitem__(self, key: Key) -> tuple[Any, int, list[Broken]]:
         seed_host(self.seed, PICTURE, key.epoch, key.place)
         broken: list[Broken] = []
-        for attempt in range(_RETRIES):
+        for attempt in range(IN_A_ROW):
             item = self.pictures[(key.index + attempt) % len(self.pictures)]
             if not isinstance(item, Broken):
                 return (*item, broken)
             broken.append(item)
         raise ValueError(
-            f"{_RETRIES} pictures in a row cannot be read, the last is {broken[-1].name} ({broken[-1].reason}); "
+            f"{IN_A_ROW} pictures in a row cannot be read, the last is {broken[-1].name} ({broken[-1].reason}); "
             "repair the data set"
         )
 
@@ -133,10 +131,10 @@ class Streamed(IterableDataset):
         # a reader keeps the state of its shuffling; a fresh one draws by epoch alone
         reader = copy.copy(self.source.reader)
         self._shuffle_shards(reader)
-        with _Complaints() as complaints:
-            for place, (image, target) in enumerate(reader):
-                seed_host(self.seed, PICTURE, self.epoch, self.rank, number, place)
-                yield self.transform(image), -1 if target is None else int(target), complaints.take()
+        watch = StreamWatch()
+        for place, (image, target) in enumerate(watch.watch(reader)):
+            seed_host(self.seed, PICTURE, self.epoch, self.rank, number, place)
+            yield self.transform(image), -1 if target is None else int(target), watch.take()
 
     def _shuffle_shards(self, reader: Any) -> None:
         """Deals the shards anew in every epoch; timm's own shuffling hardly moves those far down a long list, so an
@@ -146,37 +144,6 @@ class Streamed(IterableDataset):
             generator = torch.Generator().manual_seed(seed_of(self.seed, ORDER, self.epoch))
             order = torch.randperm(len(info.filenames), generator=generator).tolist()
             reader.split_info = dataclasses.replace(info, filenames=tuple(info.filenames[i] for i in order))
-
-
-class _Complaints(logging.Handler):
-    """timm's shard reader steps over what it cannot decode and only logs it; this counts those lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Broken] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if "Handling webdataset error" not in text:
-            return
-        self.found.append(Broken("in a shard", text.partition("(")[2].rpartition(")")[0]))
-        if len(self.found) >= _RETRIES:  # some versions of webdataset would go round an unreadable list for ever
-            raise ValueError(
-                f"{_RETRIES} pictures or shards in a row cannot be read, the last because of {self.found[-1].reason}; "
-                "check --train-split and --data-dir"
-            )
-
-    def take(self) -> list[Broken]:
-        """What was found since the last call."""
-        found, self.found = self.found, []
-        return found
-
-    def __enter__(self) -> _Complaints:
-        logging.getLogger("timm.data.readers.reader_wds").addHandler(self)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        logging.getLogger("timm.data.readers.reader_wds").removeHandler(self)
 
 
 def collate(items: list[tuple[Any, int, list[Broken]]]) -> tuple[Tensor, Tensor, list[Broken]]:
