@@ -1,7 +1,4 @@
-"""Stores the weights of a run in half precision.
-
-    python scripts/half_precision.py out/model.safetensors checkpoints/tin100_vit.safetensors
-"""
+"""Stores the weights of a run in half precision: `python scripts/half_precision.py RUN/model.safetensors FILE`."""
 
 from __future__ import annotations
 

@@ -53,6 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "uniform": {"method": "uniform"},
 }
+# methods with a count a block; they run in their own blocks at the multiply-adds that ssm_prune has at each rate
+BY_COST = ("rmeeto", "famba", "tome", "pool")
 COLUMNS = ("setting", "keep_rate", "top1", "top1_se", "diff", "diff_se", "tokens_out", "gmacs", "gmacs_one_direction",
            "share")  # fmt: skip
 
@@ -117,6 +119,14 @@ def evaluate(checkpoint: Path, output: Path) -> None:
         for rate in RATES:
             with tokenzoo.patched(model, {**options, "layers": list(STAGES), "keep_rate": rate}):
                 rows.append(_row(name, rate, correct(model, data), base, tokenzoo.report(model)))
+    shares = {row["keep_rate"]: row["share"] for row in rows if row["setting"] == "ssm_prune carry"}
+    for name in BY_COST:
+        for rate, share in shares.items():
+            try:
+                with tokenzoo.patched(model, name, flops=share):
+                    rows.append(_row(name, rate, correct(model, data), base, tokenzoo.report(model)))
+            except ValueError as error:
+                print(f"left out: {name} at {share}: {error}", flush=True)
     print(table([[str(row[column]) for column in COLUMNS] for row in rows], COLUMNS))
     write_results(output.with_suffix(".csv"), rows, COLUMNS, environment("cpu", None))
     plot_curves(

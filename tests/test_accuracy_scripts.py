@@ -106,3 +106,23 @@ def test_fine_tuned(curves, config, tmp_path, monkeypatch, capsys):
     model = curves.load(given)
     tokenzoo.patch_model(model, "evit", flops=0.6)
     assert 100 * curves.answer(model, curves.read(model, given)).hits.double().mean() == float(row["top1"])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("checkpoints/*_vit.yaml")), ids=lambda path: path.stem)
+def test_stored_weights_answer(curves, path, monkeypatch):
+    """The stored classifiers load by their configuration, answer with and without reduction, and have a card."""
+    monkeypatch.chdir(ROOT)
+    given = parse_options(["-c", str(path), "--data-dir", "none", "--output", "unused"])
+    model = curves.load(given)
+    images = torch.randn(2, 3, *given.img_size * 2, generator=torch.Generator().manual_seed(0))
+    plain = model(images)
+    assert plain.shape == (2, given.num_classes) and plain.isfinite().all()
+    with tokenzoo.patched(model, "tome", flops=0.6):
+        reduced = model(images)
+    assert reduced.isfinite().all() and not torch.equal(reduced, plain)
+    card = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert path.with_suffix(".safetensors").name in card and f"-c checkpoints/{path.name}" in card
+
+
+def test_stored_weights_are_small():
+    assert sum(path.stat().st_size for path in ROOT.rglob("checkpoints/*.safetensors")) < 15e6
