@@ -51,7 +51,8 @@ def _before_and_after(rows: list[dict[str, Any]], path: Path, data: str, ylabel:
             *after, yerr=row["diff_free_se"], fmt="o", color="tab:blue", capsize=3,
             label=None if place else "fine-tuned (bar: error of the\ndifference to off the shelf)",
         )  # fmt: skip
-    axes.set_xticks(range(len(methods)), [f"{row['method']}\n{row['share']:.0%} of GMACs" for row in methods])
+    axes.set_xticks(range(len(methods)), [f"{row['method']}\n{row['share']:.0%}" for row in methods])
+    axes.set_xlabel("share of the unpatched multiply-adds")
     axes.set_xlim(-0.5, len(methods) - 0.5)
     axes.set_ylabel(ylabel)
     axes.set_title(f"{data}: the same budget of fine-tuning for all", fontsize=10)

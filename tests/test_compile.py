@@ -27,9 +27,11 @@ def test_one_graph(method, backbone):
         model = build("eva02")
     x = images(model)
     tokenzoo.patch_model(model, given(method, "static"))
+    # tracing finds breaks in the graph; one backbone goes through the rest of the compiler too, which takes twice as long
+    backend = "aot_eager" if backbone == "registers" else "eager"
     with torch.no_grad():
         expected = model(x)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+        compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
         torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
 
 
