@@ -27,7 +27,7 @@ def test_one_graph(method, backbone):
         model = build("eva02")
     x = images(model)
     tokenzoo.patch_model(model, given(method, "static"))
-    # tracing finds breaks in the graph; one backbone goes through the rest of the compiler too, which takes twice as long
+    # tracing finds breaks in the graph; one backbone goes through the rest of the compiler, which takes as long again
     backend = "aot_eager" if backbone == "registers" else "eager"
     with torch.no_grad():
         expected = model(x)
