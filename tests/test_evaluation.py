@@ -419,6 +419,19 @@ def test_unusable_class_maps_are_refused(folder, tmp_path, text, message):
         open_pictures(folder, class_map="nowhere.txt")
 
 
+def test_patches_of_features_do_not_hide_the_channels_of_the_image():
+    """A network in front of the patches: its first layer says what an image is, not the patch embedding."""
+    hybrid = timm.create_model(
+        "vit_tiny_r_s16_p8_224", img_size=64, patch_size=1, embed_dim=32, depth=2, num_heads=2, num_classes=5
+    ).eval()
+    assert data_config(hybrid, mean=[0.5, 0.4, 0.3])["input_size"] == (3, 64, 64)
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = hybrid(image)
+        with tokenzoo.patched(hybrid, "tome", r=0):
+            torch.testing.assert_close(hybrid(image), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_data_config_follows_the_model_and_its_overrides(model):
     config = data_config(model)
     assert config["input_size"] == (3, 32, 32) and config["crop_pct"] == model.pretrained_cfg["crop_pct"]
