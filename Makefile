@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev,demo,onnx]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,demo,onnx,interop]"
 	touch $(STAMP)
 
 demo: $(STAMP)
