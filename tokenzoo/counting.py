@@ -14,8 +14,9 @@ from torch import nn
 
 from .adapters.block import BlockMacs
 from .adapters.block_costs import block_cost
-from .adapters.family import Family, families, find_family, linear_macs
+from .adapters.family import Family, families, find_family
 from .adapters.scan_costs import ScanCosts
+from .layer_macs import conv_macs, is_conv, linear_macs, unwrapped
 from .methods.base import BlockShape
 from .patching import backbone_of, describe
 from .recipes import Recipe
@@ -129,7 +130,7 @@ def read_costs(backbone: nn.Module, family: Family, layout: Layout, grid: tuple[
     sees_all = backbone.attn_pool is None or getattr(backbone, "pool_include_prefix", True)
     skips = 0 if sees_all else layout.num_prefix
     if getattr(backbone, "aux_head", None) is not None:  # a second classifier that reads every patch token
-        per_token, skips = per_token + backbone.aux_head.weight.numel(), layout.num_prefix
+        per_token, skips = per_token + linear_macs(backbone.aux_head), layout.num_prefix
     return Costs(tuple(blocks), _embed_macs(backbone, layout), head, per_token, per_pair, skips)
 
 
@@ -139,8 +140,8 @@ def _embed_macs(backbone: nn.Module, layout: Layout) -> int:
     if hasattr(embed, "macs"):  # embeddings of tokenzoo.models know their cost
         return embed.macs(layout.grid)
     patch = embed.patch_size if isinstance(embed.patch_size, tuple) else (embed.patch_size,) * 2
-    if isinstance(getattr(embed, "proj", None), nn.Conv2d) and not hasattr(embed, "backbone"):
-        return embed.proj.weight.numel() * layout.num_patches
+    if is_conv(unwrapped(getattr(embed, "proj", None))) and not hasattr(embed, "backbone"):
+        return conv_macs(embed.proj) * layout.num_patches
 
     def count(module: nn.Module, args: Any, out: torch.Tensor) -> None:
         nonlocal total
@@ -173,9 +174,9 @@ def _head_costs(backbone: nn.Module) -> tuple[int, int, int]:
         return (0, fixed, 0) if backbone.global_pool == "" else (fixed, 0, 0)
     if not hasattr(pool, "latent"):
         return fixed, 0, 2 * pool.num_heads * pool.head_dim
-    width = pool.kv.out_features // 2
+    width = pool.num_heads * pool.head_dim
     once = linear_macs(pool.q) + linear_macs(pool.proj) + (linear_macs(pool.mlp) if pool.mlp is not None else 0)
-    return fixed + pool.latent_len * once, pool.kv.weight.numel() + 2 * width * pool.latent_len, 0
+    return fixed + pool.latent_len * once, 2 * width * (width + pool.latent_len), 0
 
 
 def block_rows(costs: Costs | Any, recipe: Recipe | None, layout: Layout) -> tuple[BlockRow, ...]:

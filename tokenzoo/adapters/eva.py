@@ -16,12 +16,13 @@ from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from ..attention import Heads, key_bias
+from ..layer_macs import linear_macs
 from ..methods.base import BlockShape
 from ..recipes import Recipe
 from ..tokens import Layout, Tokens
 from .block import BlockMacs, ReducingBlock
 from .eva_attention import ATTENTIONS, head_width, input_width, rotary_heads, rotary_macs, rotary_values
-from .family import Family, linear_macs
+from .family import Family
 from .model import ReducingModel
 from .pooling import pool_plain
 from .rope import Rope, check_rebuild, waves_of

@@ -16,26 +16,36 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from ..attention import Heads
+from ..layer_macs import linear_shapes, stream_width
+from ..projections import is_plain, linear_part
 from .block import BlockMacs
 from .rope import rotate
-from .vit_attention import linear_part, split_heads
+from .vit_attention import output_macs, split_heads
 
 ATTENTIONS = (EvaAttention, AttentionRope)
 
 
 def head_width(attn: nn.Module) -> int:
     """Width of a head."""
-    return attn.proj.in_features // attn.num_heads
+    if hasattr(attn, "head_dim"):
+        return attn.head_dim
+    return next(inputs for _, inputs, _ in linear_shapes(attn.proj)) // attn.num_heads  # timm < 1.0.20
+
+
+def query_width(attn: nn.Module) -> int:
+    """Channels of all query heads together."""
+    return attn.num_heads * head_width(attn)
 
 
 def input_width(attn: nn.Module) -> int:
     """Channels of the residual stream."""
-    return (attn.q_proj if attn.qkv is None else attn.qkv).in_features
+    width = query_width(attn)
+    return stream_width(attn, {"q_proj": width} if attn.qkv is None else {"qkv": 3 * width}, width)
 
 
 def key_width(attn: nn.Module) -> int:
     """Channels of all key heads together; fewer than those of the queries when heads share keys."""
-    return attn.proj.in_features if attn.k_proj is None else attn.k_proj.out_features
+    return getattr(attn, "num_kv_heads", attn.num_heads) * head_width(attn)
 
 
 def _fused_part(attn: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
@@ -45,7 +55,27 @@ def _fused_part(attn: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))[start:stop]
     if attn.qkv_bias_separate:
         return linear_part(attn.qkv, x, start, stop) + bias
-    return F.linear(x, attn.qkv.weight[start:stop], bias)
+    if is_plain(attn.qkv):
+        return F.linear(x, attn.qkv.weight[start:stop], bias)
+    return _changed_part(attn.qkv, x, start, stop, bias)
+
+
+def _changed_part(qkv: nn.Module, x: Tensor, start: int, stop: int, bias: Tensor) -> Tensor:
+    """Outputs of a changed fused projection plus a bias, where timm's layer reads its weight instead of calling it.
+
+    Raises:
+        ValueError: an adapter around the projection, which has no effect on the unpatched model.
+    """
+    weight = getattr(qkv, "weight", None)
+    if not isinstance(weight, Tensor) or weight.device != x.device:  # timm's own layer fails on such a module
+        return linear_part(qkv, x, start, stop) + bias
+    if not isinstance(qkv, nn.Linear):
+        raise ValueError(
+            f"qkv is a {type(qkv).__module__}.{type(qkv).__qualname__} around a weight: timm's fused attention with "
+            "biases of its own reads the weight and skips what is around it, so an adapter would have no effect; set "
+            "attn.qkv_bias_separate = True on every block, which makes timm and tokenzoo call it, or merge the adapter"
+        )
+    return F.linear(x, weight)[..., start:stop] + bias  # parametrised, or a tensor of another class
 
 
 def _share(attn: nn.Module, x: Tensor) -> Tensor:
@@ -65,7 +95,7 @@ def rotary_heads(attn: nn.Module, x: Tensor, rows: Tensor | None, with_values: b
     """
     width, v = head_width(attn), None
     if attn.qkv is not None:
-        dim = attn.proj.in_features
+        dim = query_width(attn)
         parts = _fused_part(attn, x, 0, dim * (3 if with_values else 2)).split(dim, dim=2)
         q, k = split_heads(parts[0], width), split_heads(parts[1], width)
         v = split_heads(parts[2], width) if with_values else None
@@ -85,14 +115,12 @@ def rotary_heads(attn: nn.Module, x: Tensor, rows: Tensor | None, with_values: b
 def rotary_values(attn: nn.Module, x: Tensor) -> Tensor:
     """Values of normed tokens x [B, N, C] -> [B, H, N, D]."""
     if attn.qkv is not None:
-        dim = attn.proj.in_features
+        dim = query_width(attn)
         return split_heads(_fused_part(attn, x, 2 * dim, 3 * dim), head_width(attn))
     return _share(attn, split_heads(attn.v_proj(x), head_width(attn)))
 
 
 def rotary_macs(attn: nn.Module) -> BlockMacs:
     """Multiply-adds of an attention layer alone (`mlp` is 0); rotations are no products with weights."""
-    queries, keys, dim = attn.proj.in_features, key_width(attn), input_width(attn)
-    gate = getattr(attn, "gate", None)  # an attribute of newer versions
-    out = attn.proj.weight.numel() + (gate.weight.numel() if gate is not None else 0)
-    return BlockMacs((queries + keys) * dim, keys * dim, 2 * queries, out, 0)
+    queries, keys, dim = query_width(attn), key_width(attn), input_width(attn)
+    return BlockMacs((queries + keys) * dim, keys * dim, 2 * queries, output_macs(attn, queries, dim), 0)

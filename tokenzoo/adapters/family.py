@@ -45,11 +45,6 @@ class Family:
     scans: bool = False
 
 
-def linear_macs(module: nn.Module) -> int:
-    """Multiply-adds a token of all linear layers inside a module."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
-
-
 def families() -> tuple[Family, ...]:
     """All families, imported when first asked for."""
     from . import eva, plain_mamba, sam, svit, vim, vit, vit_stems

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..layer_macs import unwrapped
 from ..lifting import lift
 from ..recipes import Recipe
 from ..signals import EmbedSignals
@@ -86,7 +87,8 @@ class ReducingModel:
         high, wide = embed.dynamic_feat_size(images.shape[-2:])
         if high % 2 or wide % 2:
             raise ValueError(f"{type(self).__name__}: the {high} x {wide} patches cannot be halved; use even grids")
-        if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or embed.proj.in_channels != images.shape[1]:
+        proj = unwrapped(getattr(embed, "proj", None))
+        if not isinstance(proj, nn.Conv2d) or proj.in_channels != images.shape[1]:
             raise ValueError(
                 f"{type(self).__name__}.patch_embed is {type(embed).__name__}, not one convolution: images of half "
                 "the size cannot be embedded by it"

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..layer_macs import conv_macs, linear_macs
 from ..methods.base import BlockShape, Step
 from ..recipes import Recipe
 from ..tokens import Layout, Tokens
-from .family import linear_macs
+from .vit_attention import input_width
 
 
 class SamBlockCost(NamedTuple):
@@ -119,12 +120,12 @@ def read_sam_costs(model: nn.Module, grid: tuple[int, int]) -> SamCosts:
     blocks = []
     for block in model.blocks:
         attn = block.attn
-        shape = BlockShape(attn.qkv.in_features, attn.num_heads, attn.head_dim)
-        linear = linear_macs(attn), linear_macs(block.mlp)
+        shape = BlockShape(input_width(attn), attn.num_heads, attn.head_dim)
+        linear = 4 * shape.dim * attn.num_heads * attn.head_dim, linear_macs(block.mlp)
         blocks.append(SamBlockCost(block.window_size > 0, shape, *linear, attn.use_rel_pos, attn.fused_attn))
     tokens = grid[0] * grid[1]
-    neck = sum(m.weight.numel() for m in model.neck.modules() if isinstance(m, nn.Conv2d))
-    embed = model.patch_embed.proj.weight.numel() * tokens
+    neck = conv_macs(model.neck)
+    embed = conv_macs(model.patch_embed.proj) * tokens
     head = linear_macs(model.head)
     head *= tokens if model.global_pool == "" else 1
     return SamCosts(tuple(blocks), tuple(grid), embed, neck * tokens + head)

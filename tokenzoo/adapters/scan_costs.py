@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..layer_macs import linear_macs
 from ..recipes import Recipe
 from ..tokens import Layout
 
@@ -58,6 +59,5 @@ def read_scan_costs(model: nn.Module, grid: tuple[int, int]) -> ScanCosts:
 
     kinds = {cls: cls for family in families() for cls in family.blocks.values()}
     kinds |= {plain: cls for family in families() for plain, cls in family.blocks.items()}
-    head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
     blocks = tuple((block, kinds[type(block)]) for block in model.blocks)
-    return ScanCosts(blocks, model.patch_embed.macs(grid), head, bool(model.global_pool))
+    return ScanCosts(blocks, model.patch_embed.macs(grid), linear_macs(model.head), bool(model.global_pool))

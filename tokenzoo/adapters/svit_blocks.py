@@ -13,14 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import Heads
+from ..layer_macs import conv_macs
 from ..layers.chunks import at_once
+from ..layers.pointwise import PointwiseConv
 from ..lifting import lift
 from ..methods.base import BlockShape
 from ..models.svit_blocks import SuperTokenBlock
+from ..projections import is_plain, pointwise
 from ..recipes import Recipe
 from ..rows import take_rows
 from ..tokens import Layout, Tokens, TraceStep
@@ -90,11 +92,14 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
     def _projected(self, z: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         """Queries, keys and values number start..stop-1 of rows z: each [B, H, N, D]. Rows go by head."""
         attn = self.attn.stoken_refine
+        if not is_plain(attn.qkv, PointwiseConv):
+            rows = pointwise(attn.qkv, z).unflatten(2, (attn.num_heads, 3, -1))
+            return rows.transpose(1, 2).unbind(3)[start:stop]
         weight, bias = attn.qkv.weight.flatten(1), attn.qkv.bias
         if (start, stop) != (0, 3):
             weight = weight.unflatten(0, (attn.num_heads, 3, -1))[:, start:stop].flatten(0, 2)
             bias = None if bias is None else bias.unflatten(0, (attn.num_heads, 3, -1))[:, start:stop].flatten()
-        rows = F.linear(z, weight, bias).unflatten(2, (attn.num_heads, stop - start, -1))
+        rows = nn.functional.linear(z, weight, bias).unflatten(2, (attn.num_heads, stop - start, -1))
         return rows.transpose(1, 2).unbind(3)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor | None) -> Heads:
@@ -110,12 +115,12 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
 
     def shape(self) -> BlockShape:
         attn = self.attn.stoken_refine
-        return BlockShape(attn.qkv.in_channels, attn.num_heads, attn.head_dim)
+        return BlockShape(attn.num_heads * attn.head_dim, attn.num_heads, attn.head_dim)
 
     def macs(self) -> BlockMacs:
-        attn, dim = self.attn.stoken_refine, self.attn.stoken_refine.qkv.in_channels
-        mlp = self.mlp2.fc1.weight.numel() + self.mlp2.fc2.weight.numel()
-        return BlockMacs(2 * dim * dim, dim * dim, 2 * dim, attn.proj.weight.numel(), mlp)
+        dim = self.attn.stoken_refine.num_heads * self.attn.stoken_refine.head_dim
+        mlp = conv_macs(self.mlp2.fc1) + conv_macs(self.mlp2.fc2)
+        return BlockMacs(2 * dim * dim, dim * dim, 2 * dim, dim * dim, mlp)
 
     # ---- the flow
 
@@ -204,7 +209,7 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1 x 1 convolution on rows [B, N, C]."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return pointwise(conv, x, PointwiseConv)
 
 
 def _dropped_through(step: TraceStep, through: Callable[[Tensor], Tensor]) -> TraceStep:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..layer_macs import conv_macs, linear_macs, unwrapped
 from ..methods.base import BlockShape, Step
 from ..models.svit_blocks import halved
 from ..recipes import Recipe
@@ -13,7 +14,6 @@ from ..super_tokens import SLOTS
 from ..tokens import Layout
 from .block import BlockMacs
 from .block_costs import block_cost, inside_branch
-from .family import linear_macs
 from .svit_blocks import ReducingSuperTokenBlock as Reducing
 
 _KERNEL = 9  # places under a depthwise kernel
@@ -203,17 +203,17 @@ def read_svit_costs(model: nn.Module, grid: tuple[int, int]) -> SvitCosts:
     stages, full = [], tuple(grid)
     for stage in model.layers:
         blocks = tuple((Reducing.macs(b), Reducing.shape(b), Reducing.fused.fget(b)) for b in stage.blocks)
-        hidden = stage.blocks[0].mlp2.fc1.out_channels
+        hidden = unwrapped(stage.blocks[0].mlp2.fc1).out_channels
         whole = sum(_super_token_block(block, grid) for block in stage.blocks)
         smaller = halved(grid)
         down = 0
         if not isinstance(stage.downsample, nn.Identity):
-            down = stage.downsample.proj[0].weight.numel() * smaller[0] * smaller[1]
+            down = conv_macs(stage.downsample.proj[0]) * smaller[0] * smaller[1]
         stages.append(StageCost(blocks if stage.is_plain else (), hidden, (grid[0], grid[1]), whole, down))
         grid = smaller
-    convs = [layer for layer in model.patch_embed.proj if isinstance(layer, nn.Conv2d)]
-    stem = (convs[0].weight.numel() + convs[1].weight.numel()) * 4 + convs[2].weight.numel() + convs[3].weight.numel()
-    project = model.proj.weight.numel() if isinstance(model.proj, nn.Conv2d) else 0
+    convs = [macs for layer in model.patch_embed.proj if (macs := conv_macs(layer))]
+    stem = (convs[0] + convs[1]) * 4 + convs[2] + convs[3]
+    project = conv_macs(model.proj)
     pools = bool(model.global_pool.pool_type)
     return SvitCosts(tuple(stages), stem * full[0] * full[1], project, linear_macs(model.head), pools)
 
@@ -227,4 +227,4 @@ def _super_token_block(block: nn.Module, grid: tuple[int, int]) -> int:
     # nine products a place and channel: to find its shares, to collect, once more to read back
     rounds = (2 * attn.n_iter + 1 if attn.n_iter else 2) * SLOTS * padded * dim
     among = cells * (macs.qk + macs.v + macs.out) + cells * cells * macs.pair
-    return rounds + among + places * (macs.mlp + _KERNEL * (dim + block.mlp2.fc1.out_channels))
+    return rounds + among + places * (macs.mlp + _KERNEL * (dim + unwrapped(block.mlp2.fc1).out_channels))

@@ -21,10 +21,11 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from ..attention import Heads, attend, key_bias
+from ..layer_macs import linear_macs
 from ..methods.base import BlockShape
 from ..tokens import Tokens
 from .block import BlockMacs, ReducingBlock
-from .family import Family, linear_macs
+from .family import Family
 from .model import ReducingModel
 from .pooling import pool_plain
 from .vit_attention import (
@@ -33,6 +34,7 @@ from .vit_attention import (
     attention_macs,
     attention_output,
     attention_values,
+    input_width,
     is_differential,
     split_heads,
 )
@@ -62,7 +64,7 @@ class _OneAttention(ReducingBlock):
 
     def shape(self) -> BlockShape:
         attn = self.attn
-        return BlockShape(attn.qkv.in_features, attn.num_heads * (1 + is_differential(attn)), attn.head_dim)
+        return BlockShape(input_width(attn), attn.num_heads * (1 + is_differential(attn)), attn.head_dim)
 
     def macs(self) -> BlockMacs:
         return attention_macs(self.attn)._replace(mlp=linear_macs(self.mlp))

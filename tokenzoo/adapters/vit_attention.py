@@ -7,11 +7,12 @@ other than dim / heads, dropout and `fused_attn` are honoured.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from ..attention import Heads
+from ..layer_macs import stream_width
+from ..projections import linear_part
 from .block import BlockMacs
 
 try:  # timm >= 1.0.20
@@ -27,16 +28,15 @@ def is_differential(attn: nn.Module) -> bool:
     return hasattr(attn, "lambda_init")
 
 
-def linear_part(layer: nn.Linear, x: Tensor, start: int, stop: int) -> Tensor:
-    """Output channels start..stop-1 of a linear layer."""
-    if start == 0 and stop == layer.out_features:
-        return layer(x)
-    return F.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
-
-
 def attention_width(attn: nn.Module) -> int:
     """Channels of all query heads together."""
-    return attn.qkv.out_features // 3
+    return attn.num_heads * value_width(attn)
+
+
+def input_width(attn: nn.Module) -> int:
+    """Channels of the residual stream."""
+    width = attention_width(attn)
+    return stream_width(attn, {"qkv": 3 * width}, width)
 
 
 def split_heads(x: Tensor, width: int) -> Tensor:
@@ -90,9 +90,12 @@ def attention_output(attn: nn.Module, out: Tensor, z: Tensor | None) -> Tensor:
 
 def attention_macs(attn: nn.Module) -> BlockMacs:
     """Multiply-adds of an attention layer alone (`mlp` is 0)."""
-    width, dim = attention_width(attn), attn.qkv.in_features
-    gate = getattr(attn, "gate", None)
+    width, dim = attention_width(attn), input_width(attn)
     # differential attention multiplies both maps with values of double width
     pair = width + width * (2 if is_differential(attn) else 1)
-    out = attn.proj.weight.numel() + (gate.weight.numel() if gate is not None else 0)
-    return BlockMacs(2 * width * dim, width * dim, pair, out, 0)
+    return BlockMacs(2 * width * dim, width * dim, pair, output_macs(attn, width, dim), 0)
+
+
+def output_macs(attn: nn.Module, width: int, dim: int) -> int:
+    """Multiply-adds a token behind attention: output projection and gate."""
+    return width * dim * (1 if getattr(attn, "gate", None) is None else 2)

@@ -13,10 +13,11 @@ from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsB
 from torch import Tensor, nn
 
 from ..attention import Heads
+from ..layer_macs import linear_macs
 from ..methods.base import BlockShape
+from ..projections import linear_part
 from ..tokens import Tokens
 from .block import BlockMacs, ReducingBlock
-from .family import linear_macs
 from .vit_attention import (
     attention_heads,
     attention_macs,
@@ -24,8 +25,8 @@ from .vit_attention import (
     attention_values,
     differential_lambda,
     differential_output,
+    input_width,
     is_differential,
-    linear_part,
     split_heads,
     value_width,
 )
@@ -153,7 +154,7 @@ class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
     def shape(self) -> BlockShape:
         attn = self.attns[0].attn
         heads = attn.num_heads * (1 + is_differential(attn)) * len(self.attns)
-        return BlockShape(attn.qkv.in_features, heads, attn.head_dim)
+        return BlockShape(input_width(attn), heads, attn.head_dim)
 
     def macs(self) -> BlockMacs:
         parts = [attention_macs(a.attn) for a in self.attns]

@@ -99,7 +99,8 @@ class DToPHead(nn.Module):
             Presence [B, K] in 0..1 and mask logits [B, K, N]; a token's score is presence * sigmoid(logit).
         """
         tokens = self.proj_norm(self.input_proj(x))
-        queries, masks = self.q.weight.expand(x.shape[0], -1, -1), torch.empty(0)
+        queries, masks = self.q(torch.arange(self.num_classes, device=x.device)), torch.empty(0)
+        queries = queries.expand(x.shape[0], -1, -1)
         for layer in self.decoder["layers"]:
             queries, masks = layer(queries, tokens, valid)
         return self.class_embed(queries).softmax(-1)[..., 0], masks

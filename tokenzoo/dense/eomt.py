@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..counting import report
+from ..layer_macs import conv_macs, linear_macs
 from ..lifting import lift
 from ..patching import is_patched
 from ..tokens import Tokens
@@ -130,7 +131,7 @@ class EoMT(nn.Module):
         backbone, prefix = self.encoder.backbone, self.encoder.backbone.num_prefix_tokens
         grid = tuple(backbone.patch_embed.dynamic_feat_size(images.shape[-2:]))
         entry = len(backbone.blocks) - self.num_blocks
-        queries = self.q.weight.expand(images.shape[0], -1, -1)
+        queries = self.q(torch.arange(self.num_q, device=images.device)).expand(images.shape[0], -1, -1)
         if not is_patched(backbone):
             x = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images)))
             for block in backbone.blocks[:entry]:
@@ -176,12 +177,12 @@ class EoMT(nn.Module):
         """
         if grid is None:
             raise ValueError("EoMT.head_macs needs the patch grid: upscaling works on the full map")
-        dim, pixels, total = self.q.embedding_dim, grid[0] * grid[1], self._query_macs(grid)
+        dim, pixels, total = self.encoder.backbone.embed_dim, grid[0] * grid[1], self._query_macs(grid)
         for block in self.upscale:
-            total += pixels * block.conv1.weight.numel()
+            total += pixels * conv_macs(block.conv1)
             pixels *= 4
-            total += pixels * block.conv2.weight.numel()
-        linear = sum(m.weight.numel() for m in (*self.mask_head, self.class_head) if isinstance(m, nn.Linear))
+            total += pixels * conv_macs(block.conv2)
+        linear = linear_macs(self.mask_head) + linear_macs(self.class_head)
         return total + self.num_q * (linear + dim * pixels)
 
     def _query_macs(self, grid: tuple[int, int]) -> int:
@@ -191,7 +192,7 @@ class EoMT(nn.Module):
         lengths = {row.name: row.tokens_in for row in report(backbone, size).rows}
         for index in range(len(backbone.blocks) - self.num_blocks, len(backbone.blocks)):
             block, n = backbone.blocks[index], lengths[f"blocks.{index}"]
-            linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+            linear = linear_macs(block)
             pairs = (n + self.num_q) ** 2 - n * n
             total += self.num_q * linear + 2 * block.attn.num_heads * block.attn.head_dim * pairs
         return total

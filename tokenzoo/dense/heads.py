@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ..layer_macs import conv_macs, linear_macs
+from ..projections import is_plain
+
 
 class LinearHead(nn.Module):
     """One linear layer a token (keys `head.weight`, `head.bias`).
@@ -34,7 +37,7 @@ class LinearHead(nn.Module):
 
     def macs(self, num_tokens: int) -> int:
         """Multiply-adds for one image with this many tokens."""
-        return num_tokens * self.head.weight.numel()
+        return num_tokens * linear_macs(self.head)
 
 
 class BNLinearHead(nn.Module):
@@ -55,11 +58,14 @@ class BNLinearHead(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Class maps [B, N, K] of tokens [B, N, C]; padding gets scores that nobody reads."""
         x = self.bn(x.transpose(1, 2))
-        return F.conv1d(x, self.conv_seg.weight.flatten(1).unsqueeze(-1), self.conv_seg.bias).transpose(1, 2)
+        conv = self.conv_seg
+        if not is_plain(conv, nn.Conv2d):
+            return conv(x.unsqueeze(3)).squeeze(3).transpose(1, 2)
+        return F.conv1d(x, conv.weight.flatten(1).unsqueeze(-1), conv.bias).transpose(1, 2)
 
     def macs(self, num_tokens: int) -> int:
         """Multiply-adds for one image with this many tokens."""
-        return num_tokens * self.conv_seg.weight.numel()
+        return num_tokens * conv_macs(self.conv_seg)
 
 
 class MaskTransformer(nn.Module):
@@ -127,12 +133,12 @@ class MaskTransformer(nn.Module):
 
     def macs(self, num_tokens: int) -> int:
         """Multiply-adds for one image with this many tokens."""
-        width, classes = self.proj_dec.out_features, self.num_classes
+        width, classes = self.cls_emb.shape[2], self.num_classes
         n = num_tokens + classes
-        linear = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        linear = linear_macs(self.blocks)
         attention = 2 * len(self.blocks) * n * n * width
         projections = n * width * width + num_tokens * classes * width
-        return num_tokens * self.proj_dec.weight.numel() + n * linear + attention + projections
+        return num_tokens * linear_macs(self.proj_dec) + n * linear + attention + projections
 
 
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "bn_linear": BNLinearHead, "mask": MaskTransformer}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.family import find_family
 from ..counting import report
+from ..layer_macs import unwrapped
 from ..patching import describe, is_patched, patch_model
 from ..recipes import Recipe, take_flops
 from ..registry import list_methods
@@ -187,8 +188,8 @@ def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple
     if isinstance(getattr(embed, "backbone", None), nn.Module):  # patches of a network's features
         first = next((m for m in embed.backbone.modules() if isinstance(m, nn.Conv2d)), None)
         size = size if first is None else (first.in_channels, *size[1:])
-    elif isinstance(getattr(embed, "proj", None), (nn.Conv2d, nn.Linear)):
-        size = (embed.proj.weight.shape[1], *size[1:]) if embed.proj.weight.dim() == 4 else size
+    elif isinstance(proj := unwrapped(getattr(embed, "proj", None)), (nn.Conv2d, nn.Linear)):
+        size = (proj.in_channels, *size[1:]) if isinstance(proj, nn.Conv2d) else size
     elif hasattr(model, "in_chans"):  # a stem of several layers
         size = (model.in_chans, *size[1:])
     if img_size:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..counting import report
 from ..dense.features import encode
+from ..layer_macs import conv_macs, linear_shapes
 from ..patching import backbone_of, is_patched
 from ..tracing import count_macs
 from .runs import Candidate, Precision, is_served
@@ -93,15 +94,16 @@ def _layers_macs(model: nn.Module, backbone: nn.Module, crop: Tensor) -> int:
 
     def count(module: nn.Module, args: Any, out: Tensor) -> None:
         nonlocal total
-        if isinstance(module, nn.Linear):
-            total += module.weight.numel() * (out.numel() // out.shape[-1])
+        if module in linear:
+            total += linear[module] * (out.numel() // out.shape[-1])
         else:
             seen = args[0] if isinstance(module, nn.ConvTranspose2d) else out
-            total += module.weight.numel() * seen[:, 0].numel()
+            total += conv_macs(module) * seen[:, 0].numel()
 
     inside = set(backbone.modules())
-    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds) and m not in inside]
+    linear = {layer: inputs * outputs for layer, inputs, outputs in linear_shapes(model)}
+    layers = [*linear, *(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)))]
+    hooks = [layer.register_forward_hook(count) for layer in layers if layer not in inside]
     try:
         with torch.no_grad():
             model(crop)

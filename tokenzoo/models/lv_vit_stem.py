@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layer_macs import conv_macs
 from ._embed import MapEmbed
 
 
@@ -42,7 +43,7 @@ class PatchProjection(MapEmbed):
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-adds of one image with a grid of tokens (high, wide)."""
-        return grid[0] * grid[1] * self.proj.weight.numel()
+        return grid[0] * grid[1] * conv_macs(self.proj)
 
     def embed_map(self, x: Tensor) -> Tensor:
         """Image [B, C, H, W] -> [B, h, w, D]."""
@@ -89,9 +90,9 @@ class ConvStem(MapEmbed):
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-adds of one image with a grid of tokens (high, wide); norms are free."""
-        stem = sum(conv.weight.numel() for conv in (self.conv1, self.conv2, self.conv3))
+        stem = sum(map(conv_macs, (self.conv1, self.conv2, self.conv3)))
         positions = self.patch_size[0] * self.patch_size[1] // 4  # of the stem's maps, a token
-        return grid[0] * grid[1] * (positions * stem + self.proj.weight.numel())
+        return grid[0] * grid[1] * (positions * stem + conv_macs(self.proj))
 
     def embed_map(self, x: Tensor) -> Tensor:
         """Image [B, C, H, W] -> [B, h, w, D]."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
-
+from ..layer_macs import conv_macs, linear_macs
 from .plain_mamba_orders import PATHS
 
 if TYPE_CHECKING:
@@ -52,9 +51,9 @@ def block_macs(
     if tokens > whole:
         raise ValueError(f"PlainMamba: {tokens} tokens cannot be left of a grid of {whole}")
     mixer = block.mamba
-    linear = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    linear = 3 * mixer.dim + mixer.dt_rank + 2 * mixer.d_state + mixer.dt_rank  # a token and inner channel
     convs = [mixer.conv2d] if block.dw is None else [mixer.conv2d, block.dw[0]]
-    total = tokens * sum(layer.weight.numel() for layer in linear) + whole * sum(c.weight.numel() for c in convs)
+    total = tokens * mixer.d_inner * linear + whole * sum(map(conv_macs, convs))
     return total + directions * scan_macs(mixer.d_inner, mixer.d_state, tokens)
 
 
@@ -77,5 +76,5 @@ def macs(
     if len(counts) != len(model.layers):
         raise ValueError(f"PlainMamba: {len(counts)} counts of tokens for {len(model.layers)} blocks; give one a block")
     blocks = sum(block_macs(block, n, length, directions) for block, n in zip(model.layers, counts))
-    head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
+    head = linear_macs(model.head)
     return model.patch_embed.macs((1, length)) + blocks + head * (1 if model.global_pool else counts[-1])

@@ -18,6 +18,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ..layers.selective_scan import selective_scan
+from ..projections import product_and_bias
 from ..rows import take_rows
 from ._scan_signals import ScanSignals
 from .plain_mamba_orders import DIRECTIONS, PATHS, KeptPaths, ScanPaths, kept_paths, scan_paths
@@ -121,8 +122,8 @@ class PlainMambaMixer(nn.Module):
         x, z = self.in_proj(y).chunk(2, dim=-1)
         x = F.silu(on_grid(self.conv2d, x, grid, kept))
         low, b, c = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        raw = F.linear(low, self.dt_proj.weight)  # [B, K, D]
-        bias = 2 * _wide(self.dt_proj.bias)  # as released; in float32, whatever the projection computes in
+        raw, bias = product_and_bias(self.dt_proj, low)  # [B, K, D], [D]
+        bias = 2 * _wide(bias)  # as released; in float32, whatever the projection computes in
         dt = F.softplus(_wide(raw) + bias).transpose(1, 2)  # once for all paths, not inside their scan
         paths = scan_paths(grid, y.device) if kept is None else kept_paths(grid, kept)
         b = (b.unsqueeze(1) + self.direction_Bs[paths.direction]).transpose(2, 3)  # [B, 4, N, K]

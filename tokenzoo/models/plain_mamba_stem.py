@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from ..layer_macs import conv_macs
 from ._embed import MapEmbed
 
 
@@ -56,7 +57,7 @@ class PlainMambaStem(MapEmbed):
         """Multiply-adds of one image with a grid of tokens (high, wide); norms are free."""
         pixels = self.patch_size[0] * self.patch_size[1] // 4
         convs = (self.stem[0], *self.convs[::3])
-        return grid[0] * grid[1] * (pixels * sum(c.weight.numel() for c in convs) + self.projection.weight.numel())
+        return grid[0] * grid[1] * (pixels * sum(map(conv_macs, convs)) + conv_macs(self.projection))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> tokens in raster order [B, N, D]."""

@@ -10,14 +10,10 @@ from timm.layers import Mlp, use_fused_attn
 from torch import Tensor, nn
 
 from ..attention import Heads, attend, full_precision
+from ..layer_macs import linear_macs
 from ._embed import MapEmbed
 
 _TINY = 1e-8  # of the published denominator
-
-
-def linear_macs(module: nn.Module) -> int:
-    """Multiply-adds a token of all linear layers inside a module."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 class WideAttention(nn.Module):
@@ -30,6 +26,7 @@ class WideAttention(nn.Module):
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
+        self.dim = dim
         self.scale = in_dim**-0.5
         self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(in_dim, 3 * dim, bias=False)
@@ -53,7 +50,7 @@ class TokenTransformer(nn.Module):
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds of one image: linear layers, logits and weighted sums; norms are free."""
-        return tokens * linear_macs(self) + 2 * tokens**2 * self.attn.proj.out_features
+        return tokens * linear_macs(self) + 2 * tokens**2 * self.attn.dim
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(self.norm1(x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..layer_macs import conv_macs, linear_macs
 from .vim_mixer import VimMixer
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def mixer_macs(mixer: VimMixer, tokens: int, directions: int | None = None) -> i
     count = mixer.directions if directions is None else directions
     if not 1 <= count <= mixer.directions:
         raise ValueError(f"mixer_macs: directions={directions}; this mixer has {mixer.directions}, count 1 up to that")
-    drive = mixer.conv1d.weight.numel() + mixer.x_proj.weight.numel() + mixer.dt_proj.weight.numel()
-    scan = mixer.d_inner * (_OPS_PER_STATE * mixer.d_state + _OPS_PER_CHANNEL)
+    rank, inner = mixer.dt_rank, mixer.d_inner
+    drive = conv_macs(mixer.conv1d) + inner * (rank + 2 * mixer.d_state) + rank * inner
+    scan = inner * (_OPS_PER_STATE * mixer.d_state + _OPS_PER_CHANNEL)
     drives = count if mixer.bimamba_type == "v2" else 1  # other types share all but the scan
-    return tokens * (mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel() + drives * drive + count * scan)
+    return tokens * (3 * inner * mixer.dim + drives * drive + count * scan)
 
 
 def macs(model: VisionMamba, tokens: int | Sequence[int] | None = None, directions: int | None = None) -> int:
@@ -56,5 +58,4 @@ def macs(model: VisionMamba, tokens: int | Sequence[int] | None = None, directio
     if len(counts) != len(blocks):
         raise ValueError(f"macs: {len(counts)} token counts for {len(blocks)} blocks; give one a block, or one number")
     embed = model.patch_embed.macs(model.patch_embed.grid_size)
-    head = model.head.weight.numel() if model.num_classes > 0 else 0
-    return embed + head + sum(mixer_macs(b.mixer, n, directions) for b, n in zip(blocks, counts))
+    return embed + linear_macs(model.head) + sum(mixer_macs(b.mixer, n, directions) for b, n in zip(blocks, counts))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from ..layer_macs import conv_macs
 from ._embed import MapEmbed
 
 _PLACES = {"middle": 1, "first": 1, "both": 2, "none": 0}
@@ -117,7 +118,7 @@ class StridedEmbed(MapEmbed):
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-adds of one image with a grid of tokens (high, wide)."""
-        return self.proj.weight.numel() * grid[0] * grid[1]
+        return conv_macs(self.proj) * grid[0] * grid[1]
 
     def embed_map(self, x: Tensor) -> Tensor:
         """Image [B, C, H, W] -> map [B, h, w, D]."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.selective_scan import selective_scan
+from ..projections import cast_for, is_plain, product_and_bias
 from ._scan_signals import ScanSignals
 
 Stretch = Callable[[Tensor, str, Tensor], Tensor]
@@ -32,6 +33,7 @@ class _Drive(NamedTuple):
     raw_delta: Tensor  # [B, L, D], before bias and softplus
     B: Tensor  # [B, L, N]
     C: Tensor  # [B, L, N]
+    bias: Tensor  # [D], of the step sizes
 
 
 class VimMixer(nn.Module):
@@ -102,26 +104,27 @@ class VimMixer(nn.Module):
         if self.bimamba_type == "v2":
             nn.init.zeros_(self.dt_proj_b.bias)
 
-    def _drive(self, x: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear) -> _Drive:
+    def _drive(self, x: Tensor, conv: nn.Module, x_proj: nn.Module, dt_proj: nn.Module) -> _Drive:
         u = F.silu(_causal_conv(x, conv))
         steps, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return _Drive(u, F.linear(steps, dt_proj.weight), B, C)  # the bias is added in float32, by the scan
+        raw, bias = product_and_bias(dt_proj, steps)  # the bias is added in float32, by the scan
+        return _Drive(u, raw, B, C, bias)
 
     def _drives(self, x: Tensor) -> tuple[_Drive, ...]:
         forward = self._drive(x, self.conv1d, self.x_proj, self.dt_proj)
         if self.bimamba_type == "none":
             return (forward,)
         if self.bimamba_type == "v1":
-            return forward, _Drive(*(part.flip(1) for part in forward))
+            return forward, _Drive(*(part.flip(1) for part in forward[:4]), forward.bias)
         return forward, self._drive(x.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b)
 
-    def _parameters_of_scan(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Decays A [D, N], skips [D] and biases of step sizes [D], a direction each."""
+    def _parameters_of_scan(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Decays A [D, N] and skips [D], a direction each."""
         logs = [self.A_log] if self.directions == 1 else [self.A_log, self.A_b_log]
         decays = [-torch.exp(_wide(log)) for log in logs]
         if self.bimamba_type == "v2":
-            return decays, [self.D, self.D_b], [self.dt_proj.bias, self.dt_proj_b.bias]
-        return decays, [self.D] * self.directions, [self.dt_proj.bias] * self.directions
+            return decays, [self.D, self.D_b]
+        return decays, [self.D] * self.directions
 
     def forward(self, y: Tensor, stretch: Stretch | None = None, signals: ScanSignals | None = None) -> Tensor:
         """Mixes tokens.
@@ -136,9 +139,10 @@ class VimMixer(nn.Module):
         Returns:
             Mixed tokens [B, L, C], to be added to the stream.
         """
-        x, z = self.in_proj(y.to(self.in_proj.weight.dtype)).chunk(2, dim=-1)  # [B, L, D] each
+        x, z = self.in_proj(cast_for(self.in_proj, y)).chunk(2, dim=-1)  # [B, L, D] each
         drives = self._drives(x)
-        decays, skips, biases = self._parameters_of_scan()
+        decays, skips = self._parameters_of_scan()
+        biases = [drive.bias for drive in drives]
         raw_delta = torch.cat([drive.raw_delta for drive in drives], dim=-1).transpose(1, 2)
         bias = torch.cat(biases)
         deltas: tuple[Tensor, ...] = ()
@@ -175,12 +179,14 @@ class VimMixer(nn.Module):
         return mixed / 2 if self.bimamba_type == "v2" and self.if_divide_out else mixed
 
 
-def _causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
+def _causal_conv(x: Tensor, conv: nn.Module) -> Tensor:
     """Depthwise convolution [B, L, D] of x [B, L, D] that sees only the past.
 
     `tokenzoo.layers.causal_conv1d` takes channels first in memory. Tokens seen as maps of one row, channels last, need
     no transposition, and depthwise kernels for that layout are several times as fast on a CPU.
     """
+    if not is_plain(conv, nn.Conv1d):
+        return conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
     maps = x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)  # [B, D, 1, L]
     maps = F.conv2d(maps, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups)
     return maps[..., : x.shape[1]].squeeze(2).transpose(1, 2)
