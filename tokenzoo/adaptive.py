@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .maps import TokenMap, group_map
-from .rows import take_rows
+from .rows import split_dim, take_rows
 from .selection import raster_order
 from .tokens import Tokens
 
@@ -21,7 +21,7 @@ def window_members(grid: tuple[int, int], window: tuple[int, int], device: torch
     (high, wide), (down, right) = grid, window
     index = torch.arange(high * wide, device=device).view(high, wide)
     index = index[: high - high % down, : wide - wide % right]
-    return index.unflatten(0, (-1, down)).unflatten(2, (-1, right)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return split_dim(split_dim(index, 0, -1, down), 2, -1, right).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def window_similarity(x: Tensor, members: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def window_similarity(x: Tensor, members: Tensor) -> Tensor:
     """
     n = members.shape[2]
     rows = members.expand(x.shape[0], -1, -1).flatten(1)
-    units = take_rows(F.normalize(x.float(), dim=-1), rows).unflatten(1, (-1, n))
+    units = split_dim(take_rows(F.normalize(x.float(), dim=-1), rows), 1, -1, n)
     return (units.sum(2).square().sum(-1) - n) / (n * (n - 1))
 
 
@@ -146,7 +146,7 @@ def raster_members(tokens: Tokens, template: Tensor) -> tuple[Tensor, Tensor | N
     by_place = raster_order(tokens)
     if by_place is None:
         return template.unsqueeze(0), None
-    members = by_place[:, template.flatten()].unflatten(1, template.shape)
+    members = split_dim(by_place[:, template.flatten()], 1, *template.shape)
     real = None if tokens.valid is None else template.amax(1) < tokens.valid_patches.unsqueeze(1)
     return members, real
 

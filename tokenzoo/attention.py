@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import split_dim
+
 # Query rows that are computed at once when a statistic of the whole map is needed. On a CPU few rows stay in cache
 # (three times faster than all at once); elsewhere, and in traced graphs, all rows of a short sequence, and of a long
 # one so many that the rows of all heads together are a quarter of one N x N map.
@@ -39,9 +41,14 @@ class Heads(NamedTuple):
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
-    """Context in which autocast leaves float32 alone: scores and matching are computed in float32."""
+    """Context in which autocast leaves float32 alone: scores and matching are computed in float32.
+
+    Tensors without values (the meta device) know no autocast.
+    """
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def attend(heads: Heads, bias: Tensor | None = None) -> Tensor:
@@ -57,8 +64,8 @@ def attend(heads: Heads, bias: Tensor | None = None) -> Tensor:
     if heads.lam is None:
         out = _attend(heads, heads.q, heads.k, bias)
     else:
-        q1, q2 = heads.q.unflatten(1, (-1, 2)).unbind(2)
-        k1, k2 = heads.k.unflatten(1, (-1, 2)).unbind(2)
+        q1, q2 = split_dim(heads.q, 1, -1, 2).unbind(2)
+        k1, k2 = split_dim(heads.k, 1, -1, 2).unbind(2)
         out = _attend(heads, q1, k1, bias) - heads.lam * _attend(heads, q2, k2, bias)
     return out.transpose(1, 2).flatten(2)
 
@@ -86,11 +93,11 @@ def attention_rows(heads: Heads, start: int, stop: int, bias: Tensor | None = No
         else:  # bias and scale ride along with the product
             bias = bias.float().expand(*q.shape[:2], -1, -1).flatten(0, 1)
             logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=heads.scale)
-            logits = logits.unflatten(0, q.shape[:2])
+            logits = split_dim(logits, 0, *q.shape[:2])
     rows = logits.softmax(dim=-1)
     if heads.lam is None:
         return rows
-    first, second = rows.unflatten(1, (-1, 2)).unbind(2)
+    first, second = split_dim(rows, 1, -1, 2).unbind(2)
     return first - heads.lam.float() * second
 
 

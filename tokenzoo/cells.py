@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import full_precision
+from .rows import split_dim
 from .tiling import EMPTY, Fold, Tiles
 
 # Numbers that working copies may hold at once even where a share of the tokens' own size is less: for all images
@@ -95,8 +96,8 @@ class PooledCells(NamedTuple):
             for start in range(0, down, step):
                 stop = min(start + step, down)
                 first, last = start * high // down, -(-stop * high // down)
-                part = values[:, first * wide : last * wide].to(dtype).reshape(values.shape[0], last - first, -1)
-                part = (rows[start:stop, first:last] @ part).unflatten(2, (wide, -1))  # [B, rows, W, D]
+                part = split_dim(values[:, first * wide : last * wide].to(dtype), 1, last - first, wide).flatten(2)
+                part = split_dim(rows[start:stop, first:last] @ part, 2, wide, -1)  # [B, rows, W, D]
                 parts.append(columns @ part)
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(1, 2)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import full_precision
-from .rows import scatter_values, stable_order, take_rows
+from .rows import scatter_values, split_dim, stable_order, take_rows
 from .tokens import TraceStep
 
 FILLS = ("stash", "nearest", "zero")
@@ -137,6 +137,6 @@ def _mix(lost: Tensor, kept: Tensor, usable: Tensor, values: Tensor, fill: Fill)
             weight = torch.exp(-fill.temperature * (near - near[..., :1])).nan_to_num(nan=0.0)
             norm = weight.norm(dim=2, keepdim=True) if fill.norm == "l2" else weight.sum(2, keepdim=True)
             norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)
-            picked = take_rows(values, idx.flatten(1)).unflatten(1, (-1, k))
+            picked = split_dim(take_rows(values, idx.flatten(1)), 1, -1, k)
             out.append(((weight / norm).unsqueeze(-1).to(values.dtype) * picked).sum(2))
     return torch.cat(out, dim=1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import stable_order
+from .rows import split_dim, stable_order
 
 _CHUNK_ABOVE = 1024  # score rows are computed in slices when there are more of them than this
 _CHUNK = 256
@@ -171,5 +171,6 @@ def kth_pairs(metric: Tensor, k: int) -> Pairs:
     n = metric.shape[1]
     if k < 2 or n % k:
         raise ValueError(f"kth_pairs: k={k} does not divide {n} tokens into groups; use k >= 2 and cut the tail off")
-    index = torch.arange(n, device=metric.device).expand(metric.shape[0], -1).unflatten(1, (-1, k))
+    index = torch.arange(n, device=metric.device).expand(metric.shape[0], -1)
+    index = split_dim(index, 1, n // k, k)
     return set_pairs(metric, index[..., : k - 1].flatten(1), index[..., k - 1])

@@ -12,6 +12,21 @@ def _flat(idx: Tensor, length: int) -> Tensor:
     return (idx + offset).reshape(-1)
 
 
+def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    """Splits one dimension into several: x [..., N, ...] -> [..., *sizes, ...], where one of the sizes may be -1.
+
+    Like `unflatten`, but every size of the result is named, so that batches of no images pass, and the TorchScript
+    exporter to ONNX keeps the others open.
+    """
+    shape, dim = x.shape, dim % x.dim()
+    if -1 in sizes:
+        known, at = 1, sizes.index(-1)
+        for size in sizes[:at] + sizes[at + 1 :]:
+            known = known * size
+        sizes = (*sizes[:at], shape[dim] // known, *sizes[at + 1 :])
+    return x.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
+
+
 def take_rows(x: Tensor, idx: Tensor) -> Tensor:
     """Gathers rows per image: x [B, N, ...], idx [B, M] -> [B, M, ...].
 

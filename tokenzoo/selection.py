@@ -25,6 +25,18 @@ def own_counts(kept: Callable[[int], int], tokens: Tokens) -> Tensor | None:
     return table[real].unsqueeze(1)
 
 
+def host_ranges(*counts: Tensor) -> list[tuple[int, int]] | None:
+    """Least and largest of counts that depend on the images, in one look of the host; None without images.
+
+    Args:
+        counts: integers of every image [B, 1] each.
+    """
+    if counts[0].shape[0] == 0:
+        return None
+    ends = torch.stack([end for count in counts for end in count.aminmax()]).tolist()
+    return list(zip(ends[::2], ends[1::2]))
+
+
 def with_prefix(patches: Tensor, num_prefix: int) -> Tensor:
     """Patch numbers [B, K] as token indices with the prefix tokens in front [B, num_prefix + K]."""
     prefix = torch.arange(num_prefix, device=patches.device).expand(patches.shape[0], -1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .maps import ReplaceMap, group_map
+from .rows import split_dim
 from .tokens import Tokens
 
 
@@ -25,7 +26,7 @@ def colour_variance(images: Tensor, groups: tuple[int, int]) -> Tensor:
     high, wide = (-(-side // count) * count for side, count in zip(images.shape[-2:], groups))
     if images.shape[-2:] != (high, wide):
         images = F.interpolate(images, (high, wide), mode="bilinear", align_corners=False)
-    cells = images.unflatten(3, (right, -1)).unflatten(2, (down, -1))  # [B, C, down, h, right, w]
+    cells = split_dim(split_dim(images, 3, right, -1), 2, down, -1)  # [B, C, down, h, right, w]
     return (cells - cells.mean((3, 5), keepdim=True)).square().mean((3, 5)).sum(1).flatten(1)
 
 

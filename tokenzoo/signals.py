@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import Heads, attend, attention_received, attention_rows
 from .maps import TokenMap
-from .rows import take_rows
+from .rows import split_dim, take_rows
 from .tokens import Tokens
 
 
@@ -66,11 +66,11 @@ class Signals:
 
     def _rows(self, t: Tensor, start: int = 0) -> Tensor:
         """[B, H, N, D] -> rows [B, N', H, D] of the current tokens; the first `start` maps are skipped."""
-        batch, count, _, width = t.shape
-        rows = t.transpose(1, 2).reshape(batch, -1, count * width)
+        _, count, _, width = t.shape
+        rows = t.transpose(1, 2).flatten(2)
         for token_map in self._maps[start:]:
             rows = token_map.apply(rows)
-        return rows.unflatten(2, (count, width))
+        return split_dim(rows, 2, count, width)
 
     def _columns(self, attention: Tensor) -> Tensor:
         """Attention received by each token, [B, N, D] summed over the members of each current token."""
@@ -186,7 +186,7 @@ def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kep
     v = heads.v.transpose(1, 2).flatten(2)
     for token_map in reversed(ahead):
         v = token_map.lift(v)
-    heads = heads._replace(v=v.unflatten(2, (-1, width)).transpose(1, 2))
+    heads = heads._replace(v=split_dim(v, 2, -1, width).transpose(1, 2))
     out = attend(heads, bias)
     for token_map in (*ahead, *kept):
         out = token_map.apply(out)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import split_dim
+
 SLOTS = 9  # a cell and its eight neighbours, in raster order
 _OWN = 4  # the slot of the cell itself
 _TINY = 1e-12  # of the published division by the mass
@@ -61,12 +63,12 @@ def to_cells(x: Tensor, cell: tuple[int, int]) -> Tensor:
     below, beside = -x.shape[1] % high, -x.shape[2] % wide
     if below or beside:
         x = F.pad(x, (0, 0, 0, beside, 0, below))
-    return x.unflatten(2, (-1, wide)).unflatten(1, (-1, high)).transpose(2, 3).flatten(3, 4)
+    return split_dim(split_dim(x, 2, -1, wide), 1, -1, high).transpose(2, 3).flatten(3, 4)
 
 
 def from_cells(cells: Tensor, size: tuple[int, int], cell: tuple[int, int]) -> Tensor:
     """The inverse of `to_cells`: [B, down, right, T, C] to [B, H, W, C], (H, W) = size, the padding cut off."""
-    x = cells.unflatten(3, cell).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    x = split_dim(cells, 3, *cell).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return x[:, : size[0], : size[1]]
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cutting import Axis, cut
+from .rows import split_dim
 
 EMPTY = 1e-16  # a centre whose weights sum to less than this becomes (nearly) zero, as released
 
@@ -64,7 +65,7 @@ class Tiles(NamedTuple):
     def _take(self, x: Tensor, index: Tensor) -> Tensor:
         taken = x.index_select(1, index.reshape(-1))
         taken = taken.to(torch.promote_types(x.dtype, torch.float32))
-        return taken.reshape(x.shape[0], index.shape[0] * self.columns.tiles, -1, x.shape[-1])
+        return split_dim(taken, 1, index.shape[0] * self.columns.tiles, -1)
 
     def fold(self, part: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Adds up what the tiles of some rows of tiles have for each cell.
@@ -77,8 +78,7 @@ class Tiles(NamedTuple):
             Sums of the finished rows of cells [B, rows, columns, D], and what is left for the rows below.
         """
         down, right = self.rows, self.columns
-        batch, dim = part.shape[0], part.shape[-1]
-        part = part.reshape(batch, -1, right.tiles, down.span, right.span, dim).transpose(2, 3)
+        part = split_dim(split_dim(part, 2, down.span, right.span), 1, -1, right.tiles).transpose(2, 3)
         strips = part.shape[1]
         total = None if carry is None else F.pad(carry, (0, 0, 0, 0, 0, 0, 0, 0, 0, strips))
         for i in range(down.reach + 1):
@@ -95,8 +95,8 @@ class Tiles(NamedTuple):
         count = len(self.rows.homes) * len(self.columns.homes)
         place = self.centers.reshape(-1, 1, weights.shape[3]) * count + self.tokens.reshape(-1, weights.shape[2], 1)
         out = torch.zeros(weights.shape[0], self.cells * count, dtype=weights.dtype, device=weights.device)
-        out = out.index_add(1, place.reshape(-1), weights.reshape(weights.shape[0], -1))
-        return out.unflatten(1, (self.cells, count))
+        out = out.index_add(1, place.reshape(-1), weights.flatten(1))
+        return split_dim(out, 1, self.cells, count)
 
 
 class Fold:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .graphs import of_one_image
 from .layers.scan_backends import scan_backend
 from .patching import backbone_of
 
@@ -61,7 +62,7 @@ def count_macs(
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), _scans_in_one(backbone):
+        with torch.no_grad(), of_one_image(), _scans_in_one(backbone):
             analysis = FlopCountAnalysis(backbone, image).set_op_handle(**_handlers())
             analysis = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             analysis = analysis.tracer_warnings("none")

@@ -154,8 +154,9 @@ class ReducingBlock:
 
     def _mlp(self, z: Tensor) -> Tensor:
         """The MLP, at inference in slices of long sequences: else its hidden layer is the largest thing in memory."""
-        whole = self.training or torch.is_grad_enabled() or not self.mlp_pointwise
-        if whole or z.shape[1] <= 2 * _SLICE or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # in a traced graph sizes are operations: none may depend on whether gradients were on
+        whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or self.training or torch.is_grad_enabled()
+        if whole or not self.mlp_pointwise or z.shape[1] <= 2 * _SLICE:
             return self.mlp_branch(z)
         return torch.cat([self.mlp_branch(part) for part in z.split(_SLICE, dim=1)], dim=1)
 
@@ -227,7 +228,7 @@ class ReducingBlock:
     def _act(
         self, step: Step, tokens: Tokens, signals: Signals, maps: list[TokenMap] | None = None
     ) -> tuple[Tokens, Signals]:
-        token_map = step.method.map(tokens, signals, step)
+        token_map = step.decide(tokens, signals)
         if token_map is None:
             return tokens, signals
         if maps is not None:

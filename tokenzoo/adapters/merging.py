@@ -9,6 +9,7 @@ from torch import Tensor
 from ..attention import Heads
 from ..maps import ChainMap, TokenMap
 from ..methods.base import Step
+from ..rows import split_dim
 from ..signals import Signals
 from ..tokens import Inside, Tokens
 
@@ -72,7 +73,7 @@ class Merging:
     def _decide(self, step: Step, branch: str, tokens: Tokens, z: Tensor | None) -> TokenMap | None:
         signals = self.signals(step, tokens)
         signals.branch, signals.branch_input = branch, z
-        return step.method.map(tokens, signals, step)
+        return step.decide(tokens, signals)
 
 
 def lifted_heads(heads: Heads, token_map: TokenMap) -> Heads:
@@ -82,6 +83,6 @@ def lifted_heads(heads: Heads, token_map: TokenMap) -> Heads:
         if t is None:
             return None
         rows = token_map.lift(t.transpose(1, 2).flatten(2))
-        return rows.unflatten(2, (t.shape[1], t.shape[3])).transpose(1, 2)
+        return split_dim(rows, 2, t.shape[1], t.shape[3]).transpose(1, 2)
 
     return heads._replace(q=back(heads.q), k=back(heads.k), v=back(heads.v))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layer_macs import unwrapped
 from ..lifting import lift
 from ..recipes import Recipe
+from ..rows import split_dim
 from ..signals import EmbedSignals
 from ..tokens import Layout, Tokens
 from .block import four_dims, refuse_causal
@@ -102,7 +103,8 @@ class ReducingModel:
         zeros = zeros if getattr(embed, "output_fmt", "NLC") == "NHWC" or not embed.flatten else zeros.flatten(1, 2)
         placed = self._pos_embed(zeros)
         placed = placed[0] if isinstance(placed, tuple) else placed
-        places = placed[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (high, wide))
+        places = placed[:, self.num_prefix_tokens :].transpose(1, 2)
+        places = split_dim(places, 2, high, wide)
         return half + F.avg_pool2d(places.float(), 2).to(half.dtype).flatten(2).transpose(1, 2)
 
     # ---- the loop
@@ -140,7 +142,7 @@ class ReducingModel:
         tokens = Tokens(x, layout, coords=coords, trace=() if trace else None)
         for step in self.blocks[0].tokenzoo.at("embed"):
             signals = EmbedSignals(self, images, getattr(self.blocks[0], step.key) if step.key else None)
-            token_map = step.method.map(tokens, signals, step)
+            token_map = step.decide(tokens, signals)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
         yield tokens
@@ -181,7 +183,7 @@ class ReducingModel:
     def _finish(self, tokens: Tokens) -> Tokens:
         tokens = tokens._replace(x=self.norm(tokens.x))
         for step in self.blocks[-1].tokenzoo.at("norm"):
-            token_map = step.method.map(tokens, None, step)
+            token_map = step.decide(tokens, None)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
         if tokens.valid is not None:
@@ -302,7 +304,7 @@ class ReducingModel:
             prefixes.append(y[:, :prefix])
             y = y[:, prefix:]
             if dense:
-                y = y.transpose(1, 2).unflatten(2, tokens.layout.grid).contiguous()
+                y = split_dim(y.transpose(1, 2), 2, *tokens.layout.grid).contiguous()
             spatial.append(y)
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": spatial}

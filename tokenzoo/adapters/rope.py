@@ -17,6 +17,7 @@ import torch
 from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingMixed, apply_rot_embed_cat, freq_bands
 from torch import Tensor, nn
 
+from ..rows import split_dim
 from ..tokens import Tokens
 
 try:  # timm >= 1.0.20
@@ -70,8 +71,7 @@ class Rope(NamedTuple):
             return self.table[..., 1:, :]
         if self.waves is not None and tokens.coords is not None:
             return rotations(self.waves, tokens.coords, tokens.layout.num_prefix).to(self.table.dtype)
-        batch = tokens.positions.shape[0]
-        rows = self.table.index_select(-2, tokens.positions.reshape(-1) + 1).unflatten(-2, (batch, -1))
+        rows = split_dim(self.table.index_select(-2, tokens.positions.reshape(-1) + 1), -2, *tokens.positions.shape)
         return rows.unsqueeze(1) if rows.dim() == 3 else rows.transpose(0, 1)
 
 

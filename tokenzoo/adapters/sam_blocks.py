@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..maps import ClusterMap, RestoreMap
 from ..methods.base import Step
+from ..rows import split_dim
 from ..tokens import Tokens, TraceStep
 from .block import BlockPlan
 
@@ -41,7 +42,7 @@ def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """Cuts a map into windows, zeros filling up the last ones: [B, H, W, C] -> [B * windows, down, right, C]."""
     (down, right), (high, wide) = window, x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -wide % right, 0, -high % down))
-    x = x.unflatten(1, (-1, down)).unflatten(3, (-1, right))  # [B, rows, down, columns, right, C]
+    x = split_dim(split_dim(x, 1, -1, down), 3, -1, right)  # [B, rows, down, columns, right, C]
     return x.transpose(2, 3).flatten(0, 2)
 
 
@@ -49,7 +50,7 @@ def from_windows(windows: Tensor, size: tuple[int, int]) -> Tensor:
     """Undoes `to_windows`: [B * windows, down, right, C] -> [B, H, W, C]."""
     down, right = windows.shape[1:3]
     rows, columns = -(-size[0] // down), -(-size[1] // right)
-    x = windows.unflatten(0, (-1, rows, columns)).transpose(2, 3)
+    x = split_dim(windows, 0, -1, rows, columns).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
 
 
@@ -87,19 +88,19 @@ class ReducingSamBlock(Block):
         layout = self.tokenzoo.layout
         windows = to_windows(state.x, state.window or layout.grid)
         tokens = Tokens(windows.flatten(1, 2), layout, trace=state.trace)
-        token_map = step.method.map(tokens, None, step)
+        token_map = step.decide(tokens, None)
         if token_map is None:
             return state
         if isinstance(token_map, RestoreMap):
             full = tokens.reduce(token_map, step.block, step.method.name)
-            x = from_windows(full.x.unflatten(1, layout.grid), state.size)
+            x = from_windows(split_dim(full.x, 1, *layout.grid), state.size)
             return state._replace(x=x, window=None, trace=full.trace)
         if not isinstance(token_map, ClusterMap):
             raise step.error(f"leaves no grid inside the windows of a SAM model ({type(token_map).__name__})")
         fewer = tokens.reduce(token_map, step.block, step.method.name)
         cells = token_map.grid
         rows, columns = (-(-length // side) for length, side in zip(state.size, layout.grid))
-        x = from_windows(fewer.x.unflatten(1, cells), (rows * cells[0], columns * cells[1]))
+        x = from_windows(split_dim(fewer.x, 1, *cells), (rows * cells[0], columns * cells[1]))
         return state._replace(x=x, window=cells, trace=fewer.trace)
 
 
@@ -116,5 +117,5 @@ def restored(state: WindowedMap, window: tuple[int, int], trace: tuple[TraceStep
     x = to_windows(state.x, state.window).flatten(1, 2)
     for step in reversed(trace):
         x = step.map.lift(x)
-    x = from_windows(x.unflatten(1, window), state.size)
+    x = from_windows(split_dim(x, 1, *window), state.size)
     return state._replace(x=x, window=None, trace=())

@@ -83,7 +83,7 @@ class ScanBlock:
 
     def _act(self, step: Step, tokens: Tokens, signals: MixerSignals) -> tuple[Tokens, MixerSignals, TokenMap | None]:
         signals = signals.with_module(getattr(self, step.key, None) if step.key else None)
-        token_map = step.method.map(tokens, signals, step)
+        token_map = step.decide(tokens, signals)
         if token_map is None:
             return tokens, signals, None
         if not step.method.keeps_order:

@@ -92,7 +92,7 @@ class ReducingSViT(SViT):
 
     def _finish(self, tokens: Tokens) -> Tokens:
         for step in self.blocks[-1].tokenzoo.at("norm") if self.blocks else ():
-            token_map = step.method.map(tokens, None, step)
+            token_map = step.decide(tokens, None)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
         tokens = tokens._replace(x=self._projected(tokens))

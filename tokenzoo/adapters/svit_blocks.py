@@ -24,7 +24,7 @@ from ..methods.base import BlockShape
 from ..models.svit_blocks import SuperTokenBlock
 from ..projections import is_plain, pointwise
 from ..recipes import Recipe
-from ..rows import take_rows
+from ..rows import split_dim, take_rows
 from ..tokens import Layout, Tokens, TraceStep
 from .block import BlockMacs, BlockPlan, ReducingBlock
 from .merging import Merging
@@ -34,7 +34,7 @@ from .token_norm import norm_alike, norm_tokens
 
 def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens [B, H * W, C] as a map [B, C, H, W], channels last in memory; no copy."""
-    return x.unflatten(1, grid).permute(0, 3, 1, 2)
+    return split_dim(x, 1, *grid).permute(0, 3, 1, 2)
 
 
 def from_map(x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
         if (start, stop) != (0, 3):
             weight = weight.unflatten(0, (attn.num_heads, 3, -1))[:, start:stop].flatten(0, 2)
             bias = None if bias is None else bias.unflatten(0, (attn.num_heads, 3, -1))[:, start:stop].flatten()
-        rows = nn.functional.linear(z, weight, bias).unflatten(2, (attn.num_heads, stop - start, -1))
+        rows = split_dim(nn.functional.linear(z, weight, bias), 2, attn.num_heads, stop - start, -1)
         return rows.transpose(1, 2).unbind(3)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor | None) -> Heads:

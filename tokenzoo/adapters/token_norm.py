@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..rows import split_dim
+
 
 def norm_tokens(norm: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
     """Normalises tokens [B, N, C]; in training by their own statistics, which padding takes no part in.
@@ -45,7 +47,7 @@ def norm_alike(norm: nn.Module, rows: Tensor, x: Tensor | None = None, valid: Te
         return norm(rows.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
     if not norm.training or x is None:
         kept = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        return F.batch_norm(rows.flatten(0, 1), *kept, eps=norm.eps).unflatten(0, rows.shape[:2])
+        return split_dim(F.batch_norm(rows.flatten(0, 1), *kept, eps=norm.eps), 0, *rows.shape[:2])
     return _apply(norm, rows, *_moments(x, valid))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attention import Heads
 from ..layer_macs import stream_width
 from ..projections import linear_part
+from ..rows import split_dim
 from .block import BlockMacs
 
 try:  # timm >= 1.0.20
@@ -41,7 +42,7 @@ def input_width(attn: nn.Module) -> int:
 
 def split_heads(x: Tensor, width: int) -> Tensor:
     """[B, N, H * D] -> [B, H, N, D]."""
-    return x.unflatten(2, (-1, width)).transpose(1, 2)
+    return split_dim(x, 2, -1, width).transpose(1, 2)
 
 
 def differential_lambda(attn: nn.Module, like: Tensor) -> Tensor | None:
@@ -75,7 +76,7 @@ def differential_output(attn: nn.Module, out: Tensor) -> Tensor:
     """The per-head norm of differential attention on heads side by side; ordinary heads pass unchanged."""
     if not is_differential(attn):
         return out
-    heads = attn.sub_norm(out.unflatten(2, (-1, value_width(attn))))
+    heads = attn.sub_norm(split_dim(out, 2, -1, value_width(attn)))
     return (heads * (1 - attn.lambda_init)).flatten(2)
 
 

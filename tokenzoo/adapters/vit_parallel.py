@@ -16,6 +16,7 @@ from ..attention import Heads
 from ..layer_macs import linear_macs
 from ..methods.base import BlockShape
 from ..projections import linear_part
+from ..rows import split_dim
 from ..tokens import Tokens
 from .block import BlockMacs, ReducingBlock
 from .vit_attention import (
@@ -60,7 +61,7 @@ class _ParallelScaling(ReducingBlock):
         if is_differential(self):  # norms act on [B, H, N, d]
             q, k = self.q_norm(split_heads(parts[0], self.head_dim)), self.k_norm(split_heads(parts[1], self.head_dim))
         else:  # norms act on [B, N, H, d], which matters for norms that look at more than the last axis
-            q, k = (n(p.unflatten(2, (-1, self.head_dim))).transpose(1, 2) for n, p in zip(self._qk_norms(), parts))
+            q, k = (n(split_dim(p, 2, -1, self.head_dim)).transpose(1, 2) for n, p in zip(self._qk_norms(), parts))
         v = split_heads(parts[2], value_width(self)) if with_values else None
         dropout = self.attn_drop.p if self.training else 0.0
         return Heads(q, k, v, self.scale, differential_lambda(self, q), self.fused_attn, dropout)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from ..graphs import why_counts_are_unknown
 from ..patching import is_patched
-from ..rows import stable_order, take_rows
+from ..rows import split_dim, stable_order, take_rows
+from ..selection import host_ranges
 from .dtop_head import DToPHead
 from .segmenter import pad_to_patches
 
@@ -88,7 +90,7 @@ class DToP(nn.Module):
         """Scores of every class and pixel [B, K, H, W] of normalised images [B, 3, H, W] of any size."""
         padded, _ = pad_to_patches(images, self.backbone.patch_embed.patch_size)
         grid = tuple(self.backbone.patch_embed.dynamic_feat_size(padded.shape[-2:]))
-        maps = self.predict(padded).scores.unflatten(2, grid)
+        maps = split_dim(self.predict(padded).scores, 2, *grid)
         maps = F.interpolate(maps, padded.shape[-2:], mode="bilinear", align_corners=False)
         return maps[:, :, : images.shape[-2], : images.shape[-1]]
 
@@ -96,11 +98,13 @@ class DToP(nn.Module):
         """What all heads say about normalised images [B, 3, H, W] in whole patches.
 
         Raises:
-            ValueError: the backbone was patched since.
+            ValueError: the backbone was patched since, or the images cannot be looked at.
         """
         backbone = self.backbone
         if is_patched(backbone):
             raise ValueError("DToP: the backbone is patched; DToP reduces by itself, call tokenzoo.unpatch_model on it")
+        if (why := why_counts_are_unknown(images)) is not None:
+            raise ValueError(f"DToP: as many patches leave early as the images ask for, {why}; run it on images")
         x = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images)))[:, backbone.num_prefix_tokens :]
         batch, length = x.shape[:2]
         # rows that still run: their place in the image, and False for those that only fill up the batch
@@ -126,7 +130,8 @@ class DToP(nn.Module):
             stages.append(scores)
             finished.append(done)
             counts = (valid & ~sure).sum(1)
-            fewest, most = torch.stack([counts.min(), counts.max()]).tolist()
+            found = host_ranges(counts)  # the one look of the host at the data of this stage
+            fewest, most = (x.shape[1],) * 2 if found is None else found[0]
             order = stable_order((sure | ~valid).long())[:, :most]
             x, place = take_rows(x, order), place.gather(1, order)
             valid = torch.arange(most, device=x.device) < counts.unsqueeze(1)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..rows import split_dim
+
 
 class MaskAttention(nn.Module):
     """Attention of queries to tokens that also hands out its logits.
@@ -27,7 +29,7 @@ class MaskAttention(nn.Module):
         """What the queries read [B, K, D], and the logits [B, K, N], mean over heads, of padding too."""
 
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            return split_dim(x, 2, self.num_heads, -1).transpose(1, 2)
 
         q, k, v = heads(self.q(queries)), heads(self.k(tokens)), heads(self.v(tokens))
         logits = q @ k.transpose(2, 3) * self.scale

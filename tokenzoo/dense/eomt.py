@@ -16,6 +16,7 @@ from ..counting import report
 from ..layer_macs import conv_macs, linear_macs
 from ..lifting import lift
 from ..patching import is_patched
+from ..rows import split_dim
 from ..tokens import Tokens
 from .segmenter import pad_to_patches
 
@@ -143,7 +144,7 @@ class EoMT(nn.Module):
             queries, x = x[:, prefix : prefix + self.num_q], x[:, prefix + self.num_q :]
         else:
             queries, x = self._encode_patched(backbone, images, queries, entry)
-        return queries, x.transpose(1, 2).unflatten(2, grid)
+        return queries, split_dim(x.transpose(1, 2), 2, *grid)
 
     def _encode_patched(self, backbone: Any, images: Tensor, queries: Tensor, entry: int) -> tuple[Tensor, Tensor]:
         recipe, depth = backbone.tokenzoo_recipe, len(backbone.blocks)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rows import split_dim
 from .segmenter import Segmenter
 
 
@@ -41,7 +42,7 @@ class LayersSegmenter(Segmenter):
         )
         features = torch.cat(maps, dim=1)
         scores = self.decoder(features.flatten(2).transpose(1, 2))
-        return scores.transpose(1, 2).unflatten(2, features.shape[-2:])
+        return split_dim(scores.transpose(1, 2), 2, *features.shape[-2:])
 
     def head_macs(self, num_tokens: int, grid: tuple[int, int] | None = None) -> int:
         """Multiply-adds of the decoder for one image; it always sees the full grid, if that is given.

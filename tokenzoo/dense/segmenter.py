@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..rows import split_dim
 from .features import encode
 
 
@@ -88,7 +89,7 @@ class Segmenter(nn.Module):
             maps = encoded.restore(torch.cat([front, tokens], dim=1))
         else:
             maps = self.decoder(encoded.features())
-        return maps.transpose(1, 2).unflatten(2, encoded.grid)
+        return split_dim(maps.transpose(1, 2), 2, *encoded.grid)
 
     def head_macs(self, num_tokens: int, grid: tuple[int, int] | None = None) -> int:
         """Multiply-adds of the decoder for one image.

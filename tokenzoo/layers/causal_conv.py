@@ -41,4 +41,6 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         y = F.conv2d(rows, kernel.unsqueeze(2), bias, groups=dim).squeeze(2)
     else:
         y = F.conv1d(F.pad(x, (past, 0)), kernel, bias, groups=dim)
-    return F.silu(y, inplace=not torch.is_grad_enabled()) if activation else y
+    # a traced graph is the same with and without gradients
+    own = not torch.is_grad_enabled() and not torch.jit.is_tracing()
+    return F.silu(y, inplace=own) if activation else y

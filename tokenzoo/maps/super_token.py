@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..rows import split_dim
 from ..super_tokens import Association, from_cells, gather_back, to_cells
 from .base import TokenMap
 
@@ -43,7 +44,7 @@ class SuperTokenMap(TokenMap):
 
     def _by_cell(self, x: Tensor) -> Tensor:
         """Patches [B, H * W, D] cut into cells."""
-        return to_cells(x.unflatten(1, self.grid), self.cell)
+        return to_cells(split_dim(x, 1, *self.grid), self.cell)
 
     @property
     def heads(self) -> Tensor:
@@ -92,7 +93,7 @@ class SuperTokenMap(TokenMap):
         return None  # super tokens have no size: the published layer weighs none of them
 
     def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
-        supers = y[:, self.num_prefix :].unflatten(1, self._cells)
+        supers = split_dim(y[:, self.num_prefix :], 1, *self._cells)
         patches = from_cells(self.found.spread(supers), self.grid, self.cell).flatten(1, 2)
         return torch.cat([y[:, : self.num_prefix], patches], dim=1)
 

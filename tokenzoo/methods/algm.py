@@ -22,6 +22,7 @@ from ..maps import MergeMap, TokenMap
 from ..matching import best_odd, bipartite_pairs
 from ..registry import register
 from ..schedules import spread
+from ..selection import host_ranges
 from ..signals import Signals
 from ..tokens import Layout, Tokens
 from .base import BlockShape, Method, Step
@@ -201,14 +202,14 @@ class ALGM(Method):
             counts: merges that each image asks for [B, 1].
             removed: tokens that one merge removes.
         """
-        if self.batch_min:
+        if self.batch_min and counts.shape[0]:
             counts = counts.amin(0, keepdim=True).expand_as(counts)
         real = tokens.valid_patches
         left = (tokens.num_patches if real is None else real.unsqueeze(1)) - counts * removed
-        # the one look of the host at the data
-        least, most, merges = torch.stack([left.min(), left.max(), counts.max()]).tolist()
-        if merges == 0:
+        found = host_ranges(left, counts)  # the one look of the host at the data
+        if found is None or found[1][1] == 0:
             return None
+        least, most = found[0]
         return counts, tokens.layout.num_prefix + most, tokens.valid is not None or least != most
 
     # ---- cost and strength

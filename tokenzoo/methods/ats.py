@@ -12,7 +12,7 @@ from ..maps import KeepMap, TokenMap
 from ..registry import register
 from ..rows import stable_order
 from ..schedules import spread
-from ..selection import real_rows, with_prefix
+from ..selection import host_ranges, real_rows, with_prefix
 from ..signals import Signals
 from ..tokens import Layout, Tokens
 from .base import BlockShape, Method, Step
@@ -102,7 +102,8 @@ class ATS(Method):
             picked, order = sample_heights(scores, self._heights(step, tokens.layout), whole)
             counts = picked.sum(1, keepdim=True)
             if step.strength is None:
-                length = int(counts.max())  # the one look of the host at the data
+                found = host_ranges(counts)  # the one look of the host at the data
+                length = tokens.num_patches if found is None else found[0][1]
             else:
                 length = min(tokens.num_patches, self._heights(step, tokens.layout))
             front = stable_order(~picked)[:, :length]

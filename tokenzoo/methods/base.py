@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from ..graphs import why_counts_are_unknown
 from ..maps import TokenMap
 from ..signals import Signals
 from ..tokens import Layout, Tokens, TraceStep
@@ -36,6 +37,20 @@ class Step(NamedTuple):
     def tokens_out(self, n: int, layout: Layout) -> int:
         """Tokens after the step when `n` come in, prefix included; raises ValueError if the strength is unreachable."""
         return self.method.tokens_out(n, self, layout)
+
+    def decide(self, tokens: Tokens, signals: Signals | None) -> TokenMap | None:
+        """The map that the method decides here, None to leave the tokens alone.
+
+        Raises:
+            ValueError: counts depend on the images, and these cannot be looked at.
+        """
+        if self.method.data_dependent and (why := why_counts_are_unknown(tokens.x)) is not None:
+            fixed = self.method.static_option
+            raise self.error(
+                f"keeps as many tokens as the images ask for, {why}; set a fixed budget"
+                + (f", such as {fixed}" if fixed else "")
+            )
+        return self.method.map(tokens, signals, self)
 
     def error(self, message: str) -> ValueError:
         """A ValueError that names the method and the block."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ..maps import SuperTokenMap, TokenMap
 from ..registry import register
+from ..rows import split_dim
 from ..signals import Signals
 from ..super_tokens import SLOTS, associate, to_cells
 from ..tokens import Layout, Tokens
@@ -115,7 +116,7 @@ class STA(Method):
                 "needs all patches in their grid, but tokens were reduced before; let it act in earlier blocks"
             )
         z = signals.branch_input
-        cells = to_cells(z[:, layout.num_prefix :].unflatten(1, layout.grid), self._sides)
+        cells = to_cells(split_dim(z[:, layout.num_prefix :], 1, *layout.grid), self._sides)
         found = associate(cells, self.iterations, self.mask_borders)
         return SuperTokenMap(found, layout.grid, self._sides, layout.num_prefix, known=(z, cells))
 
