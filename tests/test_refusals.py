@@ -158,8 +158,8 @@ def test_patched_models_say_what_they_cannot_do():
         model(x, attn_mask=torch.zeros(3, 3))
     with pytest.raises(ValueError, match="output_fmt='NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
-    with pytest.raises(ValueError, match="pooling 'avg'.*forward_tokens"):
-        model.forward_head(model.forward_features(x))
+    with pytest.raises(ValueError, match="'avg' do not tell pooling 'max'.*forward_tokens"):
+        model.pool(model.forward_features(x), "max")
     torch.testing.assert_close(model.forward_head(model.forward_tokens(x)), model(x))
     with pytest.raises(ValueError, match="no option 'strength'"):
         tokenzoo.update_method(model, strength=1)

@@ -23,6 +23,7 @@ from ..tokens import Layout, Tokens
 from .block import BlockMacs, ReducingBlock
 from .eva_attention import ATTENTIONS, head_width, input_width, rotary_heads, rotary_macs, rotary_values
 from .family import Family
+from .features import Reads
 from .model import ReducingModel
 from .pooling import pool_plain
 from .rope import Rope, check_rebuild, waves_of
@@ -122,6 +123,9 @@ class ReducingEva(ReducingModel, Eva):
         if rope is not None and rope.waves is not None:
             layout = layout._replace(track_size=True)  # mean coordinates are weighted by it
         return layout
+
+    def head_reads(self) -> Reads:
+        return Reads.of(self.global_pool) if self.attn_pool is None else Reads(attends=True)
 
     def pool_tokens(self, tokens: Tokens, kind: str) -> Tensor:
         recipe = self.tokenzoo_recipe

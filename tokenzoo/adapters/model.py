@@ -18,6 +18,7 @@ from ..rows import split_dim
 from ..signals import EmbedSignals
 from ..tokens import Layout, Tokens
 from .block import four_dims, refuse_causal
+from .features import Reads, decode, encode
 
 
 class BackboneInfo(NamedTuple):
@@ -127,7 +128,8 @@ class ReducingModel:
             dense: also keep the values that dropped tokens had.
         """
         recipe, images = self.tokenzoo_recipe, x
-        trace, dense = trace or dense or recipe.keeps_trace, dense or recipe.keeps_trace
+        dense = dense or self.pools_all or recipe.keeps_trace
+        trace = trace or dense
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x, rope = self.embed(x)
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
@@ -203,37 +205,70 @@ class ReducingModel:
         recipe = self.tokenzoo_recipe
         return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.norm)
 
+    def head_reads(self) -> Reads:
+        """What the head does with tokens, for the form that `forward_features` gives them."""
+        raise NotImplementedError
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens after the final norm: those that remain [B, N', C], or with dense=True in the recipe all [B, N, C]."""
+        """Tokens after the final norm as one tensor, of which `forward_head` makes what `forward` does.
+
+        Args:
+            x: images [B, C, H, W].
+            attn_mask: see `forward_tokens`.
+            is_causal: refused.
+
+        Returns:
+            The tokens that remain [B, N', C]; where pooling weighs them by size, and with dense=True in the recipe, all
+            of them in their original places [B, N, C]. See `tokenzoo.adapters.features` for all forms.
+        """
+        weighs = self.head_reads().weighs(self.tokenzoo_recipe)
         dense = self.tokenzoo_recipe.dense
-        tokens = self.forward_tokens(x, attn_mask, is_causal=is_causal, dense=dense)
-        return self.lift_features(tokens) if dense else tokens.x
+        return self.features(self.forward_tokens(x, attn_mask, trace=weighs, is_causal=is_causal, dense=dense))
+
+    def features(self, tokens: Tokens) -> Tensor:
+        """What `forward_features` returns, from tokens after the final norm with their trace."""
+        recipe = self.tokenzoo_recipe
+        return self.lift_features(tokens) if recipe.dense else encode(tokens, self.head_reads(), recipe)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Class scores of images [B, C, H, W]."""
         return self.forward_head(self.forward_tokens(x, attn_mask, is_causal=is_causal))
 
+    @property
+    def pools_all(self) -> bool:
+        """Whether the head gets all tokens back before it pools them: `forward_features` gives no others."""
+        return self.tokenzoo_recipe.dense and (not self.global_pool or any(self.head_reads()))
+
+    def read(self, x: Tensor | Tokens) -> Tokens:
+        """Tokens as the head sees them; with dense=True in the recipe, all of them.
+
+        Args:
+            x: `Tokens` from `forward_tokens`, or what `forward_features` returned.
+        """
+        if not isinstance(x, Tensor):
+            return Tokens(self.lift_features(x), x.layout) if self.pools_all and x.trace else x
+        layout = self.layout((1, x.shape[1] - self.num_prefix_tokens))
+        return decode(x, self.head_reads(), self.tokenzoo_recipe, layout)
+
     def pool(self, x: Tensor | Tokens, pool_type: str | None = None) -> Tensor:
         """Pools tokens as the model does, with sizes and padding respected.
 
         Args:
-            x: `Tokens` from `forward_tokens`, or features [B, N, C] where pooling needs neither sizes nor padding.
+            x: `Tokens` from `forward_tokens`, or what `forward_features` returned.
             pool_type: overrides the model's own pooling.
 
         Raises:
-            ValueError: features without side data where pooling needs it.
+            ValueError: features that were given out for another pooling.
         """
         kind = self.global_pool if pool_type is None else pool_type
-        if isinstance(x, Tokens):
-            return self.pool_tokens(x, kind)
-        recipe = self.tokenzoo_recipe
-        uneven = recipe.mass_weighted_pool or any(m.pads for m in recipe.methods)
-        if kind not in ("token", "") and (uneven or (self.attn_pool is not None and recipe.proportional)):
-            raise ValueError(
-                f"{type(self).__name__}.forward_head: pooling {kind!r} needs the size or validity of every token, "
-                "which a plain tensor lacks; call model(images), or model.forward_head(model.forward_tokens(images))"
-            )
-        return super().pool(x, pool_type)
+        if isinstance(x, Tensor) and kind not in ("token", "", self.global_pool) and self.attn_pool is None:
+            recipe = self.tokenzoo_recipe
+            if recipe.mass_weighted_pool and not recipe.dense:
+                raise ValueError(
+                    f"{type(self).__name__}.pool: features for pooling {self.global_pool!r} do not tell pooling "
+                    f"{kind!r} the size of every token; call model.pool(model.forward_tokens(images), {kind!r})"
+                )
+        return self.pool_tokens(self.read(x), kind)
 
     def pool_tokens(self, tokens: Tokens, kind: str) -> Tensor:
         """Pooling with side data at hand."""
@@ -248,10 +283,6 @@ class ReducingModel:
             norm: apply the final norm.
         """
         return self.norm(x) if norm else x
-
-    def in_model_order(self, tokens: Tokens) -> Tensor:
-        """Values of tokens [B, N, C] in the order in which the unpatched model lists them."""
-        return tokens.x
 
     def forward_intermediates(
         self,
@@ -291,7 +322,9 @@ class ReducingModel:
         spatial: list[Tensor] = []
         prefixes: list[Tensor] = []
         last = max_index if stop_early else None
-        for index, tokens in enumerate(self.walk(x, attn_mask, last, dense=dense), -1):
+        weighs = self.head_reads().weighs(self.tokenzoo_recipe)
+        keep = dense or self.tokenzoo_recipe.dense
+        for index, tokens in enumerate(self.walk(x, attn_mask, last, trace=weighs, dense=keep), -1):
             if index not in take:
                 continue
             tap = partial(self.tap, index=index, norm=norm)
@@ -311,10 +344,10 @@ class ReducingModel:
             if prefix and return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefixes
             if not intermediates_only:
-                result["image_features"] = self.in_model_order(self._finish(tokens))
+                result["image_features"] = self.features(self._finish(tokens))
             return result
         out = list(zip(spatial, prefixes)) if return_prefix_tokens and prefix else spatial
-        return out if intermediates_only else (self.in_model_order(self._finish(tokens)), out)
+        return out if intermediates_only else (self.features(self._finish(tokens)), out)
 
 
 def _call(block: nn.Module, tokens: Tokens, rope: Any, mask: Tensor | None) -> Tokens:

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..recipes import Recipe
-from ..scan_order import to_scan
+from ..scan_order import from_scan, to_scan
 from ..tokens import Layout, Tokens
+from .features import Reads
 from .model import ReducingModel
 from .pooling import pool_plain
-from .scan_block import PLACES, ScanContext, rows_of
+from .scan_block import PLACES, ScanContext
 
 
 class ScanModel(ReducingModel):
@@ -36,16 +37,27 @@ class ScanModel(ReducingModel):
         rules = [method.gap_rule for method in self.tokenzoo_recipe.methods if method.gap_rule is not None]
         return ScanContext(self.drop_path_of(index), rules[0] if rules else None)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normed tokens in scan order: those that remain [B, N', C], or with dense=True in the recipe all of them."""
-        dense = self.tokenzoo_recipe.dense
-        tokens = self.forward_tokens(x, dense=dense)
-        if dense:
-            return to_scan(self.lift_features(tokens), tokens.layout.scan_rows)
-        return self.in_model_order(tokens)
+    def head_reads(self) -> Reads:
+        return Reads.of(self.global_pool)
 
-    def in_model_order(self, tokens: Tokens) -> Tensor:
-        return to_scan(tokens.x, rows_of(tokens))
+    def features(self, tokens: Tokens) -> Tensor:
+        """Normed tokens as one tensor in scan order, class tokens where a sequence of this length has them."""
+        x = super().features(tokens)
+        return to_scan(x, self._rows(x))
+
+    def read(self, x: Tensor | Tokens) -> Tokens:
+        return super().read(from_scan(x, self._rows(x)) if isinstance(x, Tensor) else x)
+
+    def _rows(self, x: Tensor) -> tuple[int, ...]:
+        """Where the head finds the prefix tokens in features [B, N, C]."""
+        return self.scan_rows((1, x.shape[1] - self.num_prefix_tokens))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normed tokens [B, N', C] in scan order, class tokens where the head expects them at this length.
+
+        They are those that remain, or all of them where pooling weighs tokens by size or the recipe has dense=True.
+        """
+        return super().forward_features(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of images [B, C, H, W]."""
@@ -55,23 +67,16 @@ class ScanModel(ReducingModel):
         """Class scores, or pooled features.
 
         Args:
-            x: `Tokens` from `forward_tokens`; a plain tensor cannot say where the class token went.
+            x: `Tokens` from `forward_tokens`, or what `forward_features` returned.
             pre_logits: return pooled features [B, C].
-
-        Raises:
-            ValueError: a plain tensor.
         """
-        if not isinstance(x, Tokens):
-            raise ValueError(
-                f"{type(self).__name__}.forward_head: a plain tensor does not say which tokens are left; call "
-                "model(images), or model.forward_head(model.forward_tokens(images))"
-            )
+        tokens = self.read(x)
         if self.global_pool == "token":
-            pooled = x.x[:, : x.layout.num_prefix].mean(1)
+            pooled = tokens.x[:, : tokens.layout.num_prefix].mean(1)
         elif self.global_pool:
-            pooled = pool_plain(x, "avg", False, self.tokenzoo_recipe.mass_weighted_pool)
+            pooled = pool_plain(tokens, "avg", False, self.tokenzoo_recipe.mass_weighted_pool)
         else:
-            pooled = to_scan(x.x, rows_of(x))
+            pooled = to_scan(tokens.x, self._rows(tokens.x))
         pooled = self.head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
 

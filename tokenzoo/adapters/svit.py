@@ -5,7 +5,8 @@ begins a new sequence with its own grid: at its end every place of the grid gets
 recipe's `fill` says), and the model's own convolution halves the map. Only an importance that a method carries from
 block to block goes along, summed over the places that become one. Behind the last stage, projection, norm and pooling
 run on the tokens that are left; the place "norm" is in front of the projection, which that norm belongs to. Without
-dense=True, `forward_features` gives the tokens that are left as a map one wide where some are missing.
+dense=True, `forward_features` gives the tokens that are left as a map one wide where some are missing, unless pooling
+weighs places by size.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..models.svit_blocks import SuperTokenBlock
 from ..recipes import Recipe
 from ..tokens import Tokens
 from .family import Family
+from .features import Reads, decode, encode
 from .pooling import pool_plain
 from .svit_blocks import ReducingSuperTokenBlock, begin, from_map, full_map, to_map
 from .svit_checks import check, check_block, check_recipe, sequences
@@ -128,18 +130,25 @@ class ReducingSViT(SViT):
         return F.silu(norm_alike(self.norm, self._pointwise(rows)))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Projected tokens of images [B, C, H, W] as a map.
+        """Projected tokens of images [B, C, H, W] as a map, of which `forward_head` makes what `forward` does.
 
         Returns:
-            [B, D, H / 32, W / 32] with dense=True in the recipe, or where all places are there; else the N' tokens that
-            are left as [B, D, N', 1].
+            [B, D, H / 32, W / 32] with dense=True in the recipe, where pooling weighs places by size, or where all
+            places are there; else the N' tokens that are left as [B, D, N', 1].
         """
-        return self._as_map(self.forward_tokens(x), self.tokenzoo_recipe.dense)
+        return self.features(self.forward_tokens(x))
 
-    def _as_map(self, tokens: Tokens, dense: bool) -> Tensor:
-        if dense or not tokens.trace:
-            return to_map(self.lift_features(tokens), tokens.layout.grid)
-        return tokens.x.transpose(1, 2).unsqueeze(3)
+    def head_reads(self) -> Reads:
+        """What the head does with places, for the form that `forward_features` gives them."""
+        return Reads.of(self.global_pool.pool_type, include_prefix=True)
+
+    def features(self, tokens: Tokens) -> Tensor:
+        """What `forward_features` returns, from projected tokens."""
+        grid = tokens.layout.grid
+        if self.tokenzoo_recipe.dense or not tokens.trace:
+            return to_map(self.lift_features(tokens), grid)
+        rows = encode(tokens, self.head_reads(), self.tokenzoo_recipe)
+        return to_map(rows, grid if rows.shape[1] == grid[0] * grid[1] else (rows.shape[1], 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of images [B, C, H, W]."""
@@ -149,25 +158,17 @@ class ReducingSViT(SViT):
         """Pooling and classifier.
 
         Args:
-            x: what `forward_tokens` returned, or a map where pooling needs neither sizes nor padding.
+            x: what `forward_tokens` or `forward_features` returned.
             pre_logits: stop in front of the classifier.
-
-        Raises:
-            ValueError: a map where pooling needs sizes or padding.
         """
         kind, recipe = self.global_pool.pool_type, self.tokenzoo_recipe
-        if not isinstance(x, Tokens):
-            uneven = recipe.mass_weighted_pool or any(method.pads for method in recipe.methods)
-            if kind and uneven and not recipe.dense:
-                raise ValueError(
-                    f"{type(self).__name__}.forward_head: pooling {kind!r} needs the size or validity of every token, "
-                    "which a map lacks; call model(images), or model.forward_head(model.forward_tokens(images))"
-                )
-            return super().forward_head(x, pre_logits)
-        if not kind:
-            pooled = self._as_map(x, recipe.dense)
-        elif not x.trace:
-            pooled = self.global_pool(to_map(x.x, x.layout.grid))
+        if isinstance(x, Tensor):
+            tokens = decode(from_map(x), self.head_reads(), recipe, begin(x, recipe).layout)
+            if tokens.size is None and tokens.valid is None:
+                return super().forward_head(x, pre_logits)
+            pooled = _pooled(tokens, kind, recipe.mass_weighted_pool) if kind else x
+        elif not kind or recipe.dense or not x.trace:
+            pooled = self.global_pool(self.features(x))
         else:
             pooled = _pooled(x, kind, recipe.mass_weighted_pool)
         pooled = self.head_drop(pooled)
@@ -207,7 +208,7 @@ class ReducingSViT(SViT):
         index, tokens = max(ends.items())
         if index < len(self.layers) - 1:
             return self.layers[index].downsample(full_map(tokens, self.tokenzoo_recipe)), maps
-        return self._as_map(self._finish(tokens), self.tokenzoo_recipe.dense), maps
+        return self.features(self._finish(tokens)), maps
 
 
 def _pooled(tokens: Tokens, kind: str, mass_weighted: bool) -> Tensor:

@@ -26,6 +26,7 @@ from ..methods.base import BlockShape
 from ..tokens import Tokens
 from .block import BlockMacs, ReducingBlock
 from .family import Family
+from .features import Reads
 from .model import ReducingModel
 from .pooling import pool_plain
 from .vit_attention import (
@@ -109,6 +110,12 @@ class VitModel(ReducingModel):
     def embed(self, x: Tensor) -> tuple[Tensor, Any]:
         return self.norm_pre(self._pos_embed(self.patch_embed(x))), None
 
+    def head_reads(self) -> Reads:
+        if self.attn_pool is None:
+            return Reads.of(self.global_pool, self.pool_include_prefix)
+        latent = isinstance(self.attn_pool, AttentionPoolLatent)
+        return Reads(attends=True, mean=not latent and self.attn_pool.pool == "avg")
+
     def pool_tokens(self, tokens: Tokens, kind: str) -> Tensor:
         if self.attn_pool is None:
             return pool_plain(tokens, kind, self.pool_include_prefix, self.tokenzoo_recipe.mass_weighted_pool)
@@ -135,6 +142,9 @@ class ReducingVisionTransformer(VitModel, VisionTransformer):
 
 class ReducingVisionTransformerDistilled(VitModel, VisionTransformerDistilled):
     """DeiT with a distillation token: the heads read tokens 0 and 1, no pooling."""
+
+    def head_reads(self) -> Reads:
+        return Reads()
 
     def forward_head(self, x: Tensor | Tokens, pre_logits: bool = False) -> Tensor:
         return super().forward_head(x.x if isinstance(x, Tokens) else x, pre_logits)

@@ -14,6 +14,7 @@ from ..models.t2t_vit import T2TViT
 from ..recipes import Recipe
 from ..tokens import Tokens
 from .family import Family
+from .features import Reads
 from .vit import BLOCKS, VitModel, check, check_block
 
 
@@ -24,10 +25,14 @@ class ReducingT2TViT(VitModel, T2TViT):
 class ReducingLVViT(VitModel, LVViT):
     """`LVViT` whose blocks reduce tokens."""
 
+    def head_reads(self) -> Reads:
+        # the second classifier takes the best of the patch tokens
+        reads = super().head_reads()
+        return reads._replace(greatest=reads.greatest or self.aux_head is not None)
+
     def forward_head(self, x: Tensor | Tokens, pre_logits: bool = False) -> Tensor:
         """Logits by the published rule, over the patch tokens that are left."""
-        if not isinstance(x, Tokens):
-            return super().forward_head(x, pre_logits)
+        x = self.read(x)
         out = VisionTransformer.forward_head(self, x, pre_logits)
         if pre_logits or not self.global_pool:
             return out

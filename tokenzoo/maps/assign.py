@@ -23,6 +23,8 @@ class AssignMap(TokenMap):
         valid: [B, N'] bool, False marks padding: such rows become zero.
     """
 
+    whole = True
+
     def __init__(self, assign: Tensor, heads: Tensor, weight: Tensor | None, valid: Tensor) -> None:
         self._assign, self._heads, self.weight, self.valid = assign, heads, weight, valid
         self.n_in, self.n_out = assign.shape[1], heads.shape[1]

@@ -23,6 +23,7 @@ class TokenMap(ABC):
     n_in: int
     n_out: int
     valid: Tensor | None = None
+    whole: bool = False  # whether every old token counts in one new one at most, with all of its mass
     linear: bool = True  # False when `apply` is no matrix (elementwise maximum)
     drops: bool = False  # whether real tokens may be left without a new one that stands for them
     opens_span: bool = False  # whether a later step may rebuild the tokens from what the map remembers

@@ -20,6 +20,7 @@ class ChainMap(TokenMap):
     def __init__(self, *maps: TokenMap) -> None:
         self.maps = maps
         self.n_in, self.n_out, self.valid = maps[0].n_in, maps[-1].n_out, maps[-1].valid
+        self.whole = all(token_map.whole for token_map in maps)
         self.linear = all(token_map.linear for token_map in maps)
         self.drops = any(token_map.drops for token_map in maps)
         self.opens_span = any(token_map.opens_span for token_map in maps)

@@ -20,6 +20,7 @@ class FuseMap(TokenMap):
         valid: [B, K + 1] bool or None.
     """
 
+    whole = True
     drops = True
 
     def __init__(self, idx: Tensor, weight: Tensor, left_out: Tensor, valid: Tensor | None = None) -> None:

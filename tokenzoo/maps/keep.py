@@ -18,6 +18,7 @@ class KeepMap(TokenMap):
         valid: [B, N'] bool, False marks padding: such rows become zero.
     """
 
+    whole = True
     drops = True
 
     def __init__(self, idx: Tensor, n_in: int, valid: Tensor | None = None) -> None:

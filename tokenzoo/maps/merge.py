@@ -24,6 +24,8 @@ class MergeMap(TokenMap):
         valid: [B, N'] bool or None.
     """
 
+    whole = True
+
     def __init__(
         self,
         order: Tensor,

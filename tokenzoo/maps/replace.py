@@ -24,6 +24,7 @@ class ReplaceMap(TokenMap):
     def __init__(self, grouping: TokenMap, values: Tensor) -> None:
         self.grouping, self.values = grouping, values
         self.n_in, self.n_out, self.valid, self.drops = grouping.n_in, grouping.n_out, grouping.valid, grouping.drops
+        self.whole = grouping.whole
 
     @property
     def heads(self) -> Tensor:
