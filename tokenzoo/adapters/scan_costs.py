@@ -8,6 +8,7 @@ from torch import nn
 
 from ..recipes import Recipe
 from ..tokens import Layout
+from .classes import unwrapped
 
 
 class ScanCosts(NamedTuple):
@@ -54,10 +55,9 @@ class ScanCosts(NamedTuple):
 
 def read_scan_costs(model: nn.Module, grid: tuple[int, int]) -> ScanCosts:
     """Reads what the formulas need off a model, patched or not, at a grid of tokens."""
-    from .family import families
+    from .family import find_family
 
-    kinds = {cls: cls for family in families() for cls in family.blocks.values()}
-    kinds |= {plain: cls for family in families() for plain, cls in family.blocks.items()}
+    family = find_family(model)
     head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
-    blocks = tuple((block, kinds[type(block)]) for block in model.blocks)
+    blocks = tuple((block, family.block_kind(block)) for block in map(unwrapped, model.blocks))
     return ScanCosts(blocks, model.patch_embed.macs(grid), head, bool(model.global_pool))
