@@ -14,12 +14,13 @@ from torch import nn
 
 from .adapters.block import BlockMacs
 from .adapters.block_costs import block_cost
-from .adapters.family import Family, families, find_family
+from .adapters.classes import unwrapped as unwrapped_block
+from .adapters.family import Family, find_family
 from .adapters.scan_costs import ScanCosts
 from .layer_macs import conv_macs, is_conv, linear_macs, unwrapped
 from .methods.base import BlockShape
-from .patching import backbone_of, describe
-from .recipes import Recipe
+from .patching import backbone_of, describe, running_steps
+from .recipes import Placed, Recipe
 from .tokens import Layout
 
 
@@ -121,10 +122,9 @@ def read_costs(backbone: nn.Module, family: Family, layout: Layout, grid: tuple[
     """Reads what the formulas need off a model, patched or not, at a patch grid (None for the model's own)."""
     if family.costs is not None:
         return family.costs(backbone, tuple(grid or backbone.patch_embed.grid_size))
-    kinds = {cls: cls for cls in family.blocks.values()} | family.blocks
     blocks = []
-    for block in backbone.blocks:
-        cls = kinds[type(block)]
+    for block in map(unwrapped_block, backbone.blocks):
+        cls = family.block_kind(block)
         blocks.append((cls.macs(block), cls.shape(block), cls.fused.fget(block)))
     head, per_token, per_pair = _head_costs(backbone)
     sees_all = backbone.attn_pool is None or getattr(backbone, "pool_include_prefix", True)
@@ -220,7 +220,9 @@ def report(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> R
     """
     backbone = backbone_of(model)
     recipe = getattr(backbone, "tokenzoo_recipe", None)
-    family = next((f for f in families() if type(backbone) in f.models.values()), None) or find_family(backbone)
+    if recipe is not None:  # what runs, which may have lost blocks since it was patched
+        recipe = Placed.of(recipe, running_steps(backbone))
+    family = find_family(backbone)
     grid = None
     if img_size is not None:
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from .adapters.block import BlockPlan, ReducingBlock
-from .adapters.family import Family, families, find_family
+from .adapters.classes import path_of, refuse_derived, refuse_wrapped
+from .adapters.family import Family, families, family_of, find_family, refuse_around
 from .adapters.model import BackboneInfo
-from .methods.base import Method
+from .adapters.wrappers import backbone_of, backbone_to_patch
+from .installing import Change, blocks_of, install, prepare, remove
+from .methods.base import Method, Step
 from .recipes import Recipe, take_flops
-from .registry import create_method, list_methods, method_class
+from .registry import check_options, declaring
 from .tokens import Layout
 
 _log = logging.getLogger(__name__)
@@ -24,27 +26,6 @@ _log = logging.getLogger(__name__)
 def list_backbones() -> dict[str, list[str]]:
     """Served model classes by family."""
     return {family.name: [cls.__name__ for cls in family.models] for family in families()}
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The module that holds the blocks: timm's `features_only` wrapper and dense models are looked through.
-
-    Raises:
-        TypeError: a wrapper that has to be patched before wrapping.
-    """
-    from timm.models._features import FeatureGetterNet
-
-    if isinstance(model, FeatureGetterNet):
-        return model.model
-    inner = getattr(type(model), "tokenzoo_backbone", None)
-    if inner is not None:  # a dense model names the backbone inside it
-        return backbone_of(model.tokenzoo_backbone)
-    name = type(model).__name__
-    if name in ("DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel"):
-        raise TypeError(f"model is wrapped in {name}; patch the model first and wrap it afterwards")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {name}, not a torch.nn.Module")
-    return model
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -60,7 +41,7 @@ def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Reci
         grid: patch grid; None for the model's own image size.
         recipe: decides which side data is tracked.
     """
-    family = next((f for f in families() if type(model) in (*f.models, *f.models.values())), None)
+    family = family_of(model)
     if family is not None and family.layout is not None:
         return BackboneInfo(len(model.blocks), model.embed_dim, family.layout(model))
     if family is not None and family.sequences is not None:
@@ -85,7 +66,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
-        model: a timm model of a served family, or timm's `features_only` wrapper of one.
+        model: a timm model of a served family, timm's `features_only` wrapper of one, or a dense model.
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
@@ -99,7 +80,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         TypeError: a model, block or attention class that is not served.
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched.
     """
-    backbone = backbone_of(model)
+    backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(
             f"{type(backbone).__name__} is patched already with {backbone.tokenzoo_recipe.to_dict()}; call "
@@ -110,47 +91,61 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     method, flops = take_flops(method, flops)
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
-    _check_recipe(recipe, info, type(backbone).__name__, family)
-    family.check_recipe(backbone, recipe)
     if flops is not None:
+        _check_recipe(backbone, family, recipe, info, info.depth)
         from .solving import solve_flops
 
         recipe = solve_flops(backbone, family, recipe, info, flops)
-    recipe.token_counts(info.depth, info.layout, info.restarts)  # raises for strengths that cannot be reached
-    _check_branches(backbone, family, recipe)
-    _install(backbone, family, recipe, info)
+    new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, info.depth))
+    if new:
+        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
     return model
+
+
+def _prepared(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> list[Change]:
+    """What every block gets, after all checks; nothing is changed."""
+    _check_recipe(backbone, family, recipe, info, total)
+    changes = prepare(backbone, family, recipe, info, total)  # raises for strengths that cannot be reached
+    _check_branches(changes)
+    return changes
 
 
 def _check(backbone: nn.Module, family: Family) -> None:
     """Refuses models whose parts are not exactly known, before anything is changed."""
+    refuse_derived(backbone, "the model")
+    for index, block in enumerate(backbone.blocks):
+        refuse_wrapped(block, f"blocks.{index}")
+        refuse_derived(block, f"blocks.{index}")
     family.check(backbone)
     if len(backbone.blocks) == 0:
         raise ValueError(f"{type(backbone).__name__}.blocks is empty: there is no block to patch")
     for index, block in enumerate(backbone.blocks):
         if type(block) not in family.blocks:
             raise TypeError(
-                f"blocks.{index} is {type(block).__module__}.{type(block).__qualname__}, which the {family.name} "
-                f"family does not serve; it serves exactly {', '.join(cls.__name__ for cls in family.blocks)}"
+                f"blocks.{index} is {path_of(type(block))}, which the {family.name} family does not serve; it serves "
+                f"exactly {', '.join(map(path_of, family.blocks))}"
             )
         inner = family.check_block(block)
         if inner is not None:
+            refuse_derived(inner, f"a part of blocks.{index}")
             raise TypeError(
-                f"blocks.{index} attends with {type(inner).__module__}.{type(inner).__qualname__}, which the "
-                f"{family.name} family does not know; use timm's own attention layers"
+                f"blocks.{index} attends with {path_of(type(inner))}, which the {family.name} family does not know; "
+                "use timm's own attention layers"
             )
 
 
-def _check_recipe(recipe: Recipe, info: BackboneInfo, name: str, family: Family) -> None:
-    if not recipe.steps(info.depth) and all(m.layers in ((), "others") for m in recipe.methods):
-        raise ValueError(
-            f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers from 0 to {info.depth - 1}"
-        )
+def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> None:
+    """Refuses recipes that the model cannot follow."""
+    name = type(backbone).__name__
+    if not recipe.steps(total) and all(m.layers in ((), "others") for m in recipe.methods):
+        raise ValueError(f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers from 0 to {total - 1}")
     for method in recipe.methods:
         _check_mixing(method, name, family)
         for layout in (info.layout, *(info.restarts or {}).values()):
             method.check(layout, name)
-        method.check_recipe(recipe.methods, info.depth)
+        method.check_recipe(recipe.methods, total)
+    if total == info.depth:  # else it was checked on the whole model
+        family.check_recipe(backbone, recipe)
 
 
 def _check_mixing(method: Method, name: str, family: Family) -> None:
@@ -162,56 +157,29 @@ def _check_mixing(method: Method, name: str, family: Family) -> None:
             "that attend see evit, topk or tome)"
         )
     if family.scans and not method.serves_scans:
-        served = [other for other in list_methods() if method_class(other)().serves_scans]
         raise ValueError(
             f"{method.name} looks at attention or changes it, and {name} has none: its tokens are scanned; use one of "
-            f"{', '.join(served)}"
+            f"{', '.join(declaring('serves_scans'))}"
         )
 
 
-def _check_branches(backbone: nn.Module, family: Family, recipe: Recipe) -> None:
+def _check_branches(changes: list[Change]) -> None:
     """Refuses what needs a branch of its own where attention and MLP share one."""
-    for index, steps in recipe.steps(len(backbone.blocks)).items():
-        for step in steps:
-            block = backbone.blocks[index]
-            if step.method.place != "around" or family.blocks[type(block)].mlp_follows:
+    for change in changes:
+        name = type(change.block).__name__
+        for step in change.plan.steps:
+            if step.method.place != "around" or change.kind.mlp_follows:
                 continue
             if "attention" not in step.method.branches:
                 raise step.error(
-                    f"branches={step.method.branches}, but the MLP of {type(block).__name__} runs beside attention; "
-                    "add 'attention' to the branches"
+                    f"branches={step.method.branches}, but the MLP of {name} runs beside attention; add 'attention' to "
+                    "the branches"
                 )
             if step.method.replaces_attention:
                 raise step.error(
-                    f"the attention of {type(block).__name__} cannot be replaced, since its MLP runs in the same "
-                    "branch; use a model whose blocks keep the two apart"
+                    f"the attention of {name} cannot be replaced, since its MLP runs in the same branch; use a model "
+                    "whose blocks keep the two apart"
                 )
-
-
-def _install(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo) -> None:
-    steps = recipe.steps(info.depth)
-    new: list[str] = []
-    backbone.__class__ = family.models[type(backbone)]
-    backbone.tokenzoo_recipe = recipe
-    for index, block in enumerate(backbone.blocks):
-        block.__class__ = family.blocks[type(block)]
-        kept = []
-        for step in steps.get(index, ()):
-            width = block.shape().dim if isinstance(block, ReducingBlock) else info.dim
-            module = step.method.module(width, step)
-            if module is None:
-                kept.append(step._replace(key=None))
-                continue
-            like = next(block.parameters())
-            block.add_module(step.key, module.to(like.device, like.dtype).train(block.training))
-            new += [f"blocks.{index}.{step.key}.{name}" for name, _ in module.named_parameters()]
-            kept.append(step)
-        layout, stop = info.sequence(index)
-        block.tokenzoo = BlockPlan(index, stop, tuple(kept), recipe.proportional, layout)
-        if family.sequences is not None:  # such blocks go back to the full map themselves
-            block.tokenzoo_recipe = recipe
-    if new:
-        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -220,23 +188,18 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not patched.
     """
+    backbone = _patched_backbone(model, "there is nothing to take off")
+    remove(backbone, find_family(backbone))
+    return model
+
+
+def _patched_backbone(model: nn.Module, remedy: str) -> nn.Module:
+    """The backbone of a patched model."""
     backbone = backbone_of(model)
     if not hasattr(backbone, "tokenzoo_recipe"):
-        raise ValueError(f"{type(backbone).__name__} is not patched; there is nothing to take off")
-    family = next(f for f in families() if type(backbone) in f.models.values())
-    plain_models = {new: old for old, new in family.models.items()}
-    plain_blocks = {new: old for old, new in family.blocks.items()}
-    for block in backbone.blocks:
-        for step in block.tokenzoo.steps:
-            if step.key is not None:
-                delattr(block, step.key)
-        del block.tokenzoo
-        if family.sequences is not None:
-            del block.tokenzoo_recipe
-        block.__class__ = plain_blocks[type(block)]
-    del backbone.tokenzoo_recipe
-    backbone.__class__ = plain_models[type(backbone)]
-    return model
+        refuse_around(backbone)
+        raise ValueError(f"{type(backbone).__name__} is not patched; {remedy}")
+    return backbone
 
 
 @contextmanager
@@ -256,10 +219,9 @@ def recipe(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model is not patched.
     """
-    backbone = backbone_of(model)
-    if not hasattr(backbone, "tokenzoo_recipe"):
-        raise ValueError(f"{type(backbone).__name__} is not patched; it has no recipe")
-    return backbone.tokenzoo_recipe.to_dict()
+    backbone = _patched_backbone(model, "it has no recipe")
+    held, total = backbone.tokenzoo_recipe, total_blocks(backbone)
+    return (held if len(backbone.blocks) == total else held.cut(total, len(backbone.blocks))).to_dict()
 
 
 def update_method(model: nn.Module, method: str | None = None, **options: Any) -> nn.Module:
@@ -273,9 +235,7 @@ def update_method(model: nn.Module, method: str | None = None, **options: Any) -
     Raises:
         ValueError: not patched, an unknown option, a strength that cannot be reached, or a method with parameters.
     """
-    backbone = backbone_of(model)
-    if not hasattr(backbone, "tokenzoo_recipe"):
-        raise ValueError(f"{type(backbone).__name__} is not patched; call tokenzoo.patch_model first")
+    backbone = _patched_backbone(model, "call tokenzoo.patch_model first")
     old = backbone.tokenzoo_recipe
     names = [m.name for m in old.methods]
     if method is None and len(names) > 1:
@@ -283,23 +243,28 @@ def update_method(model: nn.Module, method: str | None = None, **options: Any) -
     chosen = names[0] if method is None else method
     if names.count(chosen) != 1:
         raise ValueError(f"the recipe holds {', '.join(names)}; {chosen!r} does not name exactly one of them")
-    create_method(chosen, **options)  # reports unknown options
-    methods = tuple(replace(m, **options) if m.name == chosen else m for m in old.methods)
-    new = replace(old, methods=methods)
-    info = describe(backbone, recipe=new)
-    family = next(f for f in families() if type(backbone) in f.models.values())
-    _check_recipe(new, info, type(backbone).__name__, family)
-    family.check_recipe(backbone, new)
-    new.token_counts(info.depth, info.layout, info.restarts)
-    steps = new.steps(info.depth)
-    keys = {(s.block, s.key) for block in backbone.blocks for s in block.tokenzoo.steps if s.key}
-    if keys:
+    changed = old.methods[names.index(chosen)]
+    check_options(chosen, type(changed), options)
+    new = replace(old, methods=tuple(replace(m, **options) if m is changed else m for m in old.methods))
+    family, info = find_family(backbone), describe(backbone, recipe=new)
+    changes = _prepared(backbone, family, new, info, total_blocks(backbone))
+    learned = any(step.key for block in blocks_of(backbone) for step in block.tokenzoo.steps)
+    if learned or any(change.modules for change in changes):
         raise ValueError(f"{chosen} keeps learned modules in its blocks; unpatch and patch again to change its options")
-    backbone.tokenzoo_recipe = new
-    for index, block in enumerate(backbone.blocks):
-        kept = tuple(s._replace(key=None) for s in steps.get(index, ()))
-        layout = info.sequence(index)[0]
-        block.tokenzoo = block.tokenzoo._replace(steps=kept, proportional=new.proportional, layout=layout)
-        if family.sequences is not None:
-            block.tokenzoo_recipe = new
+    install(backbone, family, new, changes)
     return model
+
+
+def total_blocks(backbone: nn.Module) -> int:
+    """Blocks that a patched model had when it was patched; `prune_intermediate_layers` may have taken some since."""
+    plans = [block.tokenzoo for block in blocks_of(backbone)]
+    return plans[0].total if plans else 0
+
+
+def running_steps(backbone: nn.Module) -> dict[int, tuple[Step, ...]]:
+    """The steps of every block of a patched model that runs, and behind the last one those after the final norm."""
+    plans = [block.tokenzoo for block in blocks_of(backbone)]
+    steps = {i: tuple(s for s in plan.steps if s.method.place != "norm") for i, plan in enumerate(plans)}
+    if plans:
+        steps[len(plans) - 1] += plans[-1].at("norm")
+    return steps

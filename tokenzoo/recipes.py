@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,13 @@ class Recipe:
         named = {i for m in self.methods if m.layers != "others" for i in m.resolve_layers(depth)}
         rest = tuple(i for i in range(depth) if i not in named)
         found: dict[int, list[Step]] = defaultdict(list)
+        scorers = -1  # each method that carries scores has its own
         for order, method in enumerate(self.methods):
+            scorers += method.scores_tokens
             resolved = replace(method, layers=rest) if method.layers == "others" else method
             for block, strength in resolved.strengths(depth).items():
-                found[block].append(Step(method, block, strength, f"tokenzoo_{order}_{method.name}"))
+                key = f"tokenzoo_{order}_{method.name}"
+                found[block].append(Step(method, block, strength, key, max(0, scorers)))
         return {
             block: tuple(sorted(steps, key=lambda s: PLACES.index(s.method.place))) for block, steps in found.items()
         }
@@ -131,6 +134,27 @@ class Recipe:
                 n = after
             rows.append(row)
         return rows
+
+    def cut(self, depth: int, left: int) -> Recipe:
+        """What a recipe for `depth` blocks does in the first `left` of them, as a recipe for that many.
+
+        Raises:
+            ValueError: nothing, or options of a method that follow from all blocks.
+        """
+        steps, kept = self.steps(depth), []
+        opened = any(m.opens_span and min(m.resolve_layers(depth)) < left for m in self.methods)
+        for method in self.methods:
+            outside = method.place in ("embed", "norm", "maps")
+            acting = [s for i in range(left) for s in steps.get(i, ()) if s.method is method]
+            closes = type(method).lift_trace is not Method.lift_trace
+            if outside or acting:
+                if not closes or opened:
+                    kept.append(method if outside else _pinned(method, acting, left))
+            elif closes and opened:  # it rebuilds in a block that is gone, and says how maps are lifted
+                raise _cannot_cut(method, left)
+        if not kept:
+            raise ValueError(f"the recipe {self.to_dict()} acts in none of the {left} blocks that are left of {depth}")
+        return replace(self, methods=tuple(kept))
 
     def dial(self, t: float, depth: int, layout: Layout, restarts: Mapping[int, Layout] | None = None) -> Recipe:
         """The same recipe with every method at relative strength t in [0, 1]; see `token_counts` for the rest."""
@@ -188,6 +212,52 @@ class Recipe:
             f"method={method!r} of type {type(method).__name__}: give a name, a method object, a list of them, a dict "
             "or the path of a YAML file"
         )
+
+
+@dataclass(frozen=True)
+class Placed(Recipe):
+    """A recipe whose steps are settled, whatever the number of blocks: that of a model which may have lost some since.
+
+    Args:
+        placed: the steps of each block.
+    """
+
+    placed: Mapping[int, tuple[Step, ...]] = field(default_factory=dict)
+
+    def steps(self, depth: int) -> dict[int, tuple[Step, ...]]:
+        return {block: steps for block, steps in self.placed.items() if block < depth}
+
+    @classmethod
+    def of(cls, recipe: Recipe, steps: Mapping[int, tuple[Step, ...]]) -> Placed:
+        """The recipe with its steps."""
+        return cls(recipe.methods, recipe.merged_positions, recipe.dense, recipe.fill, steps)
+
+
+def _pinned(method: Method, steps: Sequence[Step], depth: int) -> Method:
+    """A method that does the same in a model of fewer blocks.
+
+    Args:
+        method: as given for the whole model.
+        steps: what it does in the blocks that are left.
+        depth: their number.
+    """
+    wanted = {step.block: step.strength for step in steps}
+    for layers in (method.layers, tuple(wanted)):
+        try:
+            found = replace(method, layers=layers)
+            if layers != "others" and found.strengths(depth) == wanted:
+                return found
+        except (TypeError, ValueError):
+            continue  # options that say a value for every block
+    raise _cannot_cut(method, depth)
+
+
+def _cannot_cut(method: Method, left: int) -> ValueError:
+    return ValueError(
+        f"{method.name}: its options {method.to_dict()} are those of the whole model and cannot be written for the "
+        f"{left} blocks that are left of it; take the recipe before prune_intermediate_layers, or prune first and "
+        "patch afterwards"
+    )
 
 
 def take_flops(method: Any, flops: float | None) -> tuple[Any, float | None]:

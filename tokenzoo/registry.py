@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from .methods.base import Method
@@ -44,6 +45,20 @@ def method_class(name: str) -> type[Method]:
     return _METHODS[name]
 
 
+def declaring(*traits: str) -> list[str]:
+    """Names of the methods whose class declares one of some traits; none is built, since options may be required.
+
+    Args:
+        traits: names of properties of `Method` such as "serves_scans".
+    """
+    return [name for name in list_methods() if any(_declares(_METHODS[name], trait) for trait in traits)]
+
+
+def _declares(cls: type[Method], trait: str) -> bool:
+    value = getattr(cls, trait)
+    return value if isinstance(value, bool) else value is not getattr(Method, trait)
+
+
 def create_method(name: str, **options: Any) -> Method:
     """Builds a method from its name and options.
 
@@ -51,10 +66,19 @@ def create_method(name: str, **options: Any) -> Method:
         ValueError: unknown method or option, or a value out of range.
     """
     cls = method_class(name)
+    check_options(name, cls, options)
+    return cls(**options)
+
+
+def check_options(name: str, cls: type[Method], options: Iterable[str]) -> None:
+    """Refuses names that are no option of a method.
+
+    Raises:
+        ValueError: with the nearest option.
+    """
     known = cls.options()
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"{name} has no option {key!r}; {hint}Options: {', '.join(known)}")
-    return cls(**options)

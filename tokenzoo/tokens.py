@@ -49,6 +49,7 @@ class SideData(NamedTuple):
     positions: Tensor | None
     coords: Tensor | None
     scores: Tensor | None
+    more_scores: tuple[Tensor | None, ...] = ()
 
 
 class TraceStep(NamedTuple):
@@ -99,6 +100,7 @@ class Tokens(NamedTuple):
         coords: mass-weighted mean patch coordinate [B, N, 2] float32 (row, column); None unless RoPE asks for it.
         trace: the reductions so far; None when nobody asks.
         scores: importance that a method carries from block to block [B, N] float32; None before there is one.
+        more_scores: the same of further methods in the recipe, each has its own; see `seen_by`.
         inside: what merged around branches so far; kept along with the trace.
         rows: rows of the prefix tokens in the sequence that is scanned, a tuple or [B, 1]; None while untouched.
     """
@@ -113,6 +115,24 @@ class Tokens(NamedTuple):
     scores: Tensor | None = None
     inside: tuple[Inside, ...] = ()
     rows: tuple[int, ...] | Tensor | None = None
+    more_scores: tuple[Tensor | None, ...] = ()
+
+    def seen_by(self, scorer: int) -> Tokens:
+        """The tokens with `scores` of one of the methods that carry some.
+
+        Args:
+            scorer: its number among them, `Step.scorer`.
+        """
+        if scorer == 0:
+            return self
+        return self._replace(scores=self.more_scores[scorer - 1] if scorer <= len(self.more_scores) else None)
+
+    def with_scores(self, scores: Tensor | None, scorer: int) -> Tokens:
+        """The tokens with new scores of one of the methods that carry some."""
+        if scorer == 0:
+            return self._replace(scores=scores)
+        more = (*self.more_scores, *[None] * (scorer - len(self.more_scores)))
+        return self._replace(more_scores=(*more[: scorer - 1], scores, *more[scorer:]))
 
     @property
     def length(self) -> int:
@@ -176,18 +196,21 @@ class Tokens(NamedTuple):
             with full_precision(self.x):
                 mass = self.sizes()
                 coords = (token_map.pool(coords * mass) / token_map.pool(mass).clamp(min=1e-12)).detach()
-        scores = self.scores
-        if scores is not None:
-            scores = token_map.pool(scores.unsqueeze(-1)).squeeze(
-                -1
-            )  # attention to a group is the sum over its members
+        scores, *more = (_pooled(token_map, held) for held in (self.scores, *self.more_scores))
         trace = self.trace
         if trace is not None:
             before = self.x if self.layout.keep_values and token_map.drops else None
-            side = SideData(self.size, self.valid, self.positions, self.coords, self.scores)
+            side = SideData(self.size, self.valid, self.positions, self.coords, self.scores, self.more_scores)
             trace = (*trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
         x = token_map.apply(self.x) if values is None else values
-        return Tokens(x, self.layout, size, valid, positions, coords, trace, scores, self.inside)
+        return Tokens(
+            x, self.layout, size, valid, positions, coords, trace, scores, self.inside, more_scores=tuple(more)
+        )
+
+
+def _pooled(token_map: TokenMap, scores: Tensor | None) -> Tensor | None:
+    """Scores behind a map: attention to a group is the sum over its members."""
+    return None if scores is None else token_map.pool(scores.unsqueeze(-1)).squeeze(-1)
 
 
 def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:

@@ -16,6 +16,7 @@ from ..tokens import Layout, Tokens
 from .merging import Merging, lifted_heads
 
 _SLICE = 1024  # tokens
+OUTSIDE = ("embed", "norm")  # places that a model sees to, in front of its blocks and behind its final norm
 
 
 class BlockPlan(NamedTuple):
@@ -27,6 +28,9 @@ class BlockPlan(NamedTuple):
         steps: methods in the order in which they act.
         proportional: attention adds log sizes.
         layout: layout at the model's own image size, used when the block is called with a plain tensor.
+        outside: steps of the recipe in front of block 0 and behind the final norm; every block holds them, since any
+            of them can come to be the first or the last one.
+        total: blocks of the model when it was patched.
     """
 
     index: int
@@ -34,10 +38,12 @@ class BlockPlan(NamedTuple):
     steps: tuple[Step, ...]
     proportional: bool
     layout: Layout
+    outside: tuple[Step, ...] = ()
+    total: int = 0
 
     def at(self, place: str) -> tuple[Step, ...]:
         """The steps at one place."""
-        return tuple(s for s in self.steps if s.method.place == place)
+        return tuple(s for s in (self.outside if place in OUTSIDE else self.steps) if s.method.place == place)
 
 
 class BlockMacs(NamedTuple):
@@ -214,7 +220,8 @@ class ReducingBlock:
         """The tokens with the scores that a method carries from block to block, brought up to date."""
         for step in self.tokenzoo.steps:
             if step.method.scores_tokens:
-                tokens = tokens._replace(scores=step.method.score(tokens, signals, merge, step))
+                scores = step.method.score(tokens.seen_by(step.scorer), signals, merge, step)
+                tokens = tokens.with_scores(scores, step.scorer)
         return tokens
 
     def _signals_of(self, step: Step, tokens: Tokens, rope: Any, mask: Tensor | None) -> Signals:
@@ -256,7 +263,7 @@ class ReducingBlock:
             layout = self.tokenzoo.layout
             layout = layout._replace(standalone=True, track_positions=layout.track_positions or attn_mask is not None)
             x = Tokens(x, layout, trace=() if layout.keep_values else None)
-            _refuse_alone(self)
+            refuse_alone(self.tokenzoo)
         if attn_mask is not None and attn_mask.dim() < 4:
             attn_mask = four_dims(attn_mask, attn_mask.shape[-1])
         tokens = self.run(x, rope, attn_mask)
@@ -272,10 +279,10 @@ def _refuse_mask(steps: tuple[Step, ...]) -> None:
             raise step.error("its attention runs among tokens that no attn_mask covers; call the model without a mask")
 
 
-def _refuse_alone(block: ReducingBlock) -> None:
+def refuse_alone(plan: BlockPlan) -> None:
     """Blocks called without their model cannot do what only the model can."""
-    for place in ("embed", "norm"):
-        for step in block.tokenzoo.at(place):
+    for step in plan.outside:
+        if step.method.place in OUTSIDE:
             raise step.error(
                 "acts outside of the blocks, which were called without their model; call the model, or "
                 "model.forward_tokens(images)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from ..recipes import Recipe
 from ..tokens import Layout
+from .classes import class_of, path_of, unwrapped
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,19 @@ class Family:
     costs: Callable[[nn.Module, tuple[int, int]], Any] | None = None
     scans: bool = False
 
+    def model_kind(self, model: nn.Module) -> type:
+        """The reducing class of a model, patched or not."""
+        return _kind(self.models, model)
+
+    def block_kind(self, block: nn.Module) -> type:
+        """The reducing class of a block, patched or not, wrapped or not."""
+        return _kind(self.blocks, unwrapped(block))
+
+
+def _kind(table: dict[type, type], module: nn.Module) -> type:
+    cls = class_of(module)
+    return cls if cls in table.values() else table[cls]
+
 
 def families() -> tuple[Family, ...]:
     """All families, imported when first asked for."""
@@ -52,17 +66,46 @@ def families() -> tuple[Family, ...]:
     return vit.FAMILY, eva.FAMILY, vit_stems.FAMILY, svit.FAMILY, sam.FAMILY, vim.FAMILY, plain_mamba.FAMILY
 
 
+def family_of(model: nn.Module) -> Family | None:
+    """The family that serves a model, patched or not; None where none does."""
+    cls = class_of(model)
+    return next((f for f in families() if cls in f.models or cls in f.models.values()), None)
+
+
 def find_family(model: nn.Module) -> Family:
-    """The family that serves a model's exact class.
+    """The family that serves a model's exact class, patched or not.
 
     Raises:
-        TypeError: no family does; the message names the class.
+        TypeError: no family does; the message names the class, and a served model inside it if there is one.
     """
-    for family in families():
-        if type(model) in family.models:
-            return family
-    served = ", ".join(cls.__name__ for family in families() for cls in family.models)
+    family = family_of(model)
+    if family is not None:
+        return family
+    refuse_around(model)
+    served = ", ".join(path_of(cls) for family in families() for cls in family.models)
     raise TypeError(
-        f"{type(model).__module__}.{type(model).__qualname__} is no backbone that tokenzoo can patch; it serves "
-        f"exactly {served} (see tokenzoo.list_backbones()); a model that wraps one: patch the wrapped module"
+        f"{path_of(class_of(model))} is no backbone that tokenzoo can patch; it serves exactly {served} (see "
+        "tokenzoo.list_backbones()); a model that wraps one: patch the wrapped module"
     )
+
+
+def refuse_around(model: nn.Module) -> None:
+    """Refuses a model of a class that no family serves, if there is a served one inside it.
+
+    Raises:
+        TypeError: with the way to the one inside.
+    """
+    paths = [] if family_of(model) is not None else list(_served_inside(model))
+    if paths:
+        raise TypeError(
+            f"{path_of(class_of(model))} is no backbone that tokenzoo can patch, but one is wrapped in it: give "
+            f"{' or '.join(paths)} instead"
+        )
+
+
+def _served_inside(model: nn.Module) -> Iterator[str]:
+    """How to reach each served model inside one of another class: "model.visual.trunk"."""
+    for name, module in model.named_modules():
+        if family_of(module) is not None:
+            dotted = all(part.isidentifier() for part in name.split("."))
+            yield f"model.{name}" if dotted else f"model.get_submodule({name!r})"

@@ -17,6 +17,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..recipes import Recipe
+from ..registry import declaring
 from ..tokens import Layout
 from .family import Family
 from .sam_blocks import ReducingSamBlock, WindowedMap, restored
@@ -153,10 +154,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
 
 def _served() -> str:
     """Names of the methods that SAM models take."""
-    from ..registry import list_methods, method_class
-
-    methods = [method_class(name)() for name in list_methods()]
-    return ", ".join(m.name for m in methods if m.opens_span or m.closes_span)
+    return ", ".join(declaring("opens_span", "closes_span"))
 
 
 FAMILY = Family(

@@ -9,6 +9,7 @@ from torch import nn
 from ..layer_macs import linear_macs
 from ..recipes import Recipe
 from ..tokens import Layout
+from .classes import unwrapped
 
 
 class ScanCosts(NamedTuple):
@@ -55,9 +56,8 @@ class ScanCosts(NamedTuple):
 
 def read_scan_costs(model: nn.Module, grid: tuple[int, int]) -> ScanCosts:
     """Reads what the formulas need off a model, patched or not, at a grid of tokens."""
-    from .family import families
+    from .family import find_family
 
-    kinds = {cls: cls for family in families() for cls in family.blocks.values()}
-    kinds |= {plain: cls for family in families() for plain, cls in family.blocks.items()}
-    blocks = tuple((block, kinds[type(block)]) for block in model.blocks)
+    family = find_family(model)
+    blocks = tuple((block, family.block_kind(block)) for block in map(unwrapped, model.blocks))
     return ScanCosts(blocks, model.patch_embed.macs(grid), linear_macs(model.head), bool(model.global_pool))

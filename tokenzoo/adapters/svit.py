@@ -48,10 +48,10 @@ class ReducingSViT(SViT):
             x: images [B, C, H, W].
             last: index of the last stage to run, None for all.
         """
-        x, scores = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), None
+        x, scores = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), (None,)
         for index, stage in enumerate(self.layers):
             if not stage.is_plain:
-                x, scores = stage.run_blocks(x), None
+                x, scores = stage.run_blocks(x), (None,)
             tokens = begin(x, self.tokenzoo_recipe, scores)
             yield index, tokens
             for block in stage.blocks if stage.is_plain else ():
@@ -63,7 +63,8 @@ class ReducingSViT(SViT):
             if index == last or isinstance(stage.downsample, nn.Identity):
                 return
             x = stage.downsample(full_map(tokens, self.tokenzoo_recipe))
-            scores = _carried(tokens, (int(x.shape[2]), int(x.shape[3])))
+            grid = int(x.shape[2]), int(x.shape[3])
+            scores = tuple(_carried(held, tokens, grid) for held in (tokens.scores, *tokens.more_scores))
 
     def walk(self, x: Tensor, trace: bool = True, dense: bool = True) -> Iterator[Tokens]:
         """Yields the tokens at the start of each stage that methods act in, and after every block of it.
@@ -219,11 +220,11 @@ def _pooled(tokens: Tokens, kind: str, mass_weighted: bool) -> Tensor:
     return pool_plain(tokens, kind or "avg", True, mass_weighted)
 
 
-def _carried(tokens: Tokens, grid: tuple[int, int]) -> Tensor | None:
-    """An importance [B, N] that is carried from block to block, for the next stage: summed over its places."""
-    if tokens.scores is None:
+def _carried(scores: Tensor | None, tokens: Tokens, grid: tuple[int, int]) -> Tensor | None:
+    """An importance of tokens [B, N] that is carried along, for the next stage: summed over its places."""
+    if scores is None:
         return None
-    scores, old = tokens.scores.unsqueeze(-1), tokens.layout.grid
+    scores, old = scores.unsqueeze(-1), tokens.layout.grid
     if tokens.trace:  # the importance of a token is shared out among the places it stands for
         maps = tuple(step.map for step in tokens.trace)
         scores = RestoreMap(0, maps, (None,) * len(maps)).pool(scores)

@@ -26,7 +26,7 @@ from ..projections import is_plain, pointwise
 from ..recipes import Recipe
 from ..rows import split_dim, take_rows
 from ..tokens import Layout, Tokens, TraceStep
-from .block import BlockMacs, BlockPlan, ReducingBlock
+from .block import BlockMacs, BlockPlan, ReducingBlock, refuse_alone
 from .merging import Merging
 from .places import Places, lost_tokens, places_of
 from .token_norm import norm_alike, norm_tokens
@@ -48,10 +48,18 @@ def sequence_layout(grid: tuple[int, int], recipe: Recipe | None, standalone: bo
     return Layout(0, False, grid, size, recipe is not None and recipe.track_positions, standalone, keep_values=True)
 
 
-def begin(x: Tensor, recipe: Recipe, scores: Tensor | None = None, standalone: bool = False) -> Tokens:
-    """A new sequence: all places of a map [B, C, H, W]."""
+def begin(x: Tensor, recipe: Recipe, scores: tuple[Tensor | None, ...] = (None,), standalone: bool = False) -> Tokens:
+    """A new sequence: all places of a map [B, C, H, W].
+
+    Args:
+        x: the map.
+        recipe: decides which side data is tracked.
+        scores: importance that each method which carries one has of these places.
+        standalone: the blocks were called without their model.
+    """
     grid = int(x.shape[2]), int(x.shape[3])  # the tracer hands sizes out as tensors
-    return Tokens(from_map(x), sequence_layout(grid, recipe, standalone), trace=(), scores=scores)
+    layout = sequence_layout(grid, recipe, standalone)
+    return Tokens(from_map(x), layout, trace=(), scores=scores[0], more_scores=scores[1:])
 
 
 def full_map(tokens: Tokens, recipe: Recipe) -> Tensor:
@@ -69,6 +77,7 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
         """Tokens to tokens; a map (blocks called without their model) is taken by the first block of a stage, and
         handed back by the last one."""
         if not isinstance(x, Tokens):
+            refuse_alone(self.tokenzoo)
             x = begin(x, self.tokenzoo_recipe, standalone=True)
         tokens = self.run(x)
         if tokens.layout.standalone and self.tokenzoo.index == self.tokenzoo.depth - 1:

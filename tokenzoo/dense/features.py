@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..adapters.family import families
+from ..adapters.family import family_of
 from ..lifting import lift
 from ..patching import describe, is_patched
 from ..scan_order import from_scan
@@ -68,5 +68,4 @@ def encode(backbone: nn.Module, images: Tensor) -> Encoded:
 
 def _prefix_rows(backbone: nn.Module, grid: tuple[int, int]) -> tuple[int, ...]:
     """Where prefix tokens are in the features of an unpatched model that scans; () for all that have them in front."""
-    served = any(type(backbone) in family.models for family in families())
-    return describe(backbone, grid).layout.scan_rows if served else ()
+    return () if family_of(backbone) is None else describe(backbone, grid).layout.scan_rows

@@ -50,22 +50,24 @@ class KeepRate(Method):
         both = {i: (rates[i], counts[i]) for i in layers}
         return {i: (rate, count) for i, (rate, count) in both.items() if count is not None or rate < 1}
 
-    def kept(self, step: Step) -> Callable[[int], int]:
-        """The rule of one block: patches that remain of n."""
+    def count(self, n: int, step: Step, layout: Layout) -> int:
+        """Patches that remain."""
         rate, count = step.strength
-        if count is not None:
-            return lambda n: count
-        return lambda n: keep_count(rate, n)
+        return keep_count(rate, n - layout.num_prefix) if count is None else count
 
-    def kept_patches(self, patches: int, step: Step) -> int:
-        """Patches that remain, checked."""
-        kept = self.kept(step)(patches)
+    def kept(self, step: Step, layout: Layout) -> Callable[[int], int]:
+        """The rule of one block: patches that remain of n."""
+        return lambda n: step.count(layout.num_prefix + n, layout)
+
+    def kept_patches(self, n: int, step: Step, layout: Layout) -> int:
+        """Patches that remain of n tokens, checked."""
+        kept, patches = step.count(n, layout), n - layout.num_prefix
         if kept > patches:
             raise step.error(f"tokens={kept} cannot be kept of {patches} patches; lower it or use keep_rate")
         return kept
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        return layout.num_prefix + self.kept_patches(n - layout.num_prefix, step)
+        return layout.num_prefix + self.kept_patches(n, step, layout)
 
     def dial(self, t: float, depth: int, layout: Layout) -> Method:
         lowest = 0.5 / layout.num_patches

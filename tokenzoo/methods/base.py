@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..graphs import why_counts_are_unknown
@@ -19,6 +20,26 @@ from ..tokens import Layout, Tokens, TraceStep
 PLACES = ("embed", "before", "around", "ahead", "queries", "between", "after", "norm", "maps")
 
 
+class Resolved(NamedTuple):
+    """What the strength of a step comes to where the model's own image size leads, as plain integers.
+
+    Compiled code is guarded by what it reads: by these numbers, not by the rate that they follow from.
+
+    Attributes:
+        n: tokens that enter, prefix included.
+        grid: patches (high, wide) of the image.
+        n_out: tokens that leave.
+        count: what `Method.count` says of n tokens.
+        fewer: the same of 0 to n - 1 tokens, for images with padding; empty where no method of the recipe pads.
+    """
+
+    n: int
+    grid: tuple[int, int]
+    n_out: int
+    count: Any
+    fewer: tuple[Any, ...] = ()
+
+
 class Step(NamedTuple):
     """One method acting in one block.
 
@@ -27,15 +48,21 @@ class Step(NamedTuple):
         block: index of the block.
         strength: the method's own measure for this block (tokens to remove, share to keep, ...).
         key: name of the method's learned module inside the block, None for methods without parameters.
+        scorer: number of the method among those of the recipe that carry scores, see `Tokens.seen_by`.
+        known: counts at the model's own image size; None outside of a patched block.
     """
 
     method: Method
     block: int
     strength: Any
     key: str | None = None
+    scorer: int = 0
+    known: Resolved | None = None
 
     def tokens_out(self, n: int, layout: Layout) -> int:
         """Tokens after the step when `n` come in, prefix included; raises ValueError if the strength is unreachable."""
+        if self._knows(layout) and n == self.known.n:
+            return self.known.n_out
         return self.method.tokens_out(n, self, layout)
 
     def decide(self, tokens: Tokens, signals: Signals | None) -> TokenMap | None:
@@ -50,11 +77,41 @@ class Step(NamedTuple):
                 f"keeps as many tokens as the images ask for, {why}; set a fixed budget"
                 + (f", such as {fixed}" if fixed else "")
             )
-        return self.method.map(tokens, signals, self)
+        return self.method.map(tokens.seen_by(self.scorer), signals, self)
+
+    def count(self, n: int, layout: Layout) -> Any:
+        """`Method.count` of n tokens, prefix included."""
+        if self._knows(layout):
+            if n == self.known.n:
+                return self.known.count
+            if n < len(self.known.fewer):
+                return self.known.fewer[n]
+        return self.method.count(n, self, layout)
+
+    def resolved(self, n: int, n_out: int, layout: Layout, padded: bool) -> Step:
+        """The same step with its counts worked out.
+
+        Args:
+            n: tokens that enter, prefix included.
+            n_out: tokens that leave.
+            layout: the sequence.
+            padded: images can have fewer real tokens than n.
+        """
+        plain = self._replace(known=None)
+        fewer = tuple(self.method.count(i, plain, layout) for i in range(n)) if padded else ()
+        known = Resolved(n, tuple(layout.grid), n_out, self.method.count(n, plain, layout), fewer)
+        return self._replace(known=known)
+
+    def _knows(self, layout: Layout) -> bool:
+        # an exported program with open height and width must keep the rule
+        return self.known is not None and not _exporting() and tuple(layout.grid) == self.known.grid
 
     def error(self, message: str) -> ValueError:
         """A ValueError that names the method and the block."""
         return ValueError(f"{self.method.name} at block {self.block}: {message}")
+
+
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 lacks it
 
 
 class BlockShape(NamedTuple):
@@ -271,6 +328,13 @@ class Method:
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
         """Tokens after the step, prefix included (the largest possible count if it depends on the images)."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it leaves: define tokens_out(...)")
+
+    def count(self, n: int, step: Step, layout: Layout) -> Any:
+        """The rule of one block for n tokens, prefix included, as plain integers (patches to keep, cells, ...).
+
+        For methods whose strength is no count: maps, and `tokens_out`, read it through `step.count`. Not checked.
+        """
+        return None
 
     # ---- the map
 

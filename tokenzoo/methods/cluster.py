@@ -110,18 +110,22 @@ class Cluster(Method):
             raise step.error(f"grid={self.grid} is larger than the {high} x {wide} patches; give a smaller grid")
         return self.grid
 
+    def count(self, n: int, step: Step, layout: Layout) -> tuple[int, int]:
+        """Cells (down, right)."""
+        return self.cells(layout, step)
+
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
         if n - layout.num_prefix != layout.num_patches:
             raise step.error(
                 f"{n - layout.num_prefix} tokens do not form the {layout.grid[0]} x {layout.grid[1]} patches; cluster "
                 "before any other reduction"
             )
-        down, right = self.cells(layout, step)
+        down, right = step.count(n, layout)
         return layout.num_prefix + down * right
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        self.tokens_out(tokens.length, step, tokens.layout)
-        cells = self.cells(tokens.layout, step)
+        step.tokens_out(tokens.length, tokens.layout)  # grids of other images than the model's own
+        cells = step.count(tokens.length, tokens.layout)
         if cells == tokens.layout.grid:
             return None  # nothing to reduce
         size, prefix = tokens.layout.grid, tokens.layout.num_prefix

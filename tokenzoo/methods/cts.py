@@ -102,7 +102,7 @@ class CTS(Method):
 
     # ---- counts
 
-    def _count(self, layout: Layout) -> int:
+    def count(self, n: int, step: Step, layout: Layout) -> int:
         """Groups that the option asks for."""
         down, right = _groups(layout, "cts")
         return self.shared if isinstance(self.shared, int) else keep_count(self.shared, down * right)
@@ -111,7 +111,7 @@ class CTS(Method):
         down, right = _groups(layout, f"cts at block {step.block}")
         # every group that is one token already has three patches less
         whole = (n - layout.num_prefix - down * right) // 3
-        count = self._count(layout)
+        count = step.count(n, layout)
         if count > whole:
             raise step.error(f"shared={self.shared} asks for {count} groups, but there are {whole}; lower it")
         return n - 3 * count
@@ -120,7 +120,7 @@ class CTS(Method):
 
     def map(self, tokens: Tokens, signals: EmbedSignals, step: Step) -> TokenMap | None:
         step.tokens_out(tokens.length, tokens.layout)  # grids of other images than the model's own
-        count, groups = self._count(tokens.layout), _groups(tokens.layout, "cts")
+        count, groups = step.count(tokens.length, tokens.layout), _groups(tokens.layout, "cts")
         if count == 0:
             return None
         return share_groups(tokens, self.scores(signals, groups), count, signals.half)

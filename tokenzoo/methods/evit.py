@@ -43,14 +43,14 @@ class EViT(KeepRate):
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
         patches = n - layout.num_prefix
-        kept = self.kept_patches(patches, step)
+        kept = self.kept_patches(n, step, layout)
         return n if kept == patches else layout.num_prefix + kept + self.fuse_token
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        if self.kept_patches(tokens.num_patches, step) == tokens.num_patches and tokens.valid is None:
+        if self.kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
             return None
         importance = signals.importance
-        keep = keep_best(importance, tokens, self.kept(step))
+        keep = keep_best(importance, tokens, self.kept(step, tokens.layout))
         if not self.fuse_token:
             return keep
         left_out = keep.assign < 0

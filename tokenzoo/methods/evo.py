@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -118,20 +117,19 @@ class Evo(Method):
 
     # ---- counts
 
-    @staticmethod
-    def _slow(step: Step) -> Callable[[int], int]:
-        """The rule of one block: patches of n that take it."""
-        return lambda n: int(n * step.strength[0])
+    def count(self, n: int, step: Step, layout: Layout) -> int:
+        """Patches that take the block."""
+        return int((n - layout.num_prefix) * step.strength[0])
 
-    def _split(self, patches: int, step: Step) -> int:
-        slow = self._slow(step)(patches)
+    def _split(self, n: int, step: Step, layout: Layout) -> int:
+        slow = step.count(n, layout)
         if slow < 1:
-            raise step.error(f"keep_rate={step.strength[0]} leaves none of {patches} patches; raise it")
+            raise step.error(f"keep_rate={step.strength[0]} leaves none of {n - layout.num_prefix} patches; raise it")
         return slow
 
     def tokens_inside(self, n: int, step: Step, layout: Layout) -> int:
         patches = n - layout.num_prefix
-        slow = self._split(patches, step)
+        slow = self._split(n, step, layout)
         return n if slow >= patches else layout.num_prefix + slow + 1
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
@@ -141,13 +139,13 @@ class Evo(Method):
     # ---- the map and the scores
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        slow = self._split(tokens.num_patches, step)
-        if step.strength[0] == 1 or (slow == tokens.num_patches and tokens.valid is None):
-            return None
+        layout = tokens.layout
+        if self._split(tokens.length, step, layout) == tokens.num_patches:
+            return None  # so it is for every image, however many of its tokens are padding
         scores = tokens.scores
         if scores is None:
             raise step.error("no importance has been carried here; call the model, not its blocks out of order")
-        keep = keep_best(scores, tokens, self._slow(step))
+        keep = keep_best(scores, tokens, lambda n: step.count(layout.num_prefix + n, layout))
         left_out = keep.assign < 0
         if tokens.valid is not None:
             left_out = left_out & tokens.valid

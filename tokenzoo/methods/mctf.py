@@ -108,12 +108,12 @@ class MCTF(Method):
         """Tokens that can be removed of n."""
         return max(0, min((n - num_prefix) // 2, n - self.min_tokens))
 
-    def _asked(self, n: int, step: Step, num_prefix: int) -> int:
-        """Tokens that the strength asks to remove of n."""
-        return int((n - num_prefix) * step.strength) if isinstance(step.strength, float) else step.strength
+    def count(self, n: int, step: Step, layout: Layout) -> int:
+        """Tokens that the strength asks to remove."""
+        return int((n - layout.num_prefix) * step.strength) if isinstance(step.strength, float) else step.strength
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        asked, half = self._asked(n, step, layout.num_prefix), (n - layout.num_prefix) // 2
+        asked, half = step.count(n, layout), (n - layout.num_prefix) // 2
         # the released code bounds counts, but not shares, by the tokens that have to stay
         most = half if isinstance(step.strength, float) else self._most(n, layout.num_prefix)
         if asked > most and not self.clip:
@@ -133,7 +133,7 @@ class MCTF(Method):
             size = tokens.sizes()
             own_r = None
             if tokens.valid is not None:
-                table = [min(r, self._asked(i, step, prefix), self._most(i, prefix)) for i in range(n + 1)]
+                table = [min(r, step.count(i, tokens.layout), self._most(i, prefix)) for i in range(n + 1)]
                 own_r = torch.tensor(table, device=size.device).clamp(min=0)[tokens.valid.sum(1)].unsqueeze(1)
             pairs = fusion_pairs(
                 tokens.x.detach(), received, tokens.size, r, prefix, (self.tau_sim, self.tau_info, self.tau_size),

@@ -50,7 +50,7 @@ class Random(KeepRate):
         else:
             scores = fixed_draw(tokens.length, self.seed * 1009 + step.block, tokens.x.device)
             scores = scores.expand(tokens.x.shape[0], -1)
-        return keep_best(scores, tokens, self.kept(step))
+        return keep_best(scores, tokens, self.kept(step, tokens.layout))
 
 
 def fixed_draw(length: int, seed: int, device: torch.device) -> Tensor:

@@ -106,10 +106,10 @@ class SSMPrune(KeepRate):
 
     # ---- counts
 
-    def _kept(self, patches: int, step: Step, layout: Layout) -> int:
-        """Patches that remain, checked."""
+    def count(self, n: int, step: Step, layout: Layout) -> int:
+        """Patches that remain, explicit counts checked."""
         rate, count = step.strength
-        has_class = layout.num_prefix > 0
+        patches, has_class = n - layout.num_prefix, layout.num_prefix > 0
         if count is not None:
             if count > patches:
                 raise step.error(f"tokens={count} cannot be kept of {patches} patches; lower it or use keep_rate")
@@ -123,23 +123,17 @@ class SSMPrune(KeepRate):
         # released: with the class token the count is odd, and the class token takes one of the kept places
         return min(kept - 1 + (kept % 2 == 0), patches) if has_class else kept
 
-    def _checked(self, patches: int, step: Step, layout: Layout) -> int:
-        kept = self._kept(patches, step, layout)
+    def kept_patches(self, n: int, step: Step, layout: Layout) -> int:
+        kept = step.count(n, layout)
         if kept < 1:
-            raise step.error(f"keep_rate={step.strength[0]} leaves none of {patches} patches; raise it")
+            raise step.error(f"keep_rate={step.strength[0]} leaves none of {n - layout.num_prefix} patches; raise it")
         return kept
-
-    def kept_patches(self, patches: int, step: Step) -> int:
-        raise NotImplementedError("counts of ssm_prune depend on the layout: use tokens_out")
-
-    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        return layout.num_prefix + self._checked(n - layout.num_prefix, step, layout)
 
     # ---- the map
 
     def map(self, tokens: Tokens, signals: MixerSignals, step: Step) -> TokenMap | None:
         prefix = tokens.layout.num_prefix
-        kept = self._checked(tokens.num_patches, step, tokens.layout)
+        kept = self.kept_patches(tokens.length, step, tokens.layout)
         if kept == tokens.num_patches:
             return None
         best = self.importance(tokens, signals)[:, prefix:].topk(kept, dim=1).indices

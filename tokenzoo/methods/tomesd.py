@@ -118,9 +118,13 @@ class ToMeSD(Method):
         """Patches that the ratio asks to merge."""
         return int((patches + (layout.num_prefix if self.stride is None else 0)) * self.ratio)
 
+    def count(self, n: int, step: Step, layout: Layout) -> int:
+        """Patches that the ratio asks to merge."""
+        return self._wanted(n - layout.num_prefix, layout)
+
     def tokens_inside(self, n: int, step: Step, layout: Layout) -> int:
         patches = n - layout.num_prefix
-        wanted, most = self._wanted(patches, layout), self._sources(patches, layout)
+        wanted, most = step.count(n, layout), self._sources(patches, layout)
         if self.stride is not None and patches == layout.num_patches and most == patches:
             raise step.error(f"stride={self.stride} is larger than the {layout.grid[0]} x {layout.grid[1]} patches")
         if wanted > most and not self.clip:
@@ -170,7 +174,7 @@ class ToMeSD(Method):
     def _padded_map(self, metric: Tensor, tokens: Tokens, length: int, step: Step) -> TokenMap:
         """Images with padding merge as many tokens as they would alone."""
         layout = tokens.layout
-        rule = lambda m: m - min(self._wanted(m, layout), self._in_row(m))  # noqa: E731
+        rule = lambda m: m - min(step.count(layout.num_prefix + m, layout), self._in_row(m))  # noqa: E731
         counts = (tokens.valid_patches.unsqueeze(1) - own_counts(rule, tokens)).clamp(min=0)
         if self.stride is None:
             src, dst = even_and_odd(tokens)

@@ -34,9 +34,9 @@ class TopK(KeepRate):
     kind: ClassVar[str] = "prune"
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        if self.kept_patches(tokens.num_patches, step) == tokens.num_patches and tokens.valid is None:
+        if self.kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
             return None
-        return keep_best(signals.importance, tokens, self.kept(step))
+        return keep_best(signals.importance, tokens, self.kept(step, tokens.layout))
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return importance_macs(n, shape, layout)

@@ -36,9 +36,9 @@ class Uniform(KeepRate):
         return True
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        kept = self.kept_patches(tokens.num_patches, step)
+        kept = self.kept_patches(tokens.length, step, tokens.layout)
         slots = torch.arange(kept, device=tokens.x.device)
-        counts = own_counts(self.kept(step), tokens)
+        counts = own_counts(self.kept(step, tokens.layout), tokens)
         if counts is None:
             # the middle of each of `kept` equal stretches
             patches = ((2 * slots + 1) * tokens.num_patches).div(2 * kept, rounding_mode="floor")

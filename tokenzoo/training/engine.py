@@ -111,6 +111,8 @@ class Engine:
                 lr = self.schedule.set(epoch, update)
                 if self.warmup is not None:
                     keep_rate = self.warmup.set(self.step.model, epoch, update)
+                    if self.ema is not None:  # a copy, which knows nothing of updates
+                        self.warmup.set(self.ema.module, epoch, update)
             closes = inside == share - 1
             waits = nullcontext() if closes or self.world.size == 1 else self.wrapped.no_sync()
             with waits:

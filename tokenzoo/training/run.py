@@ -181,8 +181,6 @@ class _Run:
         if self.val is None or not (last or (epoch + 1) % args.eval_every == 0):
             return row
         model = self._kept()
-        if self.engine.warmup is not None and self.engine.ema is not None:
-            self.engine.warmup.set(model, epoch, (epoch + 1) * self.engine.updates - 1)
         found = validate(model, self.val, self.precision, self.world)
         row |= {"eval_loss": found["loss"], "eval_top1": found["top1"], "eval_top5": found["top5"]}
         if args.eval_unpatched and self.recipe is not None:

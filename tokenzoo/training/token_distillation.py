@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.classes import class_of
 from ..adapters.family import find_family
 from ..attention import full_precision
 from ..maps import ChainMap, MixMap, ReplaceMap, TokenMap
@@ -96,14 +97,14 @@ def check_tokens(model: nn.Module, who: str) -> None:
     """
     remedy = f"{type(model).__name__}, the {who}, cannot be used with --kd-token-weight"
     if is_patched(model):
-        served = type(model)
+        served = class_of(model)
     else:
         try:
             family = find_family(model)
             family.check(model)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{remedy}: {error}; give another model, or --kd-token-weight 0") from error
-        served = family.models[type(model)]
+        served = family.model_kind(model)
     if not hasattr(served, "forward_tokens"):
         raise ValueError(
             f"{remedy}: a neck mixes its tokens behind the last norm; give another model, or --kd-token-weight 0"
