@@ -41,6 +41,8 @@ class Heads(NamedTuple):
 def full_precision(x: Tensor) -> AbstractContextManager:
     """Context in which autocast leaves float32 alone: scores and matching are computed in float32."""
     device = x.device.type
+    if device == "meta":  # shape-only tensors have no autocast
+        return nullcontext()
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
