@@ -45,6 +45,13 @@ COMPANION = {"reconstruct": "cluster"}
 KEEPS_LENGTH = {"evo", "reconstruct", "sta", "tomesd"}
 
 
+def released_numbers(model: nn.Module) -> int:
+    """How many numbers the authors' code counts as parameters: those that are never trained are buffers here."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    fixed = (value.numel() for name, value in model.named_buffers() if name.split(".")[-1] not in statistics)
+    return sum(p.numel() for p in model.parameters()) + sum(fixed)
+
+
 def given(method: str, kind: str = "reduce", **more: Any) -> Any:
     """The recipe of a row.
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import timm
 import torch
+from cases import released_numbers
 from fvcore.nn import FlopCountAnalysis
 from svit_reference import ReferenceSViT
 from timm.models.vision_transformer import Attention, Block
@@ -84,7 +85,7 @@ def test_table_is_complete():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters(name):
     published = PUBLISHED[name][0]
-    count = sum(p.numel() for p in skeleton(name).parameters()) / 1e6
+    count = released_numbers(skeleton(name)) / 1e6
     assert rounded(count, published) == published
 
 
@@ -214,10 +215,12 @@ def test_parameter_groups(name):
     assert scale[stem] == min(scale.values()) < scale["head.weight"] == 1
     blocks = [key for key in scale if re.search(r"blocks\.0\.norm1|blocks\.2\.norm1", key)]
     assert len({scale[key] for key in blocks}) > 1
-    # frozen positions and random features are not trained
-    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
+    # fixed positions, random features and constant kernels are not trained: all that is a parameter is
     expected = {"svit": r".*fold\.weights", "lvvit": "nothing"}.get(name, r"pos_embed|.*attention\d\.w")
-    assert frozen == {key for key, _ in model.named_parameters() if re.fullmatch(expected, key)}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    fixed = {key for key, _ in model.named_buffers() if key.split(".")[-1] not in statistics}
+    assert fixed == {key for key in model.state_dict() if re.fullmatch(expected, key)}
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @tiny

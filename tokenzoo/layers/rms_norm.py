@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 
+@register_notrace_module
 class RMSNorm(nn.Module):
     """Divide by the root mean square over the last dimension, in float32, and scale.
 

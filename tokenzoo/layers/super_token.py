@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import use_fused_attn
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..attention import Heads, attend
-from ..super_tokens import SLOTS, Association, associate, from_cells, to_cells
+from ..super_tokens import SLOTS, Association, associate, collect, from_cells, spread, to_cells
 from .pointwise import PointwiseConv
 
 
@@ -39,20 +41,23 @@ class MapAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         qkv = self.qkv(x).permute(0, 2, 3, 1)  # [B, H, W, 3 C]
-        q, k, v = qkv.unflatten(3, (self.num_heads, 3, -1)).flatten(1, 2).transpose(1, 2).unbind(3)
-        out = attend(Heads(q, k, v, self.scale, fused=self.fused_attn))
+        q, k, v = qkv.unflatten(3, [self.num_heads, 3, -1]).flatten(1, 2).transpose(1, 2).unbind(3)
+        if torch.jit.is_scripting():  # the compiler does not read the shared core
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+        else:
+            out = attend(Heads(q, k, v, self.scale, fused=self.fused_attn))
         return self.proj(out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
 
 
 class Shifts(nn.Module):
-    """The constant kernels of the published unfold and fold: parameters there, so that weights go both ways.
+    """The constant kernels of the published unfold and fold, named as there, so that weights go both ways.
 
     Nothing reads them. Weights that lack them load; others than the nine shifts of a neighbourhood are refused.
     """
 
     def __init__(self):
         super().__init__()
-        self.weights = nn.Parameter(torch.eye(SLOTS).reshape(SLOTS, 1, 3, 3), requires_grad=False)
+        self.register_buffer("weights", torch.eye(SLOTS).reshape(SLOTS, 1, 3, 3))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name, errors = f"{prefix}weights", args[-1]
@@ -62,6 +67,7 @@ class Shifts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@register_notrace_module  # sizes of maps decide
 class SuperTokenAttention(nn.Module):
     """Attention among super tokens: tokens are averaged into few, those attend to each other, all read them back.
 
@@ -108,7 +114,7 @@ class SuperTokenAttention(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether every token is its own super token."""
-        return self.stoken_size == (1, 1)
+        return self.stoken_size[0] == 1 and self.stoken_size[1] == 1
 
     def associate(self, x: Tensor) -> Association:
         """The association of the tokens of a map [B, C, H, W]; `picture(stoken_size)` gives it as [B, 9, H, W]."""
@@ -131,11 +137,12 @@ class SuperTokenAttention(nn.Module):
         """
         if self.is_plain:
             return self.stoken_refine(x)
-        self._check(x)
+        if not torch.jit.is_scripting():  # TorchScript cannot compile the message
+            self._check(x)
         cells = to_cells(x.permute(0, 2, 3, 1), self.stoken_size)
-        found = associate(cells, self.n_iter, self.mask_borders)
-        supers = self.stoken_refine(found.collect(cells).permute(0, 3, 1, 2))
-        out = found.spread(supers.permute(0, 2, 3, 1))
+        weights, mass = associate(cells, self.n_iter, self.mask_borders)
+        supers = self.stoken_refine(collect(weights, mass, cells).permute(0, 3, 1, 2))
+        out = spread(weights, supers.permute(0, 2, 3, 1))
         return from_cells(out, (x.shape[2], x.shape[3]), self.stoken_size).permute(0, 3, 1, 2)
 
     def _check(self, x: Tensor) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, to_2tuple
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 
@@ -22,6 +24,7 @@ def fit_positions(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
     return {**state_dict, "pos_embed": fitted}
 
 
+@register_notrace_module  # sizes of images decide
 class MapEmbed(nn.Module):
     """Base of embeddings that turn an image into a map of tokens; a subclass gives `embed_map` and `macs`.
 
@@ -64,6 +67,15 @@ class MapEmbed(nn.Module):
                 f"{type(self).__name__}: an image of {(high, wide)} pixels is no whole number of {self.patch_size} "
                 "patches; resize it, or create the model with dynamic_img_pad=True and dynamic_img_size=True"
             )
+
+    def _check_size(self, high: int, wide: int) -> None:
+        if self.strict_img_size and (high, wide) != self.img_size:
+            raise ValueError(
+                f"{type(self).__name__}: an image of {(high, wide)} pixels does not match the model's {self.img_size}; "
+                "call model.set_input_size, or create the model with dynamic_img_size=True"
+            )
+        if not self.dynamic_img_pad:
+            self._check_multiple(high, wide)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
@@ -108,16 +120,11 @@ class MapEmbed(nn.Module):
         Raises:
             ValueError: an image of another size where that is fixed, or of no whole number of tokens.
         """
-        high, wide = x.shape[2:]
-        if self.strict_img_size and (high, wide) != self.img_size:
-            raise ValueError(
-                f"{type(self).__name__}: an image of {(high, wide)} pixels does not match the model's {self.img_size}; "
-                "call model.set_input_size, or create the model with dynamic_img_size=True"
-            )
+        high, wide = x.shape[2], x.shape[3]
+        if not torch.jit.is_scripting():  # TorchScript cannot compile the messages
+            self._check_size(high, wide)
         if self.dynamic_img_pad:
-            x = F.pad(x, (0, -wide % self.patch_size[1], 0, -high % self.patch_size[0]))
-        else:
-            self._check_multiple(high, wide)
+            x = F.pad(x, [0, -wide % self.patch_size[1], 0, -high % self.patch_size[0]])
         x = self.embed_map(x)
         if self.flatten:
             return x.flatten(1, 2)

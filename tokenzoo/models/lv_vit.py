@@ -24,7 +24,6 @@ from .lv_vit_mix import box_mask, random_box
 from .lv_vit_stem import STEMS
 
 _NORM = partial(nn.LayerNorm, eps=1e-5)
-_DENSE_WEIGHT = 0.5  # of the patch tokens' best logits in the published rule
 
 
 class Divide(nn.Module):
@@ -137,7 +136,9 @@ class LVViT(VisionTransformer):
 
     def dense_logits(self, x: Tensor) -> Tensor | None:
         """Logits of the patch tokens [B, N, K] from all normed tokens [B, P + N, C]; None without a dense head."""
-        return None if self.aux_head is None else self.aux_head(x[:, self.num_prefix_tokens :])
+        if self.aux_head is None:
+            return None
+        return self.aux_head(x[:, self.num_prefix_tokens :])
 
     def combine_logits(self, logits: Tensor, dense_logits: Tensor | None, valid: Tensor | None = None) -> Tensor:
         """The published rule: class logits plus half the best of the patch tokens, class by class.
@@ -151,14 +152,15 @@ class LVViT(VisionTransformer):
             return logits
         if valid is not None:
             dense_logits = dense_logits.masked_fill(~valid.unsqueeze(-1), float("-inf"))
-        return logits + _DENSE_WEIGHT * dense_logits.amax(dim=1)
+        return logits + 0.5 * dense_logits.amax(dim=1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Normed tokens [B, P + N, C] -> pooled features (pre_logits) or logits by the published rule [B, K]."""
-        out = super().forward_head(x, pre_logits)
-        if pre_logits or not self.global_pool:
+        out = self.head_drop(self.fc_norm(self.pool(x)))  # as in the base, whose method TorchScript would not find
+        if pre_logits:
             return out
-        return self.combine_logits(out, self.dense_logits(x))
+        out = self.head(out)
+        return self.combine_logits(out, self.dense_logits(x)) if self.global_pool else out
 
     def forward_train(self, x: Tensor, generator: torch.Generator | None = None) -> TrainOutput:
         """Both kinds of logits, for `tokenzoo.training.token_label.TokenLabelLoss`.

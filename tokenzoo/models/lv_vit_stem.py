@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layer_macs import conv_macs
 from ._embed import MapEmbed
+from ._place import made_on
 
 
 class PatchProjection(MapEmbed):
@@ -38,8 +39,9 @@ class PatchProjection(MapEmbed):
         **size_options: Any,
     ):
         super().__init__(img_size, patch_size, **size_options)
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
-        self.to(device=device, dtype=dtype)
+        with made_on(device):
+            self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
+        self.to(dtype=dtype)
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-adds of one image with a grid of tokens (high, wide)."""
@@ -79,14 +81,15 @@ class ConvStem(MapEmbed):
     ):
         super().__init__(img_size, patch_size, **size_options)
         half = (self.patch_size[0] // 2, self.patch_size[1] // 2)
-        self.conv1 = nn.Conv2d(in_chans, stem_dim, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem_dim)
-        self.conv2 = nn.Conv2d(stem_dim, stem_dim, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(stem_dim)
-        self.conv3 = nn.Conv2d(stem_dim, stem_dim, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(stem_dim)
-        self.proj = nn.Conv2d(stem_dim, embed_dim, half, stride=half, bias=bias)
-        self.to(device=device, dtype=dtype)
+        with made_on(device):
+            self.conv1 = nn.Conv2d(in_chans, stem_dim, 7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(stem_dim)
+            self.conv2 = nn.Conv2d(stem_dim, stem_dim, 3, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(stem_dim)
+            self.conv3 = nn.Conv2d(stem_dim, stem_dim, 3, padding=1, bias=False)
+            self.bn3 = nn.BatchNorm2d(stem_dim)
+            self.proj = nn.Conv2d(stem_dim, embed_dim, half, stride=half, bias=bias)
+        self.to(dtype=dtype)
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-adds of one image with a grid of tokens (high, wide); norms are free."""

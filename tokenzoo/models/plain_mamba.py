@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._config import config
+from ._place import made_on
 from .plain_mamba_block import PlainMambaBlock
 from .plain_mamba_checkpoint import fit_weights, official_names, resize_positions
 from .plain_mamba_stem import PlainMambaStem
@@ -48,6 +49,8 @@ class PlainMamba(nn.Module):
         scan_backend: see `tokenzoo.layers.selective_scan`; None chooses.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block.
+        device: where parameters are made; None for torch's default.
+        dtype: number format of the parameters; None for torch's default.
 
     Raises:
         ValueError: an unknown pooling, or blocks that are not there.
@@ -75,6 +78,8 @@ class PlainMamba(nn.Module):
         scan_backend: str | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__()
         for option, chosen, end in (("depthwise_layers", depthwise_layers, depth), ("tap_norms", tap_norms, depth - 1)):
@@ -83,27 +88,29 @@ class PlainMamba(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grad_checkpointing = False
-        self.patch_embed = PlainMambaStem(img_size, patch_size, in_chans, embed_dim, stem_convs)
-        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim))
-        trunc_normal_(self.pos_embed, std=0.02)
-        mixer = {
-            "d_state": d_state, "expand": expand, "conv_size": conv_size, "bias": bias, "conv_bias": conv_bias,
-            "scan_backend": scan_backend,
-        }  # fmt: skip
-        self.layers = nn.ModuleList(
-            PlainMambaBlock(embed_dim, drop_path_rate * i / max(1, depth - 1), i in depthwise_layers, **mixer)
-            for i in range(depth)
-        )
-        self.ln1 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.tap_norms = tuple(tap_norms)
-        for index in self.tap_norms:
-            self.add_module(f"norm_layer{index}", nn.LayerNorm(embed_dim, eps=1e-6))
-        reduction = self.patch_embed.feat_ratio()
-        self.feature_info = [
-            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
-        ]
-        self.head_drop = nn.Dropout(drop_rate)
-        self._set_classifier(num_classes, global_pool)
+        with made_on(device):
+            self.patch_embed = PlainMambaStem(img_size, patch_size, in_chans, embed_dim, stem_convs)
+            self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim))
+            trunc_normal_(self.pos_embed, std=0.02)
+            mixer = {
+                "d_state": d_state, "expand": expand, "conv_size": conv_size, "bias": bias, "conv_bias": conv_bias,
+                "scan_backend": scan_backend,
+            }  # fmt: skip
+            self.layers = nn.ModuleList(
+                PlainMambaBlock(embed_dim, drop_path_rate * i / max(1, depth - 1), i in depthwise_layers, **mixer)
+                for i in range(depth)
+            )
+            self.ln1 = nn.LayerNorm(embed_dim, eps=1e-6)
+            self.tap_norms = tuple(tap_norms)
+            for index in self.tap_norms:
+                self.add_module(f"norm_layer{index}", nn.LayerNorm(embed_dim, eps=1e-6))
+            reduction = self.patch_embed.feat_ratio()
+            self.feature_info = [
+                {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+            ]
+            self.head_drop = nn.Dropout(drop_rate)
+            self._set_classifier(num_classes, global_pool)
+        self.to(dtype=dtype)
 
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
         if global_pool not in ("avg", ""):
@@ -185,18 +192,11 @@ class PlainMamba(nn.Module):
     # ---- forward
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images [B, C, H, W] -> tokens with positions in raster order [B, L, C], and their grid (high, wide).
-
-        Raises:
-            ValueError: other channels, or no image at all.
-        """
-        if x.dim() != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
-            raise ValueError(
-                f"PlainMamba: {tuple(x.shape)} are no images [B, {self.in_chans}, H, W] of at least one pixel"
-            )
+        """Images [B, C, H, W] -> tokens with positions in raster order [B, L, C], and their grid (high, wide)."""
+        tokens = self.patch_embed(x)
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         positions = resize_positions(self.pos_embed, self.patch_embed.grid_size, grid)
-        return self.patch_embed(x) + positions, grid
+        return tokens + positions, grid
 
     def _run(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers import DropPath
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ._scan_signals import ScanSignals
 from .plain_mamba_mixer import PlainMambaMixer, Stretch, on_grid
 
 
+@register_notrace_module
 class PlainMambaBlock(nn.Module):
     """A mixer with its norm on a residual path; in some blocks a depthwise convolution of the whole stream follows.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import load_state_dict
+from timm.models import load_state_dict, register_notrace_function
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _PREFIXES = ("backbone.", ""), ("head.fc.", "head.")
 
 
+@register_notrace_function
 def resize_positions(positions: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Interpolates positions for another grid, bicubic and without antialiasing, as published.
 

@@ -74,6 +74,12 @@ class PlainMambaMixer(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, dim, bias=bias)
         self.reset_parameters()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            "PlainMambaMixer cannot be compiled by torch.jit.script: its scan is an operator of its own that chooses "
+            "among kernels while it runs; use torch.jit.trace, torch.compile or torch.export instead"
+        )
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The published start; the convolution keeps PyTorch's."""

@@ -60,7 +60,14 @@ class PlainMambaStem(MapEmbed):
         return grid[0] * grid[1] * (pixels * sum(map(conv_macs, convs)) + conv_macs(self.projection))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> tokens in raster order [B, N, D]."""
+        """Images [B, C, H, W] -> tokens in raster order [B, N, D].
+
+        Raises:
+            ValueError: other channels, or no image at all.
+        """
+        channels = self.stem[0].in_channels
+        if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+            raise ValueError(f"PlainMamba: {tuple(x.shape)} are no images [B, {channels}, H, W] of at least one pixel")
         x = self.convs(self.stem(x))
         high, wide = self.projection.kernel_size
         below, beside = -x.shape[2] % high, -x.shape[3] % wide

@@ -6,12 +6,10 @@ Source: Huang, Zhou, Cao, He, Tan, "Vision Transformer with Super Token Sampling
 and stvit_large in the authors' code). Stochastic depth there: 0.1, 0.4 and 0.6 for training at 224.
 """
 
-from __future__ import annotations
-
+# no postponed annotations here: torch.fx writes that of `forward` into its code, and TorchScript reads it there
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers.pointwise import PointwiseConv
 from ._config import config
+from ._place import made_on
 from .svit_blocks import Stem, SuperTokenBlock, SuperTokenStage
 
 
@@ -44,6 +43,8 @@ class SViT(nn.Module):
         drop_path_rate: stochastic depth of the last block.
         mask_borders: see `tokenzoo.layers.SuperTokenAttention`.
         img_size: image size in pixels that costs are given for, one number or (high, wide); every size runs.
+        device: where parameters are made; None for torch's default.
+        dtype: number format of the parameters; None for torch's default.
     """
 
     def __init__(
@@ -66,42 +67,47 @@ class SViT(nn.Module):
         drop_path_rate: float = 0.0,
         mask_borders: bool = False,
         img_size: int | tuple[int, int] = 224,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__()
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = projection
         self.embed_dim = embed_dim[-1]
-        self.patch_embed = Stem(in_chans, embed_dim[0], img_size)
-        total = sum(depths)
-        rates = [drop_path_rate * i / max(1, total - 1) for i in range(total)]
-        outputs = (*embed_dim[1:], None)
-        self.layers = nn.Sequential()
-        for stage, depth in enumerate(depths):
-            first = sum(depths[:stage])
-            self.layers.append(
-                SuperTokenStage(
-                    embed_dim[stage],
-                    outputs[stage],
-                    rates[first : first + depth],
-                    num_heads=num_heads[stage],
-                    stoken_size=stoken_size[stage],
-                    n_iter=n_iter[stage],
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    drop=proj_drop_rate,
-                    init_values=init_values if layerscale[stage] else None,
-                    mask_borders=mask_borders,
+        with made_on(device):
+            self.patch_embed = Stem(in_chans, embed_dim[0], img_size)
+            total = sum(depths)
+            rates = [drop_path_rate * i / max(1, total - 1) for i in range(total)]
+            outputs = (*embed_dim[1:], None)
+            self.layers = nn.Sequential()
+            for stage, depth in enumerate(depths):
+                first = sum(depths[:stage])
+                self.layers.append(
+                    SuperTokenStage(
+                        embed_dim[stage],
+                        outputs[stage],
+                        rates[first : first + depth],
+                        num_heads=num_heads[stage],
+                        stoken_size=stoken_size[stage],
+                        n_iter=n_iter[stage],
+                        mlp_ratio=mlp_ratio,
+                        qkv_bias=qkv_bias,
+                        drop=proj_drop_rate,
+                        init_values=init_values if layerscale[stage] else None,
+                        mask_borders=mask_borders,
+                    )
                 )
-            )
-        self.feature_info = [
-            {"module": f"layers.{i}", "num_chs": dim, "reduction": 4 * 2**i} for i, dim in enumerate(embed_dim)
-        ]
-        self.proj = PointwiseConv(embed_dim[-1], projection)
-        self.norm = nn.BatchNorm2d(projection)
-        self.head_drop = nn.Dropout(drop_rate)
-        self._set_classifier(num_classes, global_pool)
-        self.apply(_init_weights)
+            self.feature_info = [
+                {"module": f"layers.{i}", "num_chs": dim, "reduction": 4 * 2**i} for i, dim in enumerate(embed_dim)
+            ]
+            self.proj = PointwiseConv(embed_dim[-1], projection)
+            self.norm = nn.BatchNorm2d(projection)
+            self.act = nn.SiLU()
+            self.head_drop = nn.Dropout(drop_rate)
+            self._set_classifier(num_classes, global_pool)
+            self.apply(_init_weights)
+        self.to(dtype=dtype)
 
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
         if num_classes > 0 and not global_pool:
@@ -110,6 +116,8 @@ class SViT(nn.Module):
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         features = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(features, num_classes) if num_classes > 0 else nn.Identity()
+
+    __jit_unused_properties__ = ["blocks"]
 
     @property
     def blocks(self) -> tuple[SuperTokenBlock, ...]:
@@ -152,13 +160,16 @@ class SViT(nn.Module):
 
         Args:
             num_classes: classes; 0 has none.
-            global_pool: new pooling, None keeps the present one.
+            global_pool: new pooling, None keeps the present one, or takes "avg" where classes need one.
 
         Raises:
             ValueError: classes without pooling.
         """
         like = self.patch_embed.proj[0].weight
-        self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type or ("avg" if num_classes > 0 else "")
+        self._set_classifier(num_classes, global_pool)
+        self.global_pool.train(self.training)
         self.head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def forward_intermediates(
@@ -209,25 +220,27 @@ class SViT(nn.Module):
 
         Args:
             indices: stages that stay readable.
-            prune_norm: drop projection and norm.
-            prune_head: drop pooling and classifier.
+            prune_norm: drop projection and norm, which fit the last stage and go with it in any case.
+            prune_head: drop pooling and classifier, which go with the last stage in any case.
 
         Returns:
             The chosen stages.
         """
         wanted, last = feature_take_indices(len(self.layers), indices)
+        cut = last + 1 < len(self.layers)
         self.layers = self.layers[: last + 1]
         self.layers[-1].downsample = nn.Identity()
-        if prune_norm:
-            self.proj, self.norm = nn.Identity(), nn.Identity()
-        if prune_head:
+        if cut or prune_norm:
+            self.proj, self.norm, self.act = nn.Identity(), nn.Identity(), nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if cut or prune_head:
             self.reset_classifier(0, "")
         return wanted
 
     # ---- forward
 
     def _project(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(self.proj(x)))
+        return self.act(self.norm(self.proj(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> projected map [B, `num_features`, H / 32, W / 32]."""
@@ -253,9 +266,10 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-default_cfgs = generate_default_cfgs(
-    {name: config(first_conv="patch_embed.proj.0") for name in ("svit_small", "svit_base", "svit_large")}
-)
+default_cfgs = generate_default_cfgs({
+    name: config(first_conv="patch_embed.proj.0", pool_size=(7, 7))
+    for name in ("svit_small", "svit_base", "svit_large")
+})  # fmt: skip
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> SViT:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, to_2tuple
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +37,7 @@ class ResidualDepthwise(nn.Module):
         return self.conv(x).add_(x)
 
 
+@register_notrace_module  # the size of a batch decides
 class ConvFfn(nn.Module):
     """Two 1 x 1 convolutions with a depthwise one between them."""
 
@@ -48,6 +50,8 @@ class ConvFfn(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._run(x)
         return by_images(self._run, x, x.shape[2] * x.shape[3] * self.fc1.out_channels, self.training)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -119,6 +123,7 @@ class Downsample(nn.Module):
         return self.proj(x)
 
 
+@register_notrace_module  # the size of a batch decides
 class Stem(nn.Module):
     """Four 3 x 3 convolutions, each with GELU and BatchNorm, to a quarter of the resolution.
 
@@ -138,7 +143,11 @@ class Stem(nn.Module):
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.proj(x)
         return by_images(self.proj, x, x.shape[2] * x.shape[3] * self.proj[0].out_channels // 4, self.training)
+
+    __jit_unused_properties__ = ["grid_size"]
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -175,7 +184,7 @@ class SuperTokenStage(nn.Module):
     def run_blocks(self, x: Tensor) -> Tensor:
         """The blocks alone: [B, C, H, W] -> [B, C, H, W]."""
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if self.grad_checkpointing and not torch.jit.is_scripting() and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..attention import Heads, attend, full_precision
 from ..layer_macs import linear_macs
 from ._embed import MapEmbed
-
-_TINY = 1e-8  # of the published denominator
+from ._place import made_on
 
 
 class WideAttention(nn.Module):
@@ -35,7 +34,11 @@ class WideAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in_dim] -> [B, N, dim]."""
         q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
-        return v.squeeze(1) + self.proj(attend(Heads(q, k, v, self.scale, fused=self.fused_attn)))
+        if torch.jit.is_scripting():  # the compiler does not read the shared core
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale).squeeze(1)
+        else:
+            out = attend(Heads(q, k, v, self.scale, fused=self.fused_attn))
+        return v.squeeze(1) + self.proj(out)
 
 
 class TokenTransformer(nn.Module):
@@ -80,7 +83,7 @@ class TokenPerformer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(drop))
         self.features = int(dim * kernel_ratio)
         w = nn.init.orthogonal_(torch.empty(self.features, dim)) * self.features**0.5
-        self.w = nn.Parameter(w, requires_grad=False)
+        self.register_buffer("w", w)  # a parameter in the authors' code, which nothing trains
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds of one image: linear layers, random features, and the sums over tokens; norms are free."""
@@ -94,11 +97,17 @@ class TokenPerformer(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Attention with the values added: [B, N, in_dim] -> [B, N, dim]."""
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
-        with full_precision(x):
-            queries, keys = self.kernel_features(q.float()), self.kernel_features(k.float())
-            mass = (queries @ keys.sum(dim=1).unsqueeze(-1)) + _TINY  # [B, N, 1]
-            y = queries @ (keys.transpose(1, 2) @ v.float()) / mass
+        if torch.jit.is_scripting():
+            y = self._average(q.float(), k.float(), v.float())
+        else:
+            with full_precision(x):
+                y = self._average(q.float(), k.float(), v.float())
         return v + self.dp(self.proj(y.to(v.dtype)))
+
+    def _average(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, keys = self.kernel_features(q), self.kernel_features(k)
+        mass = (queries @ keys.sum(dim=1).unsqueeze(-1)) + 1e-8  # [B, N, 1], as in the published denominator
+        return queries @ (keys.transpose(1, 2) @ v) / mass
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attend(x)
@@ -148,10 +157,11 @@ class TokensToToken(MapEmbed):
         if tokens_type not in KINDS:
             raise ValueError(f"TokensToToken: tokens_type={tokens_type!r}; choose one of {', '.join(KINDS)}")
         step = KINDS[tokens_type]
-        self.attention1 = step(in_chans * 7 * 7, token_dim)
-        self.attention2 = step(token_dim * 3 * 3, token_dim)
-        self.project = nn.Linear(token_dim * 3 * 3, embed_dim, bias=bias)
-        self.to(device=device, dtype=dtype)
+        with made_on(device):
+            self.attention1 = step(in_chans * 7 * 7, token_dim)
+            self.attention2 = step(token_dim * 3 * 3, token_dim)
+            self.project = nn.Linear(token_dim * 3 * 3, embed_dim, bias=bias)
+        self.to(dtype=dtype)
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-adds of one image with a grid of tokens (high, wide); norms are free."""
@@ -162,10 +172,9 @@ class TokensToToken(MapEmbed):
         """Image [B, C, H, W] -> [B, H / 16, W / 16, D]."""
         high, wide = x.shape[2] // 4, x.shape[3] // 4
         tokens = self.attention1(_neighbourhoods(x, 7, 4))  # [B, H / 4 * W / 4, T]
-        for step in (self.attention2, self.project):
-            tokens = step(_neighbourhoods(tokens.transpose(1, 2).unflatten(2, (high, wide)), 3, 2))
-            high, wide = high // 2, wide // 2
-        return tokens.unflatten(1, (high, wide))
+        tokens = self.attention2(_neighbourhoods(tokens.transpose(1, 2).unflatten(2, [high, wide]), 3, 2))
+        tokens = self.project(_neighbourhoods(tokens.transpose(1, 2).unflatten(2, [high // 2, wide // 2]), 3, 2))
+        return tokens.unflatten(1, [high // 4, wide // 4])
 
 
 def _neighbourhoods(x: Tensor, side: int, stride: int) -> Tensor:

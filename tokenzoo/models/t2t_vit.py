@@ -1,7 +1,8 @@
 """T2T-ViT: the tokens-to-token module in front of a narrow, deep ViT.
 
 The model is timm's VisionTransformer with another embedding and fixed positions, so its blocks are timm's own.
-Parameters are named as in the released weights.
+Weights are named as in the released ones. What is never trained there (positions, random features) is a buffer here;
+published counts of parameters include it.
 
 Source: Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet", ICCV 2021.
 """
@@ -65,15 +66,30 @@ class T2TViT(VisionTransformer):
             embed_layer=partial(TokensToToken, tokens_type=tokens_type, token_dim=token_dim),
             **vit_options,
         )
-        self._freeze_positions()
+        self._fix_positions()
 
-    def _freeze_positions(self) -> None:
-        if self.pos_embed is not None:
-            self.pos_embed.requires_grad_(False)
+    def _fix_positions(self) -> None:
+        """Makes a buffer of the positions, which timm makes a parameter: what is never trained has no gradient."""
+        positions = self.pos_embed
+        if isinstance(positions, nn.Parameter):
+            del self.pos_embed
+            self.register_buffer("pos_embed", positions.detach())
 
     def __setattr__(self, name: str, value: Any) -> None:
         # timm's model keeps its embedding as `patch_embed`; released weights call it `tokens_to_token`
         super().__setattr__("tokens_to_token" if name == "patch_embed" else name, value)
+
+    __jit_unused_properties__ = ["patch_embed"]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: the same modules as a VisionTransformer, which needs timm's name."""
+        if type(self) is not T2TViT:
+            return self
+        twin = VisionTransformer.__new__(VisionTransformer)
+        twin.__dict__.update(self.__dict__)
+        renamed = {"tokens_to_token": "patch_embed"}
+        twin.__dict__["_modules"] = {renamed.get(name, name): module for name, module in self._modules.items()}
+        return twin
 
     @property
     def patch_embed(self) -> TokensToToken:
@@ -99,7 +115,12 @@ class T2TViT(VisionTransformer):
             patch_size: None, or the present one.
         """
         super().set_input_size(img_size, patch_size)
-        self._freeze_positions()
+        self._fix_positions()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, besides norms and biases."""
+        return super().no_weight_decay() - {"pos_embed"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -120,7 +141,23 @@ _SIZES: dict[str, tuple[int, int, int, float, str]] = {
     "t2t_vit_t_19": (448, 19, 7, 3.0, "transformer"),
     "t2t_vit_t_24": (512, 24, 8, 3.0, "transformer"),
 }
-default_cfgs = generate_default_cfgs({name: config(fixed_input_size=True, first_conv=None) for name in _SIZES})
+# what reads the unfolded pixels, as there is no convolution
+_FIRST = {"performer": "tokens_to_token.attention1.kqv", "transformer": "tokens_to_token.attention1.attn.qkv"}
+default_cfgs = generate_default_cfgs(
+    {name: config(fixed_input_size=True, first_conv=_FIRST[sizes[-1]]) for name, sizes in _SIZES.items()}
+)
+
+
+def _fit(state_dict: dict[str, Tensor], model: T2TViT) -> dict[str, Tensor]:
+    """Positions for the image size; weights for other channels are refused, as timm could not turn them over."""
+    norm = "tokens_to_token.attention1.norm1.weight"
+    given, own = state_dict.get(norm), model.state_dict()[norm]
+    if given is not None and given.shape != own.shape:
+        raise ValueError(
+            f"T2TViT: the weights are for images of {len(given) // 49} channels, the model for {len(own) // 49}; its "
+            "first layer norms unfolded pixels and cannot be adapted: create the model with the in_chans of the weights"
+        )
+    return fit_positions(state_dict, model)
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> T2TViT:
@@ -128,7 +165,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> T2TViT:
     sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": ratio, "tokens_type": kind}
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
     return build_model_with_cfg(
-        T2TViT, variant, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=fit_positions, **{**sizes, **kwargs}
+        T2TViT, variant, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=_fit, **{**sizes, **kwargs}
     )
 
 

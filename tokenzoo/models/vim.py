@@ -9,12 +9,15 @@ State Space Model", ICML 2024. Stochastic depth there: 0.1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import DropPath, lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers.rms_norm import RMSNorm
+from ._place import made_on
 from .vim_block import VimBlock, add_residual
 from .vim_embed import (
     StridedEmbed,
@@ -54,6 +57,8 @@ class VisionMamba(TimmInterface):
         norm_eps: epsilon of the norms.
         dynamic_img_size: take images of any size, interpolating positions.
         scan_backend: see `tokenzoo.layers.selective_scan`; None chooses.
+        device: where parameters are made; None for torch's default.
+        dtype: number format of the parameters; None for torch's default.
 
     Raises:
         ValueError: an unknown option, or class-token pooling without class tokens.
@@ -81,6 +86,8 @@ class VisionMamba(TimmInterface):
         norm_eps: float = 1e-5,
         dynamic_img_size: bool = False,
         scan_backend: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__()
         self.in_chans = in_chans
@@ -90,31 +97,35 @@ class VisionMamba(TimmInterface):
         self.bimamba_type = bimamba_type
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
-        self.patch_embed = StridedEmbed(
-            img_size, patch_size, stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size
-        )
-        for name in self._class_names():
-            setattr(self, name, nn.Parameter(torch.zeros(1, 1, embed_dim)))
-        length = self.patch_embed.num_patches + self.num_class_tokens
-        self.pos_embed = nn.Parameter(torch.zeros(1, length, embed_dim))
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        options = {
-            "d_state": d_state, "d_conv": d_conv, "expand": expand, "bimamba_type": bimamba_type,
-            "if_divide_out": if_divide_out, "scan_backend": scan_backend,
-        }  # fmt: skip
-        # the first block adds nothing; a block's rate is for the output of the mixer before it
-        rates = [0.0] + [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.layers = nn.ModuleList(
-            VimBlock(RMSNorm(embed_dim, norm_eps), VimMixer(embed_dim, **options), _drop_path(rates[i]))
-            for i in range(depth)
-        )
-        self.drop_path = _drop_path(drop_path_rate)
-        self.norm_f = RMSNorm(embed_dim, norm_eps)
-        ratio = self.patch_embed.feat_ratio()
-        self.feature_info = [{"module": f"layers.{i}", "num_chs": embed_dim, "reduction": ratio} for i in range(depth)]
-        self.head_drop = nn.Dropout(drop_rate)
-        self._set_classifier(num_classes, global_pool)
-        self.init_weights()
+        with made_on(device):
+            self.patch_embed = StridedEmbed(
+                img_size, patch_size, stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size
+            )
+            for name in self._class_names():
+                setattr(self, name, nn.Parameter(torch.zeros(1, 1, embed_dim)))
+            length = self.patch_embed.num_patches + self.num_class_tokens
+            self.pos_embed = nn.Parameter(torch.zeros(1, length, embed_dim))
+            self.pos_drop = nn.Dropout(pos_drop_rate)
+            options = {
+                "d_state": d_state, "d_conv": d_conv, "expand": expand, "bimamba_type": bimamba_type,
+                "if_divide_out": if_divide_out, "scan_backend": scan_backend,
+            }  # fmt: skip
+            # the first block adds nothing; a block's rate is for the output of the mixer before it
+            rates = [0.0] + [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+            self.layers = nn.ModuleList(
+                VimBlock(RMSNorm(embed_dim, norm_eps), VimMixer(embed_dim, **options), _drop_path(rates[i]))
+                for i in range(depth)
+            )
+            self.drop_path = _drop_path(drop_path_rate)
+            self.norm_f = RMSNorm(embed_dim, norm_eps)
+            ratio = self.patch_embed.feat_ratio()
+            self.feature_info = [
+                {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": ratio} for i in range(depth)
+            ]
+            self.head_drop = nn.Dropout(drop_rate)
+            self._set_classifier(num_classes, global_pool)
+            self.init_weights()
+        self.to(dtype=dtype)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -7,12 +7,14 @@ State Space Model", ICML 2024.
 from __future__ import annotations
 
 import torch
+from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from ._scan_signals import ScanSignals
 from .vim_mixer import Stretch
 
 
+@register_notrace_module
 class VimBlock(nn.Module):
     """Residual addition, norm and mixer.
 
@@ -47,6 +49,7 @@ class VimBlock(nn.Module):
         return self.mix(res), res
 
 
+@register_notrace_function
 def add_residual(h: Tensor, res: Tensor | None) -> Tensor:
     """`h` plus the residual stream, at least in float32."""
     wide = h.to(torch.promote_types(h.dtype, torch.float32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from ..layer_macs import conv_macs
@@ -13,6 +14,7 @@ from ._embed import MapEmbed
 _PLACES = {"middle": 1, "first": 1, "both": 2, "none": 0}
 
 
+@register_notrace_function
 def class_rows(cls_position: str, num_patches: int) -> tuple[int, ...]:
     """Where class tokens are in a sequence of tokens.
 
@@ -33,6 +35,7 @@ def num_class_tokens(cls_position: str) -> int:
     return len(class_rows(cls_position, 0))
 
 
+@register_notrace_function
 def insert_rows(patches: Tensor, rows: Tensor, index: tuple[int, ...]) -> Tensor:
     """Sequence [B, M + P, C] of patches [B, M, C] with rows [B, P, C] at ascending places of the result."""
     pieces, start = [], 0
@@ -42,11 +45,13 @@ def insert_rows(patches: Tensor, rows: Tensor, index: tuple[int, ...]) -> Tensor
     return torch.cat([*pieces, patches[:, start:]], dim=1) if index else patches
 
 
+@register_notrace_function
 def take_rows(x: Tensor, index: tuple[int, ...]) -> Tensor:
     """Rows [B, P, C] of a sequence [B, L, C]."""
     return torch.cat([x[:, i : i + 1] for i in index], dim=1) if index else x[:, :0]
 
 
+@register_notrace_function
 def split_rows(x: Tensor, index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Patches [B, M, C] and rows [B, P, C] of a sequence [B, M + P, C], rows at ascending places."""
     if not index:
@@ -56,6 +61,7 @@ def split_rows(x: Tensor, index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return patches, take_rows(x, index)
 
 
+@register_notrace_function
 def fit_positions(positions: Tensor, cls_position: str, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Positions [1, L', C] of another grid: class rows are taken out, the rest is interpolated, and they go back in.
 
@@ -114,7 +120,8 @@ class StridedEmbed(MapEmbed):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Grid of tokens (high, wide) of an image size."""
-        return tuple((side - p) // step + 1 for side, p, step in zip(img_size, self.patch_size, self.stride))
+        (high, wide), (p, q), (down, right) = img_size, self.patch_size, self.stride
+        return (high - p) // down + 1, (wide - q) // right + 1
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-adds of one image with a grid of tokens (high, wide)."""

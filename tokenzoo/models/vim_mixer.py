@@ -88,6 +88,12 @@ class VimMixer(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, dim, bias=False)
         self._init_steps()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            "VimMixer cannot be compiled by torch.jit.script: its scan is an operator of its own that chooses among "
+            "kernels while it runs; use torch.jit.trace, torch.compile or torch.export instead"
+        )
+
     @property
     def directions(self) -> int:
         """How many scans run over the tokens."""
