@@ -72,7 +72,7 @@ class Merging:
     def _decide(self, step: Step, branch: str, tokens: Tokens, z: Tensor | None) -> TokenMap | None:
         signals = self.signals(step, tokens)
         signals.branch, signals.branch_input = branch, z
-        return step.method.map(tokens, signals, step)
+        return step.decide(tokens, signals)
 
 
 def lifted_heads(heads: Heads, token_map: TokenMap) -> Heads:

@@ -15,7 +15,8 @@ from ..lifting import lift
 from ..recipes import Recipe
 from ..signals import EmbedSignals
 from ..tokens import Layout, Tokens
-from .block import four_dims, refuse_causal
+from .block import refuse_causal
+from .masks import four_dims, refuse_uneven, visible_tokens
 
 
 class BackboneInfo(NamedTuple):
@@ -129,16 +130,20 @@ class ReducingModel:
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
             grid = tuple(int(side) for side in grid)
         layout = self.layout(tuple(grid), rope)._replace(keep_values=dense)
+        visible = None
         if mask is not None:
             layout = layout._replace(track_positions=True)
             mask = four_dims(mask, x.shape[1])
+            visible = visible_tokens(mask, x.shape[0], layout.num_prefix)
+            steps = [step for block in self.blocks for step in block.tokenzoo.steps]
+            refuse_uneven(mask, visible, layout.num_prefix, steps, self)
         coords = None
         if rope is not None and recipe.merged_positions == "mean":
             coords = _patch_coords(layout, x)
-        tokens = Tokens(x, layout, coords=coords, trace=() if trace else None)
+        tokens = Tokens(x, layout, coords=coords, trace=() if trace else None, visible=visible)
         for step in self.blocks[0].tokenzoo.at("embed"):
             signals = EmbedSignals(self, images, getattr(self.blocks[0], step.key) if step.key else None)
-            token_map = step.method.map(tokens, signals, step)
+            token_map = step.decide(tokens, signals)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
         yield tokens
@@ -179,7 +184,7 @@ class ReducingModel:
     def _finish(self, tokens: Tokens) -> Tokens:
         tokens = tokens._replace(x=self.norm(tokens.x))
         for step in self.blocks[-1].tokenzoo.at("norm"):
-            token_map = step.method.map(tokens, None, step)
+            token_map = step.decide(tokens, None)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
         if tokens.valid is not None:

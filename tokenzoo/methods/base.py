@@ -37,6 +37,16 @@ class Step(NamedTuple):
         """Tokens after the step when `n` come in, prefix included; raises ValueError if the strength is unreachable."""
         return self.method.tokens_out(n, self, layout)
 
+    def decide(self, tokens: Tokens, signals: Any) -> TokenMap | None:
+        """The method's map, in which tokens that a mask hides weigh nothing beside visible ones; None for no map.
+
+        Args:
+            tokens: the tokens at the method's place.
+            signals: what the method may look at there.
+        """
+        token_map = self.method.map(tokens, signals, self)
+        return token_map if token_map is None or tokens.visible is None else token_map.masked(tokens.visible)
+
     def error(self, message: str) -> ValueError:
         """A ValueError that names the method and the block."""
         return ValueError(f"{self.method.name} at block {self.block}: {message}")
@@ -119,6 +129,11 @@ class Method:
     def merges(self) -> bool:
         """Whether tokens come to stand for several patches."""
         return "merge" in self.kind or "fuse" in self.kind
+
+    @property
+    def mixes(self) -> bool:
+        """Whether values of tokens are mixed, so that a mask has to treat all patches alike that it does not hide."""
+        return self.kind not in ("prune", "sample")
 
     @property
     def branches(self) -> tuple[str, ...]:
