@@ -113,8 +113,11 @@ class PooledCells(NamedTuple):
 
     def dense_means(self) -> Tensor:
         """The matrix of `means` [B, M, N]. For tests and pictures: quadratic."""
-        weights = torch.kron(self.rows, self.columns).double()
-        return (weights / weights.sum(1, keepdim=True)).expand(self.batch, -1, -1)
+        weights = torch.kron(self.rows, self.columns).double().expand(self.batch, -1, -1)
+        if self.visible is not None:
+            seen = weights * self.visible.unsqueeze(1)
+            weights = torch.where(seen.sum(2, keepdim=True) > 0, seen, weights)
+        return weights / weights.sum(2, keepdim=True)
 
     def dense_sums(self) -> Tensor:
         """The matrix of `sums` [B, M, N]."""
@@ -122,9 +125,7 @@ class PooledCells(NamedTuple):
         return (weights / weights.sum(0, keepdim=True)).expand(self.batch, -1, -1)
 
 
-def pooled_cells(
-    size: tuple[int, int], grid: tuple[int, int], x: Tensor, visible: Tensor | None = None
-) -> PooledCells:
+def pooled_cells(size: tuple[int, int], grid: tuple[int, int], x: Tensor, visible: Tensor | None = None) -> PooledCells:
     """The cells of average pooling; see `PooledCells` for `visible`."""
     members = []
     for length, cells in zip(size, grid):

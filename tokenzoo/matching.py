@@ -95,6 +95,8 @@ def best_odd(
     rank = partner_rank(valid, visible)
     even, odd = with_rank(even, odd, rank[:, 1::2])
     value, partner = best_partner(even[:, pe:], odd, po)
+    if visible is not None:
+        value, partner = without_hidden(value, partner, odd.shape[1] - po, po)
     return ranked_first(value, valid, visible, slice(2 * pe, None, 2)), partner
 
 
@@ -110,6 +112,20 @@ def with_rank(a: Tensor, b: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors whose products are those of a [B, Na, D] and b [B, Nb, D] plus the rank of b [B, Nb]."""
     # a zero vector would score 0, as good as many a real partner
     return torch.cat([a, torch.ones_like(a[..., :1])], dim=2), torch.cat([b, rank.unsqueeze(2).to(b.dtype)], dim=2)
+
+
+def without_hidden(value: Tensor, partner: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Scores and partners [B, n] in which hidden partners are taken in turn, whatever they hold.
+
+    Args:
+        value: cosine of every source with its best partner, rank included.
+        partner: that partner.
+        count: partners there are.
+        first: index of the first one.
+    """
+    lost = value < -2
+    turn = torch.arange(value.shape[1], device=value.device) % max(1, count) + first
+    return value.masked_fill(lost, -4.0), torch.where(lost, turn, partner)
 
 
 def ranked_first(value: Tensor, valid: Tensor | None, visible: Tensor | None, at: slice | Tensor) -> Tensor:

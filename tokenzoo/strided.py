@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matching import Pairs, best_partner, partner_rank, ranked_first, split_ranked, with_rank
+from .matching import Pairs, best_partner, partner_rank, ranked_first, split_ranked, with_rank, without_hidden
 from .rows import take_rows
 
 
@@ -69,6 +69,8 @@ def best_destination(
     if valid is None and visible is None:
         return best_partner(a, b)
     value, partner = best_partner(*with_rank(a, b, partner_rank(valid, visible).gather(1, dst)))
+    if visible is not None:
+        value, partner = without_hidden(value, partner, dst.shape[1])
     return ranked_first(value, valid, visible, src), partner
 
 

@@ -49,8 +49,8 @@ def refuse_uneven(mask: Tensor, visible: Tensor, num_prefix: int, steps: Iterabl
     """Refuses masks that treat visible patches differently where some method mixes them.
 
     A mixed token has one row and one column of the mask, so these have to be equal for all that it stands for. Masks
-    with one row for all heads and queries are so by their shape; others are looked at, which the host waits for. Graphs
-    that are traced cannot raise upon values: there the mask is trusted.
+    with one row for all heads and queries are so by their shape; others are looked at, which the host waits for.
+    Compiled and exported graphs hold an assertion instead; `torch.jit.trace` trusts the mask.
 
     Args:
         mask: [B or 1, H or 1, N or 1, N].
@@ -62,14 +62,18 @@ def refuse_uneven(mask: Tensor, visible: Tensor, num_prefix: int, steps: Iterabl
     names = sorted({step.method.name for step in steps if step.method.mixes})
     if not names or mask.shape[1] == mask.shape[2] == 1:
         return
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         return
-    if bool(_uneven(mask, visible, num_prefix)):
-        raise ValueError(
-            f"{type(model).__name__}: attn_mask shows patches to some queries or heads and hides them from others, "
-            f"which {', '.join(names)} cannot follow: a token that stands for several has one row and one column of "
-            "the mask; hide a patch from all tokens (padding) or from none, or use a method that only drops tokens"
-        )
+    message = (
+        f"{type(model).__name__}: attn_mask shows patches to some queries or heads and hides them from others, which "
+        f"{', '.join(names)} cannot follow: a token that stands for several has one row and one column of the mask; "
+        "hide a patch from all tokens (padding) or from none, or use a method that only drops tokens"
+    )
+    uneven = _uneven(mask, visible, num_prefix)
+    if torch.compiler.is_compiling():
+        torch._assert_async(~uneven, message)
+    elif bool(uneven):
+        raise ValueError(message)
 
 
 def gather_mask(mask: Tensor, tokens: Tokens) -> Tensor:
