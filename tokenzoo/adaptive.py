@@ -39,6 +39,21 @@ def window_similarity(x: Tensor, members: Tensor) -> Tensor:
     return (units.sum(2).square().sum(-1) - n) / (n * (n - 1))
 
 
+def hidden_windows(score: Tensor, visible: Tensor, members: Tensor, first: bool) -> Tensor:
+    """Scores of windows [B, W] where a mask hides some patches: mixed ones come last.
+
+    Args:
+        score: score of every window [B, W].
+        visible: patches that are not hidden [B, M] bool.
+        members: patches of every window [B or 1, W, n].
+        first: windows that are all hidden come first; else they come last too.
+    """
+    seen = visible.gather(1, members.expand(score.shape[0], -1, -1).flatten(1)).unflatten(1, members.shape[1:])
+    none, every = ~seen.any(2), seen.all(2)
+    score = score.masked_fill(~every, torch.finfo(score.dtype).min)
+    return score.masked_fill(none, float("inf")) if first else score
+
+
 def merge_windows(
     tokens: Tokens, members: Tensor, score: Tensor, counts: Tensor, length: int, uneven: bool
 ) -> TokenMap:
@@ -114,7 +129,9 @@ def even_and_odd(tokens: Tokens) -> tuple[Tensor, Tensor]:
     return even, torch.arange(prefix + 1 - prefix % 2, tokens.length, 2, device=device).expand(batch, -1)
 
 
-def above_threshold(value: Tensor, real: Tensor | None, block: int, over_batch: bool) -> Tensor:
+def above_threshold(
+    value: Tensor, real: Tensor | None, block: int, over_batch: bool, some_hidden: bool = False
+) -> Tensor:
     """How many scores of each image lie at or above mean + standard deviation / block number [B, 1].
 
     Args:
@@ -122,8 +139,14 @@ def above_threshold(value: Tensor, real: Tensor | None, block: int, over_batch: 
         real: [B, E] bool, False for padding; None without.
         block: number of the block, counted from 1.
         over_batch: one threshold from the averages over the batch, as released; else each image has its own.
+        some_hidden: a mask may hide tokens: those score inf and all merge, and those without a visible partner, below
+            -2, do not; neither have a part in the threshold.
     """
     real = torch.ones_like(value, dtype=torch.bool) if real is None else real
+    hidden = None
+    if some_hidden:
+        hidden = (real & (value == float("inf"))).sum(1, keepdim=True)
+        real = real & (value > -2) & (value < float("inf"))
     count = real.sum(1, keepdim=True)
     seen = torch.where(real, value, 0.0)
     mean = seen.sum(1, keepdim=True) / count.clamp(min=1)
@@ -133,7 +156,8 @@ def above_threshold(value: Tensor, real: Tensor | None, block: int, over_batch: 
         mean, deviation = mean.mean(0, keepdim=True), deviation.mean(0, keepdim=True)
     above = (real & (value >= mean + deviation / block)).sum(1, keepdim=True)
     # one score alone has no deviation: there is nothing that it could stand out from
-    return torch.where(count > 1, above, 0)
+    above = torch.where(count > 1, above, 0)
+    return above if hidden is None else above + hidden
 
 
 def raster_members(tokens: Tokens, template: Tensor) -> tuple[Tensor, Tensor | None]:

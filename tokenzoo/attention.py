@@ -109,7 +109,7 @@ def attention_received(heads: Heads, bias: Tensor | None = None, queries: Tensor
     Args:
         heads: projected heads.
         bias: added to the logits, see `attend`.
-        queries: [B, N] bool, the queries that count (real tokens); None counts all.
+        queries: [B, N] bool, the queries that count (real tokens that no mask hides); None counts all.
 
     Returns:
         [B, N] float32.
@@ -120,12 +120,13 @@ def attention_received(heads: Heads, bias: Tensor | None = None, queries: Tensor
     for start, stop in _slices(total, heads):
         rows = attention_rows(heads, start, stop, bias)
         if queries is not None:
-            rows = rows * queries[:, None, start:stop, None]
+            # a hidden query may see nothing at all, and its row be no number
+            rows = rows.masked_fill(~queries[:, None, start:stop, None], 0)
         part = rows.sum(dim=2).sum(dim=1) / rows.shape[1]
         received = part if received is None else received + part
     if queries is None:
         return received / total
-    return received / queries.sum(1, keepdim=True)
+    return received / queries.sum(1, keepdim=True).clamp(min=1)
 
 
 def _slices(total: int, heads: Heads) -> list[tuple[int, int]]:

@@ -71,15 +71,26 @@ class PooledCells(NamedTuple):
         rows: 1 where a row of tokens belongs to a row of cells, else 0 [h, H] float32.
         columns: the same for columns [w, W].
         batch: B.
+        visible: tokens that count in the means of cells with any such token [B, N] bool; None: all count everywhere.
     """
 
     rows: Tensor
     columns: Tensor
     batch: int
+    visible: Tensor | None = None
 
     def means(self, values: Tensor) -> Tensor:
         """Mean of values [B, N, D] a cell: [B, M, D], at least float32."""
-        return self._product(values, 1)
+        if self.visible is None:
+            return self._product(values, 1)
+        seen = self.visible.unsqueeze(-1).to(values.dtype)
+        share = self._product(seen, 1)
+        means = self._product(values * seen, 1) / share.clamp(min=EMPTY)
+        return torch.where(share > 0, means, self._product(values, 1))
+
+    def any_visible(self) -> Tensor:
+        """Cells with a visible token [B, M] bool."""
+        return self._product(self.visible.unsqueeze(-1).float(), 1).squeeze(-1) > 0
 
     def sums(self, values: Tensor) -> Tensor:
         """Sums of values [B, N, D] a cell, a shared token divided up evenly: [B, M, D], at least float32."""
@@ -103,8 +114,11 @@ class PooledCells(NamedTuple):
 
     def dense_means(self) -> Tensor:
         """The matrix of `means` [B, M, N]. For tests and pictures: quadratic."""
-        weights = torch.kron(self.rows, self.columns).double()
-        return (weights / weights.sum(1, keepdim=True)).expand(self.batch, -1, -1)
+        weights = torch.kron(self.rows, self.columns).double().expand(self.batch, -1, -1)
+        if self.visible is not None:
+            seen = weights * self.visible.unsqueeze(1)
+            weights = torch.where(seen.sum(2, keepdim=True) > 0, seen, weights)
+        return weights / weights.sum(2, keepdim=True)
 
     def dense_sums(self) -> Tensor:
         """The matrix of `sums` [B, M, N]."""
@@ -112,11 +126,12 @@ class PooledCells(NamedTuple):
         return (weights / weights.sum(0, keepdim=True)).expand(self.batch, -1, -1)
 
 
-def pooled_cells(size: tuple[int, int], grid: tuple[int, int], x: Tensor) -> PooledCells:
+def pooled_cells(size: tuple[int, int], grid: tuple[int, int], x: Tensor, visible: Tensor | None = None) -> PooledCells:
+    """The cells of average pooling; see `PooledCells` for `visible`."""
     members = []
     for length, cells in zip(size, grid):
         cell = torch.arange(cells, device=x.device).unsqueeze(1)
         first, last = cell * length // cells, ((cell + 1) * length + cells - 1) // cells
         token = torch.arange(length, device=x.device)
         members.append(((token >= first) & (token < last)).float())
-    return PooledCells(members[0], members[1], x.shape[0])
+    return PooledCells(members[0], members[1], x.shape[0], visible)

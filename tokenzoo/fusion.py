@@ -12,7 +12,9 @@ _CHUNK_ABOVE = 1024
 _CHUNK = 256
 
 
-def token_factor(received: Tensor, size: Tensor | None, tau_info: float, tau_size: float) -> Tensor:
+def token_factor(
+    received: Tensor, size: Tensor | None, tau_info: float, tau_size: float, visible: Tensor | None = None
+) -> Tensor:
     """Factor of every token in a pair score [B, N]: large for little attention received and for small sizes.
 
     Args:
@@ -20,15 +22,24 @@ def token_factor(received: Tensor, size: Tensor | None, tau_info: float, tau_siz
         size: [B, N, 1] or None while all are one.
         tau_info: temperature of attention received, 0 for off.
         tau_size: temperature of size, 0 for off.
+        visible: [B, N] bool; hidden tokens get factor 0 and set no scale. None without a mask.
     """
-    factor = torch.ones_like(received)
+    factor = torch.ones_like(received) if visible is None else visible.to(received.dtype)
     if tau_info:
-        info = 1 / received.clamp(min=1e-30)
-        factor = factor * (info / info.amax(1, keepdim=True)) ** (1 / tau_info)
+        info = _beside_largest(1 / received.clamp(min=1e-30), visible)
+        factor = factor * info ** (1 / tau_info)
     if tau_size and size is not None:
-        small = 1 / size.squeeze(-1).clamp(min=1e-30)
-        factor = factor * (small / small.amax(1, keepdim=True)) ** (1 / tau_size)
+        small = _beside_largest(1 / size.squeeze(-1).clamp(min=1e-30), visible)
+        factor = factor * small ** (1 / tau_size)
     return factor
+
+
+def _beside_largest(values: Tensor, visible: Tensor | None) -> Tensor:
+    """Positive values [B, N] as shares of the largest, hidden ones zero."""
+    if visible is None:
+        return values / values.amax(1, keepdim=True)
+    values = values * visible
+    return values / values.amax(1, keepdim=True).clamp(min=1e-30)
 
 
 def fusion_pairs(
@@ -41,6 +52,7 @@ def fusion_pairs(
     bidirectional: bool,
     valid: Tensor | None = None,
     own_r: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Pairs:
     """Merges r // 2 even tokens into odd ones, then the rest of r odd tokens into even ones that are left.
 
@@ -59,9 +71,11 @@ def fusion_pairs(
         bidirectional: False merges all r from even to odd.
         valid: [B, N] bool with real tokens in front, or None.
         own_r: tokens to remove of each image [B, 1], needed with `valid`.
+        visible: [B, N] bool, False for tokens that a mask hides: they merge first, in both steps, and receive only
+            where nobody else is left. None without a mask.
     """
     x = F.normalize(x.float(), dim=-1)
-    factor = token_factor(received.float(), size, taus[1], taus[2])
+    factor = token_factor(received.float(), size, taus[1], taus[2], visible)
     pe, po, n = (num_prefix + 1) // 2, num_prefix // 2, x.shape[1]
     even, odd = x[:, 2 * pe :: 2], x[:, 2 * po + 1 :: 2]
     even_factor, odd_factor = factor[:, 2 * pe :: 2], factor[:, 2 * po + 1 :: 2]
@@ -70,6 +84,11 @@ def fusion_pairs(
         real_even, real_odd = valid[:, 2 * pe :: 2], valid[:, 2 * po + 1 :: 2]
         # scores of real pairs are positive: a zero factor puts padding last as a partner
         even_factor, odd_factor = even_factor * real_even, odd_factor * real_odd
+    # scores are at least zero: hidden partners come behind all visible ones, and those that are gone behind these
+    even_rank = odd_rank = None
+    if visible is not None:
+        rank = torch.where(visible, 0.0, -1.0)
+        even_rank, odd_rank = rank[:, 2 * pe :: 2], rank[:, 2 * po + 1 :: 2]
     r1 = r // 2 if bidirectional else r
     r2 = r - r1
     own1 = None if own_r is None else (own_r // 2 if bidirectional else own_r)
@@ -82,17 +101,24 @@ def fusion_pairs(
             score = score * (similarity if taus[0] == 1 else similarity ** (1 / taus[0]))
         return score
 
-    def best(rows: Tensor, row_factor: Tensor, others: Tensor, other_factor: Tensor) -> tuple[Tensor, Tensor]:
+    def best(
+        rows: Tensor, row_factor: Tensor, others: Tensor, other_factor: Tensor, rank: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Best partner of every row, (score, index), in slices of rows."""
         parts = [
-            scores(r, f, others, other_factor).max(dim=2)
+            _ranked(scores(r, f, others, other_factor), rank).max(dim=2)
             for r, f in zip(rows.split(_CHUNK, dim=1), row_factor.split(_CHUNK, dim=1))
         ]
         return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1)
 
     # few tokens: one score table serves both directions; many: recompute it in slices rather than keep it
     table = scores(even, even_factor, odd, odd_factor) if even.shape[1] <= _CHUNK_ABOVE else None
-    value, partner = best(even, even_factor, odd, odd_factor) if table is None else table.max(dim=2)
+    if table is None:
+        value, partner = best(even, even_factor, odd, odd_factor, odd_rank)
+    else:
+        value, partner = _ranked(table, odd_rank).max(dim=2)
+    if visible is not None:
+        value = value.masked_fill(even_rank < 0, float("inf"))
     src1, stay1, merges1 = split_ranked(value, r1, real_even, own1)
     if num_prefix:
         stay1 = stay1.sort(dim=1)[0]
@@ -101,10 +127,14 @@ def fusion_pairs(
 
     odd_start = num_prefix + stay1.shape[1]
     if r2:
+        rank = None if visible is None else torch.where(left > 0, even_rank, -2.0)
         if table is None:
-            value2, partner2 = best(odd, odd_factor, even, even_factor * left)
+            value2, partner2 = best(odd, odd_factor, even, even_factor * left, rank)
         else:
-            value2, partner2 = (table * left.unsqueeze(2)).max(dim=1)
+            scored = table * left.unsqueeze(2)
+            value2, partner2 = (scored if rank is None else scored + rank.unsqueeze(2)).max(dim=1)
+        if visible is not None:
+            value2 = value2.masked_fill(odd_rank < 0, float("inf"))
         own2 = None if own_r is None else own_r - own1
         src2, stay2, merges2 = split_ranked(value2, r2, real_odd, own2)
         slot_odd = _numbered(stay2, odd.shape[1], odd_start)
@@ -123,6 +153,11 @@ def fusion_pairs(
     slot = torch.cat([slot1, slot_odd.gather(1, src2)], dim=1)
     assert order.shape[1] == n - r
     return Pairs(order, src, slot) if valid is None else compact_pairs(Pairs(order, src, slot), valid)
+
+
+def _ranked(score: Tensor, rank: Tensor | None) -> Tensor:
+    """Scores [B, n, m] with the rank [B, m] of every partner added; None leaves them as they are."""
+    return score if rank is None else score + rank.unsqueeze(1)
 
 
 def _numbered(rows: Tensor, length: int, start: int) -> Tensor:

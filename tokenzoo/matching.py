@@ -49,7 +49,9 @@ def best_partner(a: Tensor, b: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
     return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1) + first
 
 
-def bipartite_pairs(metric: Tensor, r: int, num_prefix: int, valid: Tensor | None = None) -> Pairs:
+def bipartite_pairs(
+    metric: Tensor, r: int, num_prefix: int, valid: Tensor | None = None, visible: Tensor | None = None
+) -> Pairs:
     """The r most similar pairs between tokens at even and at odd positions (ToMe: Bolya et al., ICLR 2023).
 
     Every even token proposes its most similar odd token; the r best proposals merge. Prefix tokens neither merge nor
@@ -62,34 +64,86 @@ def bipartite_pairs(metric: Tensor, r: int, num_prefix: int, valid: Tensor | Non
         num_prefix: tokens at the front that stay out of it.
         valid: [B, N] bool with the real tokens in front; padding never receives and never proposes, an image with
             fewer real tokens merges at most half of its own, whatever its batch mates hold.
+        visible: [B, N] bool, False for tokens that a mask hides: they merge first, and nobody merges into them while
+            there is another way. Their own values decide nothing about visible tokens.
     """
     with torch.no_grad():
-        value, partner = best_odd(metric, num_prefix, valid)
+        value, partner = best_odd(metric, num_prefix, valid, visible)
         return _plan(value, partner, r, num_prefix, valid, metric.shape[1])
 
 
-def best_odd(metric: Tensor, num_prefix: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def best_odd(
+    metric: Tensor, num_prefix: int, valid: Tensor | None = None, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The most similar odd token of every even one, prefix tokens left out on both sides.
 
     Args:
         metric: what similarity is measured on [B, N, D].
         num_prefix: tokens at the front that stay out of it.
         valid: [B, N] bool with the real tokens in front; padding is nobody's partner while there is a real one.
+        visible: [B, N] bool; hidden tokens are nobody's partner while there is a visible one.
 
     Returns:
         Cosine [B, E] and partner [B, E] (its place among all odd tokens) of the even tokens after the prefix; padding
-        scores -inf.
+        scores -inf, hidden tokens inf, and tokens without a visible partner below -2.
     """
     metric = F.normalize(metric.float(), dim=-1)
     even, odd = metric[:, 0::2], metric[:, 1::2]
     pe, po = (num_prefix + 1) // 2, num_prefix // 2  # prefix tokens among the even and the odd ones
-    if valid is None:
+    if valid is None and visible is None:
         return best_partner(even[:, pe:], odd, po)
-    # a zero vector scores 0; push padding below every real partner instead
-    even = torch.cat([even, torch.ones_like(even[..., :1])], dim=2)
-    odd = torch.cat([odd, torch.where(valid[:, 1::2, None], 0.0, -4.0)], dim=2)
+    rank = partner_rank(valid, visible)
+    even, odd = with_rank(even, odd, rank[:, 1::2])
     value, partner = best_partner(even[:, pe:], odd, po)
-    return value.masked_fill(~valid[:, 2 * pe :: 2], float("-inf")), partner
+    if visible is not None:
+        value, partner = without_hidden(value, partner, odd.shape[1] - po, po)
+    return ranked_first(value, valid, visible, slice(2 * pe, None, 2)), partner
+
+
+def partner_rank(valid: Tensor | None, visible: Tensor | None) -> Tensor:
+    """What is added to the cosine with every token [B, N]: visible ones 0, hidden ones and padding less than -2."""
+    if visible is None:
+        return torch.where(valid, 0.0, -4.0)
+    rank = torch.where(visible, 0.0, -4.0)
+    return rank if valid is None else torch.where(valid, rank, -8.0)
+
+
+def with_rank(a: Tensor, b: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors whose products are those of a [B, Na, D] and b [B, Nb, D] plus the rank of b [B, Nb]."""
+    # a zero vector would score 0, as good as many a real partner
+    return torch.cat([a, torch.ones_like(a[..., :1])], dim=2), torch.cat([b, rank.unsqueeze(2).to(b.dtype)], dim=2)
+
+
+def without_hidden(value: Tensor, partner: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Scores and partners [B, n] in which hidden partners are taken in turn, whatever they hold.
+
+    Args:
+        value: cosine of every source with its best partner, rank included.
+        partner: that partner.
+        count: partners there are.
+        first: index of the first one.
+    """
+    lost = value < -2
+    turn = torch.arange(value.shape[1], device=value.device) % max(1, count) + first
+    return value.masked_fill(lost, -4.0), torch.where(lost, turn, partner)
+
+
+def ranked_first(value: Tensor, valid: Tensor | None, visible: Tensor | None, at: slice | Tensor) -> Tensor:
+    """Scores of sources [B, n] with hidden ones in front of all others and padding behind.
+
+    Args:
+        value: the scores.
+        valid: [B, N] bool of all tokens, or None.
+        visible: [B, N] bool of all tokens, or None.
+        at: the sources among all tokens, a slice or indices [B, n].
+    """
+
+    def taken(flags: Tensor) -> Tensor:
+        return flags[:, at] if isinstance(at, slice) else flags.gather(1, at)
+
+    if visible is not None:
+        value = value.masked_fill(~taken(visible), float("inf"))
+    return value if valid is None else value.masked_fill(~taken(valid), float("-inf"))
 
 
 def _plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor | None, n: int) -> Pairs:

@@ -23,6 +23,7 @@ def reconstruct(
     temperature: float = 0.02,
     k: int = 20,
     norm: str = "l2",
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Mixes the values of the k nearest centres for every token, weighted by exp(-temperature * squared distance).
 
@@ -38,6 +39,7 @@ def reconstruct(
         temperature: inverse temperature, the factor of the squared distances.
         k: centres to mix, all where there are no more; -1 for all.
         norm: "l2" (as released) or "l1".
+        visible: [B, M] bool, False for centres of tokens that a mask hides: nobody mixes them; None without a mask.
 
     Returns:
         [B, N, D] in the dtype of the values.
@@ -60,7 +62,7 @@ def reconstruct(
     dtype = torch.promote_types(torch.promote_types(values.dtype, x.dtype), torch.float32)
     mixed, parts = values.to(dtype), []
     with full_precision(x):
-        offset, bias = from_middle(centers.to(dtype))
+        offset, bias = from_middle(centers.to(dtype), visible)
         for start, stop in row_slices(x, count):
             distance = bias.transpose(1, 2) - 2 * x[:, start:stop].to(dtype) @ offset.transpose(1, 2)
             weights = _weights(distance, temperature, k, norm)
@@ -78,15 +80,16 @@ def _weights(distance: Tensor, temperature: float, k: int, norm: str) -> Tensor:
     return weights / total  # the nearest centre has weight 1: the total is at least 1
 
 
-def copy_back(values: Tensor, x: Tensor, centers: Tensor) -> Tensor:
+def copy_back(values: Tensor, x: Tensor, centers: Tensor, visible: Tensor | None = None) -> Tensor:
     """Gives every token the value of its nearest centre.
 
     Args:
         values: values of the centres [B, M, D].
         x: tokens before clustering [B, N, C].
         centers: final centres [B, M, C].
+        visible: [B, M] bool, see `reconstruct`.
 
     Returns:
         [B, N, D].
     """
-    return take_rows(values, hard_labels(x, centers))
+    return take_rows(values, hard_labels(x, centers, visible))

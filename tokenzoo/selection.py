@@ -56,11 +56,13 @@ def keep_best(scores: Tensor, tokens: Tokens, kept: Callable[[int], int]) -> Kee
 
     Args:
         scores: [B, N], those of prefix tokens are ignored.
-        tokens: the tokens; padding is never preferred to a real token.
+        tokens: the tokens; hidden ones go before any visible one, and padding is never preferred to a real token.
         kept: patches to keep when there are n of them.
     """
     prefix = tokens.layout.num_prefix
     patches = scores[:, prefix:].detach()
+    if tokens.visible is not None:
+        patches = patches.masked_fill(~tokens.visible[:, prefix:], torch.finfo(patches.dtype).min)
     if tokens.valid is not None:
         patches = patches.masked_fill(~tokens.valid[:, prefix:], float("-inf"))
     count = kept(tokens.num_patches)

@@ -34,7 +34,8 @@ def share_groups(tokens: Tokens, scores: Tensor, count: int, values: Tensor) -> 
     """The best groups of 2 x 2 patches of each image become one token each, with given values.
 
     The new order is [prefix, patches on their own in raster order, groups in raster order]. Groups that lost a patch
-    before, or are one token already, stay as they are.
+    before, or are one token already, stay as they are. Groups that a mask hides come first, those that it hides in part
+    last.
 
     Args:
         tokens: tokens in front of block 0, on a grid of even sides.
@@ -52,6 +53,8 @@ def share_groups(tokens: Tokens, scores: Tensor, count: int, values: Tensor) -> 
         members = torch.zeros(batch, full, dtype=torch.int64, device=device)
         members = members.scatter_add(1, group, torch.ones_like(group))
         scores = scores.masked_fill(members < 4, float("-inf"))
+    if tokens.visible is not None:
+        scores = _hidden_first(scores, tokens.visible[:, prefix:], group)
     chosen = scores.topk(count, dim=1).indices.sort(dim=1)[0]
     shares = torch.zeros(batch, full, dtype=torch.bool, device=device)
     shares = shares.scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
@@ -67,3 +70,17 @@ def share_groups(tokens: Tokens, scores: Tensor, count: int, values: Tensor) -> 
     grouping = group_map(assign, is_head, prefix + alone + count, tokens.sizes(), None)
     index = chosen.unsqueeze(-1).expand(-1, -1, values.shape[-1])
     return ReplaceMap(grouping, values.gather(1, index))
+
+
+def _hidden_first(scores: Tensor, visible: Tensor, group: Tensor) -> Tensor:
+    """Scores of groups [B, G], those of whole groups that are hidden largest and those of mixed ones least.
+
+    Args:
+        scores: [B, G], -inf for groups that are not whole.
+        visible: [B, M] bool.
+        group: group of every patch [B, M].
+    """
+    count = torch.zeros_like(scores).scatter_add(1, group, visible.to(scores.dtype))
+    whole, limits = scores > float("-inf"), torch.finfo(scores.dtype)
+    scores = scores.masked_fill(whole & (count < 4), limits.min)
+    return scores.masked_fill(whole & (count == 0), limits.max)

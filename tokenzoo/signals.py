@@ -120,8 +120,13 @@ class Signals:
 
     @property
     def attention_received(self) -> Tensor:
-        """Mean attention that every token receives over heads and queries [B, N] float32, in slices, no map stored."""
-        received = attention_received(self.heads, self._bias, self._tokens.valid)
+        """Mean attention that every token receives over heads and queries [B, N] float32, in slices, no map stored.
+
+        Padding and hidden tokens do not ask.
+        """
+        tokens = self._tokens
+        asking = tokens.valid if tokens.visible is None else tokens.visible
+        received = attention_received(self.heads, self._bias, asking)
         return self._columns(received.unsqueeze(-1)).squeeze(-1)
 
     @property

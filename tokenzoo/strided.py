@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matching import Pairs, best_partner, split_ranked
+from .matching import Pairs, best_partner, partner_rank, ranked_first, split_ranked, with_rank, without_hidden
 from .rows import take_rows
 
 
@@ -49,7 +49,9 @@ def stretch_split(patches: int, length: int, device: torch.device) -> tuple[Tens
     return order[: patches - stretches], order[patches - stretches :]
 
 
-def best_destination(metric: Tensor, src: Tensor, dst: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def best_destination(
+    metric: Tensor, src: Tensor, dst: Tensor, valid: Tensor | None = None, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The most similar destination of every source.
 
     Args:
@@ -57,22 +59,24 @@ def best_destination(metric: Tensor, src: Tensor, dst: Tensor, valid: Tensor | N
         src: tokens that may merge [B, S].
         dst: tokens that may receive [B, D].
         valid: [B, N] bool, False for padding: such sources score -inf, such destinations lose to every real one.
+        visible: [B, N] bool: hidden sources score inf, hidden destinations lose to every visible one.
 
     Returns:
         Cosine [B, S] and place in `dst` [B, S].
     """
     metric = F.normalize(metric.float(), dim=-1)
     a, b = take_rows(metric, src), take_rows(metric, dst)
-    if valid is None:
+    if valid is None and visible is None:
         return best_partner(a, b)
-    # a zero vector scores 0; push padding below every real destination instead
-    a = torch.cat([a, torch.ones_like(a[..., :1])], dim=2)
-    b = torch.cat([b, torch.where(valid.gather(1, dst).unsqueeze(2), 0.0, -4.0)], dim=2)
-    value, partner = best_partner(a, b)
-    return value.masked_fill(~valid.gather(1, src), float("-inf")), partner
+    value, partner = best_partner(*with_rank(a, b, partner_rank(valid, visible).gather(1, dst)))
+    if visible is not None:
+        value, partner = without_hidden(value, partner, dst.shape[1])
+    return ranked_first(value, valid, visible, src), partner
 
 
-def split_pairs(metric: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix: int = 0) -> Pairs:
+def split_pairs(
+    metric: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix: int = 0, visible: Tensor | None = None
+) -> Pairs:
     """The r sources most similar to some destination merge into it.
 
     The new order is [prefix, sources that stay by falling similarity, destinations].
@@ -83,11 +87,12 @@ def split_pairs(metric: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix: in
         dst: tokens that may receive [B or 1, D].
         r: sources to merge, at most S.
         num_prefix: tokens at the front that are in neither set.
+        visible: [B, N] bool, see `best_destination`: hidden sources merge first; None without a mask.
     """
     batch = metric.shape[0]
     src, dst = src.expand(batch, -1), dst.expand(batch, -1)
     with torch.no_grad():
-        value, partner = best_destination(metric, src, dst)
+        value, partner = best_destination(metric, src, dst, visible=visible)
         gone, rest, _ = split_ranked(value, r, None, None)
     prefix = torch.arange(num_prefix, device=src.device).expand(batch, -1)
     order = torch.cat([prefix, src.gather(1, rest), dst], dim=1)

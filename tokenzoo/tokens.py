@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class SideData(NamedTuple):
     coords: Tensor | None
     scores: Tensor | None
     more_scores: tuple[Tensor | None, ...] = ()
+    visible: Tensor | None = None
 
 
 class TraceStep(NamedTuple):
@@ -103,6 +105,7 @@ class Tokens(NamedTuple):
         more_scores: the same of further methods in the recipe, each has its own; see `seen_by`.
         inside: what merged around branches so far; kept along with the trace.
         rows: rows of the prefix tokens in the sequence that is scanned, a tuple or [B, 1]; None while untouched.
+        visible: [B, N] bool, False for tokens that a mask hides from all others and for padding; None without a mask.
     """
 
     x: Tensor
@@ -115,6 +118,7 @@ class Tokens(NamedTuple):
     scores: Tensor | None = None
     inside: tuple[Inside, ...] = ()
     rows: tuple[int, ...] | Tensor | None = None
+    visible: Tensor | None = None
     more_scores: tuple[Tensor | None, ...] = ()
 
     def seen_by(self, scorer: int) -> Tokens:
@@ -166,6 +170,7 @@ class Tokens(NamedTuple):
     def reduce(self, token_map: TokenMap, block: int = -1, method: str = "", values: Tensor | None = None) -> Tokens:
         """Applies a map to the values and to all side data.
 
+        A new token is visible if one of its members is; then hidden members count for nothing in its side data.
         A `RestoreMap` takes the steps that it undoes off the trace and gives their side data back.
 
         Args:
@@ -180,10 +185,15 @@ class Tokens(NamedTuple):
             x, undone = token_map.apply(self.x), self.trace[token_map.start]
             side = undone.side._asdict()
             return Tokens(x, self.layout, **side, trace=self.trace[: token_map.start], inside=self.inside)
+        visible, pool = self.visible, token_map.pool
+        if visible is not None:
+            pool, visible = _pool_of_visible(token_map, visible)
         size = self.size
         if self.layout.track_size:
             with full_precision(self.x):
                 size = token_map.mass(size, self.x.shape[0], self.x.device)
+                if size is not None and visible is not None:
+                    size = pool(self.sizes())
             size = None if size is None else size.detach()
         valid = token_map.valid
         if valid is None and self.valid is not None:
@@ -195,22 +205,39 @@ class Tokens(NamedTuple):
         if coords is not None:
             with full_precision(self.x):
                 mass = self.sizes()
-                coords = (token_map.pool(coords * mass) / token_map.pool(mass).clamp(min=1e-12)).detach()
-        scores, *more = (_pooled(token_map, held) for held in (self.scores, *self.more_scores))
+                coords = (pool(coords * mass) / pool(mass).clamp(min=1e-12)).detach()
+        # attention to a group is the sum over its members
+        scores, *more = (
+            None if held is None else pool(held.unsqueeze(-1)).squeeze(-1) for held in (self.scores, *self.more_scores)
+        )
         trace = self.trace
         if trace is not None:
             before = self.x if self.layout.keep_values and token_map.drops else None
-            side = SideData(self.size, self.valid, self.positions, self.coords, self.scores, self.more_scores)
+            side = SideData(
+                self.size, self.valid, self.positions, self.coords, self.scores, self.more_scores, self.visible
+            )
             trace = (*trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
         x = token_map.apply(self.x) if values is None else values
         return Tokens(
-            x, self.layout, size, valid, positions, coords, trace, scores, self.inside, more_scores=tuple(more)
-        )
+            x, self.layout, size, valid, positions, coords, trace, scores, self.inside,
+            visible=visible, more_scores=tuple(more),
+        )  # fmt: skip
 
 
-def _pooled(token_map: TokenMap, scores: Tensor | None) -> Tensor | None:
-    """Scores behind a map: attention to a group is the sum over its members."""
-    return None if scores is None else token_map.pool(scores.unsqueeze(-1)).squeeze(-1)
+def _pool_of_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """`token_map.pool` without what hidden members have where there are visible ones, and which new tokens these are.
+
+    Args:
+        token_map: the map.
+        visible: [B, N] bool, of the tokens before it.
+    """
+    seen = visible.unsqueeze(-1)
+    after = token_map.pool(seen.float()) > 0
+
+    def pool(mass: Tensor) -> Tensor:
+        return torch.where(after, token_map.pool(mass * seen), token_map.pool(mass))
+
+    return pool, after.squeeze(-1)
 
 
 def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:

@@ -13,6 +13,7 @@ from ..maps import TokenMap
 from ..methods.base import BlockShape, Step
 from ..signals import Signals, attend_through
 from ..tokens import Layout, Tokens
+from .masks import four_dims, gather_mask, refuse_uneven, visible_tokens
 from .merging import Merging, lifted_heads
 
 _SLICE = 1024  # tokens
@@ -168,10 +169,10 @@ class ReducingBlock:
 
     def _attend(self, tokens: Tokens, rope: Any, mask: Tensor | None, merging: Merging) -> tuple[Tokens, Signals]:
         """The attention half, with the steps that act inside it."""
+        if mask is not None:
+            _refuse_mask(merging.steps)
         merge, z = merging.enter("attention", tokens, self.attention_input)
         if merge is not None:
-            if mask is not None:
-                _refuse_mask(merging.steps)
             return self._attend_merged(merging.recorded(tokens, merge, "attention"), z, merge, rope, mask)
         ahead, kept = self.tokenzoo.at("ahead"), self.tokenzoo.at("queries")
         bias = self._bias(tokens, mask)
@@ -250,7 +251,7 @@ class ReducingBlock:
         bias = key_bias(size, tokens.valid)
         if mask is None:
             return bias
-        rows = _gather_mask(mask, tokens)
+        rows = gather_mask(mask, tokens)
         return rows if bias is None else rows + bias
 
     def call(self, x: Tensor | Tokens, rope: Any, attn_mask: Tensor | None, is_causal: bool) -> Tensor | Tokens:
@@ -266,10 +267,27 @@ class ReducingBlock:
             refuse_alone(self.tokenzoo)
         if attn_mask is not None and attn_mask.dim() < 4:
             attn_mask = four_dims(attn_mask, attn_mask.shape[-1])
+        if attn_mask is not None and x.layout.standalone:
+            x = self._seen_alone(x, attn_mask)
         tokens = self.run(x, rope, attn_mask)
         if tokens.layout.standalone and self.tokenzoo.index == self.tokenzoo.depth - 1:
             return tokens.x
         return tokens
+
+
+    def _seen_alone(self, tokens: Tokens, mask: Tensor) -> Tokens:
+        """Reads a mask where no model has done so for all blocks: its blocks are called by hand."""
+        prefix, at = tokens.layout.num_prefix, tokens.positions
+        if at is None and tokens.length != mask.shape[-1]:
+            raise ValueError(
+                f"block {self.tokenzoo.index}: attn_mask is for {mask.shape[-1]} tokens, but {tokens.length} are left "
+                "and nobody kept their places; give all blocks the same mask, or call the model with it"
+            )
+        visible = visible_tokens(mask, tokens.x.shape[0], prefix)
+        refuse_uneven(mask, visible, prefix, self.tokenzoo.steps, self)
+        if tokens.visible is not None:
+            return tokens
+        return tokens._replace(visible=visible if at is None else (at < 0) | visible.gather(1, at.clamp(min=0)))
 
 
 def _refuse_mask(steps: tuple[Step, ...]) -> None:
@@ -287,33 +305,6 @@ def refuse_alone(plan: BlockPlan) -> None:
                 "acts outside of the blocks, which were called without their model; call the model, or "
                 "model.forward_tokens(images)"
             )
-
-
-def _gather_mask(mask: Tensor, tokens: Tokens) -> Tensor:
-    """The user's mask for the tokens that are left, as an additive float mask [B, 1 or H, N or 1, N]."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
-    if tokens.positions is None:
-        return mask
-    batch = tokens.x.shape[0]
-    index = tokens.positions.clamp(min=0)
-    mask = mask.expand(batch, *mask.shape[1:])
-    columns = index[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-    mask = mask.gather(3, columns)
-    if mask.shape[2] > 1:
-        mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    return mask
-
-
-def four_dims(mask: Tensor, length: int) -> Tensor:
-    """A mask [N, N], [B, N, N] or [B, H, N, N] as four dimensions, checked against the sequence."""
-    if mask.dim() not in (2, 3, 4) or mask.shape[-1] != length or mask.shape[-2] not in (1, length):
-        raise ValueError(
-            f"attn_mask has shape {tuple(mask.shape)}; give [N, N], [B, N, N] or [B, H, N, N] with N = {length} tokens"
-        )
-    if mask.dim() == 3:
-        return mask.unsqueeze(1)
-    return mask.reshape(1, 1, *mask.shape) if mask.dim() == 2 else mask
 
 
 def refuse_causal(model: Any, is_causal: bool) -> None:

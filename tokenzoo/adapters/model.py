@@ -17,8 +17,9 @@ from ..recipes import Recipe
 from ..rows import split_dim
 from ..signals import EmbedSignals
 from ..tokens import Layout, Tokens
-from .block import four_dims, refuse_causal
+from .block import refuse_causal
 from .features import Reads, decode, encode
+from .masks import four_dims, refuse_uneven, visible_tokens
 
 
 class BackboneInfo(NamedTuple):
@@ -135,13 +136,17 @@ class ReducingModel:
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
             grid = tuple(int(side) for side in grid)
         layout = self.layout(tuple(grid), rope)._replace(keep_values=dense)
+        visible = None
         if mask is not None:
             layout = layout._replace(track_positions=True)
             mask = four_dims(mask, x.shape[1])
+            visible = visible_tokens(mask, x.shape[0], layout.num_prefix)
+            steps = [step for block in self.blocks for step in block.tokenzoo.steps]
+            refuse_uneven(mask, visible, layout.num_prefix, steps, self)
         coords = None
         if rope is not None and recipe.merged_positions == "mean":
             coords = _patch_coords(layout, x)
-        tokens = Tokens(x, layout, coords=coords, trace=() if trace else None)
+        tokens = Tokens(x, layout, coords=coords, trace=() if trace else None, visible=visible)
         for step in self.blocks[0].tokenzoo.at("embed"):
             signals = EmbedSignals(self, images, getattr(self.blocks[0], step.key) if step.key else None)
             token_map = step.decide(tokens, signals)

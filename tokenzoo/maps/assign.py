@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..rows import add_rows, scatter_values, take_rows
 from .base import TokenMap
-from .merge import MergeMap
+from .merge import MergeMap, visible_groups
 
 
 class AssignMap(TokenMap):
@@ -50,6 +50,10 @@ class AssignMap(TokenMap):
         mass = mass * (self._assign >= 0).unsqueeze(-1).to(mass.dtype)
         zeros = mass.new_zeros(mass.shape[0], self.n_out, mass.shape[2])
         return add_rows(zeros, self._assign.clamp(min=0), mass)
+
+    def masked(self, visible: Tensor) -> AssignMap:
+        heads, weight = visible_groups(self._assign, self._heads, self.weight, visible)
+        return AssignMap(self._assign, heads, weight, self.valid)
 
     def matrix(self) -> Tensor:
         member = self.membership().double()

@@ -84,6 +84,22 @@ class TokenMap(ABC):
         """The same map with other options of the way back; maps without any are returned as they are."""
         return self
 
+    def masked(self, visible: Tensor) -> TokenMap:
+        """The same map where a mask hides some tokens: none of them counts in a new token that has visible members.
+
+        A new token with hidden members only is made of these, and stays hidden.
+
+        Args:
+            visible: [B, N] bool, False for hidden tokens and padding.
+
+        Raises:
+            ValueError: the values of this kind of map depend on hidden tokens in ways that cannot be taken out.
+        """
+        raise ValueError(
+            f"{type(self).__name__} mixes tokens that attn_mask hides with others; call the model without a mask, or "
+            "use a method that drops or merges tokens one by one"
+        )
+
     def membership(self) -> Tensor:
         """The 0/1 matrix [B, N', N] of which old token stands in which new one."""
         slots = torch.arange(self.n_out, device=self.assign.device).view(1, -1, 1)

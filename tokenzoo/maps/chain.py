@@ -28,6 +28,13 @@ class ChainMap(TokenMap):
     def with_lift(self, **options: Any) -> ChainMap:
         return ChainMap(*(token_map.with_lift(**options) for token_map in self.maps))
 
+    def masked(self, visible: Tensor) -> ChainMap:
+        maps = []
+        for token_map in self.maps:
+            maps.append(token_map.masked(visible))
+            visible = token_map.pool(visible.unsqueeze(-1).float()).squeeze(-1) > 0
+        return ChainMap(*maps)
+
     @property
     def dropped(self) -> Tensor:
         dropped, assign = self.maps[0].dropped, self.maps[0].assign

@@ -27,6 +27,7 @@ class ClusterMap(TokenMap):
         temperature: inverse temperature of the way back.
         norm: weights of a patch have this norm 1: "l2" (as released) or "l1" (a mean); "copy" reads the one centre
             nearest to it instead of a mix.
+        tokens_seen: patches that no mask hides [B, N] bool, as they were given to `cluster`; None without a mask.
     """
 
     opens_span = True
@@ -41,7 +42,9 @@ class ClusterMap(TokenMap):
         k: int = 20,
         temperature: float = 0.02,
         norm: str = "l1",
+        tokens_seen: Tensor | None = None,
     ) -> None:
+        self.tokens_seen = tokens_seen
         self.x, self.clusters, self.size, self.grid, self.num_prefix = x, clusters, size, grid, num_prefix
         self.n_in, self.n_out = x.shape[1], num_prefix + grid[0] * grid[1]
         self.k, self.temperature, self.norm = k, temperature, norm
@@ -79,7 +82,12 @@ class ClusterMap(TokenMap):
             self.k if k is None else k,
             self.temperature if temperature is None else temperature,
             self.norm if norm is None else norm,
+            self.tokens_seen,
         )
+
+    def masked(self, visible: Tensor) -> ClusterMap:
+        # whoever clusters knows the mask already: hidden tokens must not even move a centre
+        return super().masked(visible) if self.tokens_seen is None else self
 
     @property
     def centers(self) -> Tensor:
@@ -88,7 +96,7 @@ class ClusterMap(TokenMap):
 
     @property
     def heads(self) -> Tensor:
-        """The middle patch of every home cell."""
+        """The middle patch of every home cell, or a visible one of the cell where that is hidden."""
         axes = []
         for length, cells in zip(self.size, self.grid):
             homes = home_cells(length, cells)
@@ -96,12 +104,32 @@ class ClusterMap(TokenMap):
             axes.append(torch.tensor([(a + b - 1) // 2 for a, b in zip(ends, ends[1:])], device=self.x.device))
         patches = (axes[0].unsqueeze(1) * self.size[1] + axes[1]).reshape(-1) + self.num_prefix
         prefix = torch.arange(self.num_prefix, device=self.x.device)
-        return torch.cat([prefix, patches]).expand(self.x.shape[0], -1)
+        heads = torch.cat([prefix, patches]).expand(self.x.shape[0], -1)
+        if self.tokens_seen is None:
+            return heads
+        front, middle = heads[:, : self.num_prefix], heads[:, self.num_prefix :] - self.num_prefix
+        return torch.cat([front, self._visible_middle(middle, self.tokens_seen) + self.num_prefix], dim=1)
+
+    def _visible_middle(self, middle: Tensor, seen: Tensor) -> Tensor:
+        """A visible patch of every cell of average pooling that has one [B, M], the middle if it is visible."""
+        members, inside = [], []
+        for length, cells in zip(self.size, self.grid):
+            cell = torch.arange(cells, device=seen.device).unsqueeze(1)
+            first, last = cell * length // cells, ((cell + 1) * length + cells - 1) // cells
+            token = first + torch.arange(length // cells + 2, device=seen.device)
+            members.append(token.clamp(max=length - 1))
+            inside.append(token < last)
+        index = (members[0][:, None, :, None] * self.size[1] + members[1][None, :, None, :]).flatten(2).flatten(0, 1)
+        inside = (inside[0][:, None, :, None] & inside[1][None, :, None, :]).flatten(2).flatten(0, 1)
+        there = seen[:, index.flatten()].unflatten(1, index.shape) & inside
+        first = there.long().argmax(2)
+        other = index.expand(len(seen), -1, -1).gather(2, first.unsqueeze(2)).squeeze(2)
+        return torch.where(seen.gather(1, middle) | ~there.any(2), middle, other)
 
     @property
     def assign(self) -> Tensor:
         """The nearest of all centres."""
-        labels = hard_labels(self.x[:, self.num_prefix :], self.centers) + self.num_prefix
+        labels = hard_labels(self.x[:, self.num_prefix :], self.centers, self.clusters.visible) + self.num_prefix
         prefix = torch.arange(self.num_prefix, device=self.x.device).expand(self.x.shape[0], -1)
         return torch.cat([prefix, labels], dim=1)
 
@@ -115,9 +143,10 @@ class ClusterMap(TokenMap):
     def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
         patches, values = self.x[:, self.num_prefix :], y[:, self.num_prefix :]
         if self.norm == "copy":
-            back = copy_back(values, patches, self.centers)
+            back = copy_back(values, patches, self.centers, self.clusters.visible)
         else:
-            back = reconstruct(values, patches, self.centers, self.temperature, self.k, self.norm)
+            visible = self.clusters.visible
+            back = reconstruct(values, patches, self.centers, self.temperature, self.k, self.norm, visible)
         return self._with_prefix(y, back)
 
     def membership(self) -> Tensor:

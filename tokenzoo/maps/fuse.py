@@ -44,6 +44,9 @@ class FuseMap(TokenMap):
     def num_dropped(self) -> int | None:
         return self.n_in - self.n_out + 1 if self.valid is None else None
 
+    def masked(self, visible: Tensor) -> FuseMap:
+        return FuseMap(self.idx, self.weight * visible, self.left_out, self.valid)
+
     def _with_row(self, x: Tensor, weight: Tensor) -> Tensor:
         kept = take_rows(x, self.idx)
         if self.valid is not None:

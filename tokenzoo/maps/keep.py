@@ -41,6 +41,9 @@ class KeepMap(TokenMap):
         idx = torch.where(self.valid, self.idx, self.n_in)
         return scatter_values(self.n_in + 1, idx, slots, -1)[:, : self.n_in]
 
+    def masked(self, visible: Tensor) -> KeepMap:
+        return self
+
     def apply(self, x: Tensor) -> Tensor:
         kept = take_rows(x, self.idx)
         return kept if self.valid is None else kept * self.valid.unsqueeze(-1).to(kept.dtype)

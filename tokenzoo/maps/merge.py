@@ -19,7 +19,8 @@ class MergeMap(TokenMap):
         src: old indices of the tokens that are merged away [B, S].
         slot: new index each source goes to [B, S], -1 to drop it.
         n_in: N.
-        weight: weight of every old token in the means [B, N, 1]; None weighs all alike.
+        weight: weight of every old token in the means [B, N, 1]; None weighs all alike. In sums and maxima, sources of
+            weight 0 are left out.
         reduce: "mean", "sum" or "max".
         valid: [B, N'] bool or None.
     """
@@ -42,14 +43,19 @@ class MergeMap(TokenMap):
 
     @classmethod
     def from_assign(
-        cls, order: Tensor, assign: Tensor, weight: Tensor | None = None, valid: Tensor | None = None
+        cls,
+        order: Tensor,
+        assign: Tensor,
+        weight: Tensor | None = None,
+        valid: Tensor | None = None,
+        reduce: str = "mean",
     ) -> MergeMap:
         """A map given by the new index of every token [B, N] (-1 drops it) and the head of every new one [B, N']."""
         n_in, n_out = assign.shape[1], order.shape[1]
         is_head = scatter_values(n_in, order, torch.ones_like(order), 0)
         # heads come last, so the first N - N' entries are the sources
         src = stable_order(is_head)[:, : n_in - n_out]
-        return cls(order, src, assign.gather(1, src), n_in, weight, "mean", valid)
+        return cls(order, src, assign.gather(1, src), n_in, weight, reduce, valid)
 
     @property
     def heads(self) -> Tensor:
@@ -59,6 +65,13 @@ class MergeMap(TokenMap):
     def assign(self) -> Tensor:
         slots = torch.arange(self.n_out, device=self.order.device).expand_as(self.order)
         return scatter_values(self.n_in, self.order, slots, -1).scatter(1, self.src, self.slot)
+
+    def masked(self, visible: Tensor) -> MergeMap:
+        if self.src.shape[1] == 0:
+            return self
+        assign = self.assign
+        order, weight = visible_groups(assign, self.order, self.weight, visible)
+        return MergeMap.from_assign(order, assign, weight, self.valid, self.reduce)
 
     def _received(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Slots to add to, and the source rows, zero where a source is dropped."""
@@ -70,9 +83,13 @@ class MergeMap(TokenMap):
         if self.src.shape[1] == 0:
             return out
         if self.reduce == "sum":
-            return add_rows(out, *self._received(x))
+            slot, given = self._received(x)
+            return add_rows(out, slot, given if self.weight is None else given * self._counts.to(x.dtype))
         if self.reduce == "max":
-            return max_rows(out, self.slot, take_rows(x, self.src))
+            given = take_rows(x, self.src)
+            if self.valid is not None or self.weight is not None:  # some sources may have no slot, or no weight
+                given = given.masked_fill(~self._counts, float("-inf"))
+            return max_rows(out, self.slot.clamp(min=0), given)
         weight = self.weight
         if weight is None:
             weight = torch.ones(x.shape[0], self.n_in, 1, device=x.device)
@@ -82,6 +99,12 @@ class MergeMap(TokenMap):
         # weighted mean = head + sum of share * (source - head): rows without sources stay exact
         delta = share * (take_rows(x, self.src) - take_rows(out, slot))
         return add_rows(out, slot, delta)
+
+    @property
+    def _counts(self) -> Tensor:
+        """Sources that take part in a sum or a maximum [B, S, 1] bool."""
+        counts = (self.slot >= 0).unsqueeze(-1)
+        return counts if self.weight is None else counts & (take_rows(self.weight, self.src) > 0)
 
     def _shares(self, weight: Tensor) -> Tensor:
         """Share of each source in the mean of its group [B, S, 1]."""
@@ -95,10 +118,35 @@ class MergeMap(TokenMap):
     def matrix(self) -> Tensor:
         member = self.membership().double()
         if self.reduce == "sum":
-            return member
+            counts = torch.ones_like(self.assign, dtype=torch.bool)
+            counts = counts if self.weight is None else counts.scatter(1, self.src, self._counts.squeeze(-1))
+            return member * counts.unsqueeze(1)
         if self.reduce == "max":
             raise TypeError("MergeMap(reduce='max') is not linear: it has no matrix; use reduce='mean' or 'sum'")
         weight = member if self.weight is None else member * self.weight.transpose(1, 2)
         total = weight.sum(-1, keepdim=True)
         head = torch.nn.functional.one_hot(self.order, self.n_in).to(weight.dtype)
         return torch.where(total > 0, weight / total.clamp(min=torch.finfo(total.dtype).tiny), head)
+
+
+def visible_groups(assign: Tensor, heads: Tensor, weight: Tensor | None, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads [B, N'] and weights [B, N, 1] of groups in which hidden tokens count for nothing beside visible ones.
+
+    A hidden head of a group with visible members gives its place to the first of these, so that the group has its
+    position and its entries in a mask.
+
+    Args:
+        assign: new index of every old token [B, N], -1 for none.
+        heads: old index of the token that heads each new one [B, N'], -1 for none.
+        weight: weight of every old token in the means [B, N, 1]; None weighs all alike.
+        visible: [B, N] bool.
+    """
+    n_in, n_out = assign.shape[1], heads.shape[1]
+    index = torch.arange(n_in, device=assign.device).expand_as(assign)
+    slot = torch.where(visible & (assign >= 0), assign, n_out)
+    first = torch.full_like(heads[:, :1], n_in).expand(-1, n_out + 1)
+    first = first.scatter_reduce(1, slot, index, reduce="amin")[:, :n_out]
+    seen = first < n_in
+    heads = torch.where(seen & ~visible.gather(1, heads.clamp(min=0)), first, heads)
+    counts = (visible | ~seen.gather(1, assign.clamp(min=0))).unsqueeze(-1)
+    return heads, counts.float() if weight is None else weight * counts

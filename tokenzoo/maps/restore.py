@@ -56,6 +56,9 @@ class RestoreMap(TokenMap):
     def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
         return self._forward.apply(y)
 
+    def masked(self, visible: Tensor) -> RestoreMap:
+        return self  # every token reads what the maps in between, masked themselves, made of it
+
     def membership(self) -> Tensor:
         heads = self.heads
         out = torch.zeros(*heads.shape, self.n_in, device=heads.device)

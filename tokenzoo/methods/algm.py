@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adaptive import (
     above_threshold,
     even_and_odd,
+    hidden_windows,
     merge_pairs,
     merge_windows,
     raster_members,
@@ -164,6 +165,9 @@ class ALGM(Method):
             return None
         members, real = raster_members(tokens, template)
         score = window_similarity(tokens.x[:, prefix:], members)
+        if tokens.visible is not None:
+            gone = step.strength.count is not None or self.threshold <= 1  # above 1, no window may merge
+            score = hidden_windows(score, tokens.visible[:, prefix:], members, gone)
         if real is not None:
             score = score.masked_fill(~real, float("-inf"))
         count = step.strength.count
@@ -183,11 +187,11 @@ class ALGM(Method):
         if tokens.num_patches < 2:
             return None
         if count is not None:
-            pairs = bipartite_pairs(tokens.x, count, prefix, tokens.valid)
+            pairs = bipartite_pairs(tokens.x, count, prefix, tokens.valid, tokens.visible)
             return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, tokens.sizes(), valid=pairs.valid)
-        value, partner = best_odd(tokens.x, prefix, tokens.valid)
+        value, partner = best_odd(tokens.x, prefix, tokens.valid, tokens.visible)
         real = None if tokens.valid is None else tokens.valid[:, prefix + prefix % 2 :: 2]
-        counts = above_threshold(value, real, step.block + 1, self.batch_min)
+        counts = above_threshold(value, real, step.block + 1, self.batch_min, tokens.visible is not None)
         plan = self._settle(tokens, counts, 1)
         if plan is None:
             return None

@@ -94,6 +94,8 @@ class ATS(Method):
             norms = signals.values.float().flatten(2).norm(dim=2)[:, prefix:]
             scores = attention * norms
             whole = torch.ones_like(scores[:, :1], dtype=torch.bool)
+            if tokens.visible is not None:
+                scores = scores.masked_fill(~tokens.visible[:, prefix:], 0)
             if tokens.valid is not None:
                 real = tokens.valid[:, prefix:]
                 scores = scores * real

@@ -68,6 +68,8 @@ class Step(NamedTuple):
     def decide(self, tokens: Tokens, signals: Signals | None) -> TokenMap | None:
         """The map that the method decides here, None to leave the tokens alone.
 
+        Tokens that a mask hides weigh nothing in it beside visible ones.
+
         Raises:
             ValueError: counts depend on the images, and these cannot be looked at.
         """
@@ -77,7 +79,8 @@ class Step(NamedTuple):
                 f"keeps as many tokens as the images ask for, {why}; set a fixed budget"
                 + (f", such as {fixed}" if fixed else "")
             )
-        return self.method.map(tokens.seen_by(self.scorer), signals, self)
+        token_map = self.method.map(tokens.seen_by(self.scorer), signals, self)
+        return token_map if token_map is None or tokens.visible is None else token_map.masked(tokens.visible)
 
     def count(self, n: int, layout: Layout) -> Any:
         """`Method.count` of n tokens, prefix included."""
@@ -191,6 +194,11 @@ class Method:
     def merges(self) -> bool:
         """Whether tokens come to stand for several patches."""
         return "merge" in self.kind or "fuse" in self.kind
+
+    @property
+    def mixes(self) -> bool:
+        """Whether values of tokens are mixed, so that a mask has to treat all patches alike that it does not hide."""
+        return self.kind not in ("prune", "sample")
 
     @property
     def branches(self) -> tuple[str, ...]:

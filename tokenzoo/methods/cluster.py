@@ -129,8 +129,9 @@ class Cluster(Method):
         if cells == tokens.layout.grid:
             return None  # nothing to reduce
         size, prefix = tokens.layout.grid, tokens.layout.num_prefix
-        found = cluster(tokens.x[:, prefix:], size, cells, self.iterations, self.window, self.temperature)
-        return ClusterMap(tokens.x, found, size, cells, prefix, self.k, self.temperature, "l1")
+        visible = None if tokens.visible is None else tokens.visible[:, prefix:]
+        found = cluster(tokens.x[:, prefix:], size, cells, self.iterations, self.window, self.temperature, visible)
+        return ClusterMap(tokens.x, found, size, cells, prefix, self.k, self.temperature, "l1", visible)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         if n == n_out:

@@ -123,12 +123,14 @@ class CTS(Method):
         count, groups = step.count(tokens.length, tokens.layout), _groups(tokens.layout, "cts")
         if count == 0:
             return None
-        return share_groups(tokens, self.scores(signals, groups), count, signals.half)
+        return share_groups(tokens, self.scores(signals, groups, tokens), count, signals.half)
 
     @torch.no_grad()
-    def scores(self, signals: EmbedSignals, groups: tuple[int, int]) -> Tensor:
-        """Score of every group [B, G], high for one thing only."""
+    def scores(self, signals: EmbedSignals, groups: tuple[int, int], tokens: Tokens | None = None) -> Tensor:
+        """Score of every group [B, G], high for one thing only; patches that a mask hides from the tokens are blank."""
         images = signals.image
+        if tokens is not None and tokens.visible is not None:
+            images = images * _visible_pixels(tokens, images)
         if self.score == "variance":
             with full_precision(images):
                 return -colour_variance(images, groups)
@@ -154,3 +156,15 @@ def _groups(layout: Layout, who: str) -> tuple[int, int]:
     if high % 2 or wide % 2:
         raise ValueError(f"{who} groups 2 x 2 patches, but the grid of {high} x {wide} is odd; use another image size")
     return high // 2, wide // 2
+
+
+def _visible_pixels(tokens: Tokens, images: Tensor) -> Tensor:
+    """1 for pixels of visible patches, 0 for those that a mask hides [B, 1, H, W]."""
+    prefix, (high, wide) = tokens.layout.num_prefix, tokens.layout.grid
+    place = tokens.original_positions()[:, prefix:] - prefix
+    seen = torch.zeros(images.shape[0], high * wide, device=images.device, dtype=images.dtype)
+    seen = seen.scatter(1, place, tokens.visible[:, prefix:].to(images.dtype)).view(-1, 1, high, wide)
+    # images that the model pads up to whole patches end within the last ones
+    patch = -(-images.shape[-2] // high), -(-images.shape[-1] // wide)
+    pixels = seen.repeat_interleave(patch[0], dim=2).repeat_interleave(patch[1], dim=3)
+    return pixels[..., : images.shape[-2], : images.shape[-1]]

@@ -41,6 +41,10 @@ class EViT(KeepRate):
     source: ClassVar[str] = "Liang et al., ICLR 2022"
     kind: ClassVar[str] = "prune + fuse"
 
+    @property
+    def mixes(self) -> bool:
+        return self.fuse_token
+
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
         patches = n - layout.num_prefix
         kept = self.kept_patches(n, step, layout)

@@ -149,8 +149,9 @@ class Evo(Method):
         left_out = keep.assign < 0
         if tokens.valid is not None:
             left_out = left_out & tokens.valid
+        counts = left_out if tokens.visible is None else left_out & tokens.visible
         # differential attention can be negative; where nothing is important, all count alike
-        weight = torch.where(left_out, scores.clamp(min=0) + _LEAST, torch.zeros_like(scores))
+        weight = torch.where(counts, scores.clamp(min=0) + _LEAST, torch.zeros_like(scores))
         weight = weight / weight.sum(1, keepdim=True).clamp(min=_LEAST)
         if keep.valid is None:
             return FuseMap(keep.idx, weight, left_out)

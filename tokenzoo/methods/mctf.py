@@ -137,7 +137,7 @@ class MCTF(Method):
                 own_r = torch.tensor(table, device=size.device).clamp(min=0)[tokens.valid.sum(1)].unsqueeze(1)
             pairs = fusion_pairs(
                 tokens.x.detach(), received, tokens.size, r, prefix, (self.tau_sim, self.tau_info, self.tau_size),
-                self.bidirectional, tokens.valid, own_r,
+                self.bidirectional, tokens.valid, own_r, tokens.visible,
             )  # fmt: skip
             weight = {"attention": received.unsqueeze(-1) * size, "size": size}.get(self.pooling)
         reduce = "max" if self.pooling == "max" else "mean"

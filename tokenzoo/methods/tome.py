@@ -82,7 +82,7 @@ class ToMe(Method):
         r = tokens.length - step.tokens_out(tokens.length, tokens.layout)
         if r == 0:
             return None
-        pairs = bipartite_pairs(signals.metric, r, tokens.layout.num_prefix, tokens.valid)
+        pairs = bipartite_pairs(signals.metric, r, tokens.layout.num_prefix, tokens.valid, tokens.visible)
         return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, tokens.sizes(), valid=pairs.valid)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:

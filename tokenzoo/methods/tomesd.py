@@ -149,9 +149,9 @@ class ToMeSD(Method):
         with torch.no_grad(), full_precision(metric):
             if tokens.valid is None:
                 if self.stride is None:
-                    pairs = bipartite_pairs(metric, r, layout.num_prefix)
+                    pairs = bipartite_pairs(metric, r, layout.num_prefix, visible=tokens.visible)
                 else:
-                    pairs = split_pairs(metric, *self._split(tokens, step), r, layout.num_prefix)
+                    pairs = split_pairs(metric, *self._split(tokens, step), r, layout.num_prefix, tokens.visible)
                 return MergeMap(pairs.order, pairs.src, pairs.slot, n)
             return self._padded_map(metric, tokens, n - r, step)
 
@@ -178,11 +178,11 @@ class ToMeSD(Method):
         counts = (tokens.valid_patches.unsqueeze(1) - own_counts(rule, tokens)).clamp(min=0)
         if self.stride is None:
             src, dst = even_and_odd(tokens)
-            value, partner = best_odd(metric, layout.num_prefix, tokens.valid)
+            value, partner = best_odd(metric, layout.num_prefix, tokens.valid, tokens.visible)
             partner = partner - layout.num_prefix // 2
         else:
             src, dst = self._split(tokens, step)
-            value, partner = best_destination(metric, src, dst, tokens.valid)
+            value, partner = best_destination(metric, src, dst, tokens.valid, tokens.visible)
         length = layout.num_prefix + rule(tokens.num_patches)
         return merge_pairs(tokens, src, dst, value, partner, counts, length, True, None)
 

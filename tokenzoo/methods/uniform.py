@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..maps import KeepMap, TokenMap
 from ..registry import register
+from ..rows import stable_order
 from ..selection import own_counts, real_rows, with_prefix
 from ..signals import Signals
 from ..tokens import Tokens
@@ -38,6 +40,8 @@ class Uniform(KeepRate):
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         kept = self.kept_patches(tokens.length, step, tokens.layout)
         slots = torch.arange(kept, device=tokens.x.device)
+        if tokens.visible is not None:
+            return self._visible_first(tokens, slots, step)
         counts = own_counts(self.kept(step, tokens.layout), tokens)
         if counts is None:
             # the middle of each of `kept` equal stretches
@@ -49,3 +53,16 @@ class Uniform(KeepRate):
             patches = patches.clamp(max=tokens.num_patches - 1)
         valid = real_rows(counts, kept, tokens.layout.num_prefix)
         return KeepMap(with_prefix(patches, tokens.layout.num_prefix), tokens.length, valid)
+
+    def _visible_first(self, tokens: Tokens, slots: Tensor, step: Step) -> KeepMap:
+        """The same among the patches that no mask hides, all of them and some hidden ones where they are too few."""
+        prefix = tokens.layout.num_prefix
+        rank = (~tokens.visible[:, prefix:]).long()
+        if tokens.valid is not None:
+            rank = rank + (~tokens.valid[:, prefix:]).long()
+        visible, counts = (rank == 0).sum(1, keepdim=True), own_counts(self.kept(step, tokens.layout), tokens)
+        wanted = torch.full_like(visible, slots.shape[0]) if counts is None else counts
+        spread = ((2 * slots + 1) * visible).div(2 * wanted.clamp(min=1), rounding_mode="floor")
+        nth = torch.where(wanted < visible, spread, slots).clamp(max=tokens.num_patches - 1)
+        patches = stable_order(rank).gather(1, nth)
+        return KeepMap(with_prefix(patches, prefix), tokens.length, real_rows(counts, slots.shape[0], prefix))
