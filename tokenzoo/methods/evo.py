@@ -117,12 +117,12 @@ class Evo(Method):
 
     # ---- counts
 
-    def count(self, n: int, step: Step, layout: Layout) -> int:
-        """Patches that take the block."""
-        return int((n - layout.num_prefix) * step.strength[0])
+    def count(self, n: int, step: Step, layout: Layout) -> tuple[int, bool]:
+        """Patches that take the block, and whether a later block wants importance."""
+        return int((n - layout.num_prefix) * step.strength[0]), step.strength[1]
 
     def _split(self, n: int, step: Step, layout: Layout) -> int:
-        slow = step.count(n, layout)
+        slow, _ = step.count(n, layout)
         if slow < 1:
             raise step.error(f"keep_rate={step.strength[0]} leaves none of {n - layout.num_prefix} patches; raise it")
         return slow
@@ -145,7 +145,7 @@ class Evo(Method):
         scores = tokens.scores
         if scores is None:
             raise step.error("no importance has been carried here; call the model, not its blocks out of order")
-        keep = keep_best(scores, tokens, lambda n: step.count(layout.num_prefix + n, layout))
+        keep = keep_best(scores, tokens, lambda n: step.count(layout.num_prefix + n, layout)[0])
         left_out = keep.assign < 0
         if tokens.valid is not None:
             left_out = left_out & tokens.valid
@@ -160,7 +160,7 @@ class Evo(Method):
 
     def score(self, tokens: Tokens, signals: Signals, token_map: TokenMap | None, step: Step) -> Tensor | None:
         before = tokens.scores
-        if not step.strength[1]:
+        if not step.count(tokens.length, tokens.layout)[1]:
             return before
         seen = signals.importance
         if token_map is not None:
