@@ -174,21 +174,25 @@ def backbone_names() -> list[str]:
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A tiny model with random weights in which mistakes show: gammas 0.1 to 0.5, norms and tokens off their start."""
+    """A tiny model with random weights in which mistakes show."""
     torch.manual_seed(seed)
-    model = BACKBONES[name]()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "gamma" in key or ".ls" in key:
-                parameter.uniform_(0.1, 0.5)
-            elif "norm" in key and key.endswith("weight"):
-                parameter.uniform_(0.5, 1.5)
-            elif key.endswith("bias") or "token" in key or "pos_embed" in key:
-                parameter.normal_(std=0.3)
-            elif "lambda" in key or parameter.dim() < 2:
-                parameter.uniform_(-0.3, 0.3)
-            elif "rope" not in key:
-                parameter.normal_(std=1.5 / parameter[0].numel() ** 0.5)
+    return shaken(BACKBONES[name]())
+
+
+@torch.no_grad()
+def shaken(model: nn.Module) -> nn.Module:
+    """Random weights: gammas 0.1 to 0.5, norms and tokens off their start."""
+    for key, parameter in model.named_parameters():
+        if "gamma" in key or ".ls" in key:
+            parameter.uniform_(0.1, 0.5)
+        elif "norm" in key and key.endswith("weight"):
+            parameter.uniform_(0.5, 1.5)
+        elif key.endswith("bias") or "token" in key or "pos_embed" in key:
+            parameter.normal_(std=0.3)
+        elif "lambda" in key or parameter.dim() < 2:
+            parameter.uniform_(-0.3, 0.3)
+        elif "rope" not in key:
+            parameter.normal_(std=1.5 / parameter[0].numel() ** 0.5)
     return model.eval()
 
 
