@@ -13,6 +13,7 @@ from torch import nn
 from .adapters.block import BlockPlan, ReducingBlock
 from .adapters.family import Family, families, find_family
 from .adapters.model import BackboneInfo
+from .adapters.swapping import swap_attentions
 from .methods.base import Method
 from .recipes import Recipe, take_flops
 from .registry import create_method, list_methods, method_class
@@ -195,6 +196,7 @@ def _install(backbone: nn.Module, family: Family, recipe: Recipe, info: Backbone
     backbone.tokenzoo_recipe = recipe
     for index, block in enumerate(backbone.blocks):
         block.__class__ = family.blocks[type(block)]
+        swap_attentions(block, family.attentions)
         kept = []
         for step in steps.get(index, ()):
             width = block.shape().dim if isinstance(block, ReducingBlock) else info.dim
@@ -234,6 +236,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         if family.sequences is not None:
             del block.tokenzoo_recipe
         block.__class__ = plain_blocks[type(block)]
+        swap_attentions(block, {new: old for old, new in family.attentions.items()})
     del backbone.tokenzoo_recipe
     backbone.__class__ = plain_models[type(backbone)]
     return model

@@ -16,9 +16,10 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from ..attention import Heads
+from .attending import AttentionLayer
 from .block import BlockMacs
 from .rope import rotate
-from .vit_attention import linear_part, split_heads
+from .vit_attention import attention_output, linear_part, split_heads
 
 ATTENTIONS = (EvaAttention, AttentionRope)
 
@@ -79,7 +80,7 @@ def rotary_heads(attn: nn.Module, x: Tensor, rows: Tensor | None, with_values: b
         q, k = rotate(q, rows, half).to(dtype), rotate(k, rows, half).to(dtype)
     v = None if v is None else _share(attn, v)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    return Heads(q, _share(attn, k), v, attn.scale, fused=attn.fused_attn, dropout=dropout)
+    return Heads(q, _share(attn, k), v, attn.scale, fused=attn.fused_attn, dropout=dropout, drop=attn.attn_drop)
 
 
 def rotary_values(attn: nn.Module, x: Tensor) -> Tensor:
@@ -96,3 +97,31 @@ def rotary_macs(attn: nn.Module) -> BlockMacs:
     gate = getattr(attn, "gate", None)  # an attribute of newer versions
     out = attn.proj.weight.numel() + (gate.weight.numel() if gate is not None else 0)
     return BlockMacs((queries + keys) * dim, keys * dim, 2 * queries, out, 0)
+
+
+class _ReducingRotary(AttentionLayer):
+    """Both layers that rotate queries and keys."""
+
+    def project(self, z: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
+        return rotary_heads(self, z, rows, with_values)
+
+    def project_values(self, z: Tensor) -> Tensor:
+        return rotary_values(self, z)
+
+    @property
+    def output_reads_input(self) -> bool:
+        return getattr(self, "gate", None) is not None
+
+    def output(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return attention_output(self, out, z)
+
+
+class ReducingEvaAttention(_ReducingRotary, EvaAttention):
+    """`EvaAttention` inside a block that reduces tokens."""
+
+
+class ReducingAttentionRope(_ReducingRotary, AttentionRope):
+    """`AttentionRope` inside a block that reduces tokens."""
+
+
+REDUCING_ATTENTIONS: dict[type, type] = {EvaAttention: ReducingEvaAttention, AttentionRope: ReducingAttentionRope}

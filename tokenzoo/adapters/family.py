@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,8 @@ class Family:
         costs: reads what counting needs, at a grid of tokens, where the usual formulas do not hold; the result has
             `rows(recipe, layout)`, the fields of the rows of a report. None for the usual.
         scans: blocks scan their tokens instead of attending.
+        attentions: exact class of an attention layer inside a block -> reducing subclass.
+        bypassed: (name inside a block, what to use instead) of its modules that a reducing block does not call as such.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Family:
     sequences: Callable[[nn.Module, tuple[int, int] | None, Recipe | None], dict[int, Layout]] | None = None
     costs: Callable[[nn.Module, tuple[int, int]], Any] | None = None
     scans: bool = False
+    attentions: Mapping[type, type] = field(default_factory=dict)
+    bypassed: Callable[[nn.Module], dict[str, str]] = lambda block: {}
 
 
 def linear_macs(module: nn.Module) -> int:

@@ -29,10 +29,8 @@ from .model import ReducingModel
 from .pooling import pool_plain
 from .vit_attention import (
     ATTENTIONS,
-    attention_heads,
+    REDUCING_ATTENTIONS,
     attention_macs,
-    attention_output,
-    attention_values,
     is_differential,
     split_heads,
 )
@@ -46,19 +44,6 @@ from .vit_parallel import (
 
 class _OneAttention(ReducingBlock):
     """A block with one attention layer `attn` and one `mlp`; subclasses say where the norms are."""
-
-    def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        return attention_heads(self.attn, tokens.x)
-
-    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        return attention_heads(self.attn, tokens.x, with_values=False)
-
-    def values(self, z: Tensor) -> Tensor:
-        return attention_values(self.attn, z)
-
-    @property
-    def output_reads_input(self) -> bool:
-        return getattr(self.attn, "gate", None) is not None
 
     def shape(self) -> BlockShape:
         attn = self.attn
@@ -81,8 +66,8 @@ class ReducingVitBlock(_OneAttention, Block):
     def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1(x)
 
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        return self.drop_path1(self.ls1(attention_output(self.attn, out, z)))
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        return self.drop_path1(self.ls1(outs[0]))
 
     def mlp_input(self, x: Tensor) -> Tensor:
         return self.norm2(x)
@@ -94,8 +79,8 @@ class ReducingVitBlock(_OneAttention, Block):
 class ReducingResPostBlock(_OneAttention, ResPostBlock):
     """Block with the norms on the branches; queries and keys come from the residual stream itself."""
 
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        return self.drop_path1(self.norm1(attention_output(self.attn, out, z)))
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        return self.drop_path1(self.norm1(outs[0]))
 
     def mlp_branch(self, z: Tensor) -> Tensor:
         return self.drop_path2(self.norm2(self.mlp(z)))
@@ -174,6 +159,7 @@ FAMILY = Family(
         VisionTransformerDistilled: ReducingVisionTransformerDistilled,
     },
     blocks=BLOCKS,
+    attentions=REDUCING_ATTENTIONS,
     check=check,
     check_block=check_block,
 )

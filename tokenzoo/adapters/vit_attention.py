@@ -12,6 +12,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from ..attention import Heads
+from .attending import AttentionLayer
 from .block import BlockMacs
 
 try:  # timm >= 1.0.20
@@ -57,7 +58,7 @@ def attention_heads(attn: nn.Module, x: Tensor, with_values: bool = True) -> Hea
     k = attn.k_norm(split_heads(parts[1], attn.head_dim))
     v = split_heads(parts[2], value_width(attn)) if with_values else None
     dropout = attn.attn_drop.p if attn.training else 0.0
-    return Heads(q, k, v, attn.scale, differential_lambda(attn, q), attn.fused_attn, dropout)
+    return Heads(q, k, v, attn.scale, differential_lambda(attn, q), attn.fused_attn, dropout, attn.attn_drop)
 
 
 def attention_values(attn: nn.Module, x: Tensor) -> Tensor:
@@ -96,3 +97,33 @@ def attention_macs(attn: nn.Module) -> BlockMacs:
     pair = width + width * (2 if is_differential(attn) else 1)
     out = attn.proj.weight.numel() + (gate.weight.numel() if gate is not None else 0)
     return BlockMacs(2 * width * dim, width * dim, pair, out, 0)
+
+
+class _ReducingAttention(AttentionLayer):
+    """Both layers of timm's that are called with tokens alone."""
+
+    def project(self, z: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
+        return attention_heads(self, z, with_values)
+
+    def project_values(self, z: Tensor) -> Tensor:
+        return attention_values(self, z)
+
+    @property
+    def output_reads_input(self) -> bool:
+        return getattr(self, "gate", None) is not None
+
+    def output(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return attention_output(self, out, z)
+
+
+class ReducingAttention(_ReducingAttention, Attention):
+    """`Attention` inside a block that reduces tokens."""
+
+
+REDUCING_ATTENTIONS: dict[type, type] = {Attention: ReducingAttention}
+if DiffAttention is not None:
+
+    class ReducingDiffAttention(_ReducingAttention, DiffAttention):
+        """`DiffAttention` inside a block that reduces tokens."""
+
+    REDUCING_ATTENTIONS[DiffAttention] = ReducingDiffAttention

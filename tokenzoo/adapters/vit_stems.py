@@ -15,6 +15,7 @@ from ..recipes import Recipe
 from ..tokens import Tokens
 from .family import Family
 from .vit import BLOCKS, VitModel, check, check_block
+from .vit_attention import REDUCING_ATTENTIONS
 
 
 class ReducingT2TViT(VitModel, T2TViT):
@@ -54,6 +55,7 @@ FAMILY = Family(
     summary="tokenzoo.models: T2T-ViT and LV-ViT",
     models={T2TViT: ReducingT2TViT, LVViT: ReducingLVViT},
     blocks=BLOCKS,
+    attentions=REDUCING_ATTENTIONS,
     check=check,
     check_block=check_block,
     check_recipe=check_recipe,
