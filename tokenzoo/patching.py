@@ -13,6 +13,7 @@ from torch import nn
 from .adapters.block import BlockPlan, ReducingBlock
 from .adapters.family import Family, families, find_family
 from .adapters.model import BackboneInfo
+from .adapters.overrides import refuse_leftovers, refuse_overrides
 from .adapters.swapping import swap_attentions
 from .methods.base import Method
 from .recipes import Recipe, take_flops
@@ -98,7 +99,8 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
 
     Raises:
         TypeError: a model, block or attention class that is not served.
-        ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched.
+        ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
+            method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
     backbone = backbone_of(model)
     if hasattr(backbone, "tokenzoo_recipe"):
@@ -140,6 +142,7 @@ def _check(backbone: nn.Module, family: Family) -> None:
                 f"blocks.{index} attends with {type(inner).__module__}.{type(inner).__qualname__}, which the "
                 f"{family.name} family does not know; use timm's own attention layers"
             )
+    refuse_overrides(backbone, family)
 
 
 def _check_recipe(recipe: Recipe, info: BackboneInfo, name: str, family: Family) -> None:
@@ -220,12 +223,13 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """Takes the recipe off again, in place; outputs are bit-equal to those before patching.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or a method was set on it since that would go on reducing tokens.
     """
     backbone = backbone_of(model)
     if not hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(f"{type(backbone).__name__} is not patched; there is nothing to take off")
     family = next(f for f in families() if type(backbone) in f.models.values())
+    refuse_leftovers(backbone, family)
     plain_models = {new: old for old, new in family.models.items()}
     plain_blocks = {new: old for old, new in family.blocks.items()}
     for block in backbone.blocks:

@@ -114,8 +114,10 @@ class Attending:
         for step in before[:outside]:
             tokens = block._act(step, tokens, block._signals_of(step, tokens, rope, mask))[0]
         self.tokens, self.before = tokens, before[outside:]
-        around = any(step.method.reads_attention for step in block.tokenzoo.at("around"))
-        self.merging = None if self.before or around else self._merging(tokens)
+        late = (*self.before, *block.tokenzoo.at("around"))
+        self.merging: Merging | None = None
+        if not any(step.method.reads_attention for step in late):
+            self.merging = self._merging(tokens)
         self.layers = block.attention_layers()
         self.entered = list(self.layers)  # the layers themselves, without what is wrapped around them
         self.inputs: list[Tensor | None] = [None] * len(self.layers)  # what they read, as hooks and wrappers hand it on

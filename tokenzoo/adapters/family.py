@@ -31,7 +31,8 @@ class Family:
             `rows(recipe, layout)`, the fields of the rows of a report. None for the usual.
         scans: blocks scan their tokens instead of attending.
         attentions: exact class of an attention layer inside a block -> reducing subclass.
-        bypassed: (name inside a block, what to use instead) of its modules that a reducing block does not call as such.
+        bypassed: (name, module, what to do instead) of the modules that the unpatched model calls and the patched one
+            does not, running their parts one by one: hooks on them would never fire.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Family:
     costs: Callable[[nn.Module, tuple[int, int]], Any] | None = None
     scans: bool = False
     attentions: Mapping[type, type] = field(default_factory=dict)
-    bypassed: Callable[[nn.Module], dict[str, str]] = lambda block: {}
+    bypassed: Callable[[nn.Module], list[tuple[str, nn.Module, str]]] = lambda model: []
 
 
 def linear_macs(module: nn.Module) -> int:

@@ -26,7 +26,7 @@ from ..tokens import Tokens
 from .family import Family
 from .pooling import pool_plain
 from .svit_blocks import REDUCING_ATTENTIONS, ReducingSuperTokenBlock, begin, from_map, full_map, to_map
-from .svit_checks import check, check_block, check_recipe, sequences
+from .svit_checks import bypassed, check, check_block, check_recipe, sequences
 from .svit_costs import read_svit_costs
 from .token_norm import norm_alike, norm_tokens
 
@@ -241,4 +241,5 @@ FAMILY = Family(
     check_recipe=check_recipe,
     sequences=sequences,
     costs=read_svit_costs,
+    bypassed=bypassed,
 )

@@ -142,6 +142,19 @@ def check_block(block: nn.Module) -> nn.Module | None:
     return next((layer for layer in layers if type(layer) not in ATTENTIONS), None)
 
 
+def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Modules that are never called as a whole, and what to do instead."""
+    found = [("blocks", model.blocks, "hook the blocks one by one (model.blocks[i])")]
+    for index, block in enumerate(model.blocks):
+        for order, layer in enumerate(getattr(block, "attns", ())):
+            name = f"blocks.{index}.attns.{order}"
+            found.append((name, layer, "hook its parts (norm, attn, ls, drop_path)"))
+    pool = getattr(model, "attn_pool", None)
+    if pool is not None and not isinstance(pool, AttentionPoolLatent):
+        found.append(("attn_pool", pool, "hook its norms (attn_pool.pre_norm, attn_pool.post_norm)"))
+    return found
+
+
 BLOCKS: dict[type, type] = {
     Block: ReducingVitBlock,
     ResPostBlock: ReducingResPostBlock,
@@ -162,4 +175,5 @@ FAMILY = Family(
     attentions=REDUCING_ATTENTIONS,
     check=check,
     check_block=check_block,
+    bypassed=bypassed,
 )

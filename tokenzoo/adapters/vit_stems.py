@@ -14,7 +14,7 @@ from ..models.t2t_vit import T2TViT
 from ..recipes import Recipe
 from ..tokens import Tokens
 from .family import Family
-from .vit import BLOCKS, VitModel, check, check_block
+from .vit import BLOCKS, VitModel, bypassed, check, check_block
 from .vit_attention import REDUCING_ATTENTIONS
 
 
@@ -59,4 +59,5 @@ FAMILY = Family(
     check=check,
     check_block=check_block,
     check_recipe=check_recipe,
+    bypassed=bypassed,
 )
