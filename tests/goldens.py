@@ -203,6 +203,7 @@ def small_block(weights: dict[str, Tensor], heads: int, method: Any, layout: Any
 
     from tokenzoo.adapters.block import BlockPlan
     from tokenzoo.adapters.vit import ReducingVitBlock
+    from tokenzoo.adapters.vit_attention import ReducingAttention
     from tokenzoo.methods.base import Step
 
     dim = weights["norm1.weight"].shape[0]
@@ -210,6 +211,7 @@ def small_block(weights: dict[str, Tensor], heads: int, method: Any, layout: Any
     block = Block(dim, heads, ratio, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
     block.load_state_dict(weights)
     block.__class__ = ReducingVitBlock
+    block.attn.__class__ = ReducingAttention
     steps = () if strength is None else (Step(method, 0, strength),)
     block.tokenzoo = BlockPlan(0, 1, steps, method.proportional, layout)
     return block.eval()

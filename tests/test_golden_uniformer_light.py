@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenzoo.adapters.block import BlockPlan
 from tokenzoo.adapters.vit import ReducingVitBlock
+from tokenzoo.adapters.vit_attention import ReducingAttention
 from tokenzoo.methods.base import Step
 from tokenzoo.methods.evo import Evo
 from tokenzoo.tokens import Layout, Tokens
@@ -40,6 +41,7 @@ def slow_fast(weights, c, x, scores, head_dim, ratio, blend):
     block = Block(dim, dim // head_dim, hidden / dim, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     block.load_state_dict({k: v for k, v in weights.items() if not k.startswith("pos_embed")})
     block.__class__ = ReducingVitBlock
+    block.attn.__class__ = ReducingAttention
     layout = Layout(1, True, tuple(grid))
     # the step of a block in the middle: importance arrives and is wanted afterwards
     step = Step(Evo(keep_rate=ratio, blend=blend), 1, (ratio, True))

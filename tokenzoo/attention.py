@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ class Heads(NamedTuple):
         scale: factor of the logits.
         lam: differential attention subtracts lam times the odd maps from the even ones; None for ordinary attention.
         fused: use `scaled_dot_product_attention`.
-        dropout: dropout probability on the map (0 outside training).
+        dropout: dropout probability on the map (0 outside training), for the fused kernel.
+        drop: what the layer puts its map through where it is written out, a module; None where there is none.
     """
 
     q: Tensor
@@ -38,6 +40,7 @@ class Heads(NamedTuple):
     lam: Tensor | None = None
     fused: bool = True
     dropout: float = 0.0
+    drop: Callable[[Tensor], Tensor] | None = None
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -61,25 +64,38 @@ def attend(heads: Heads, bias: Tensor | None = None) -> Tensor:
     Returns:
         [B, Nq, H * Dv], heads side by side.
     """
-    if heads.lam is None:
-        out = _attend(heads, heads.q, heads.k, bias)
+    if not heads.fused:
+        out = _attend_written_out(heads, bias)
+    elif heads.lam is None:
+        out = _attend_fused(heads, heads.q, heads.k, bias)
     else:
         q1, q2 = split_dim(heads.q, 1, -1, 2).unbind(2)
         k1, k2 = split_dim(heads.k, 1, -1, 2).unbind(2)
-        out = _attend(heads, q1, k1, bias) - heads.lam * _attend(heads, q2, k2, bias)
+        out = _attend_fused(heads, q1, k1, bias) - heads.lam * _attend_fused(heads, q2, k2, bias)
     return out.transpose(1, 2).flatten(2)
 
 
-def _attend(heads: Heads, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is not None:
-        bias = bias.to(q.dtype)
-    if heads.fused:
-        return F.scaled_dot_product_attention(q, k, heads.v, attn_mask=bias, dropout_p=heads.dropout, scale=heads.scale)
-    logits = (q * heads.scale) @ k.transpose(-2, -1)
-    probs = (logits if bias is None else logits + bias).softmax(dim=-1)
-    if heads.dropout:
-        probs = F.dropout(probs, heads.dropout)
+def _attend_fused(heads: Heads, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, heads.v, attn_mask=bias, dropout_p=heads.dropout, scale=heads.scale)
+
+
+def _attend_written_out(heads: Heads, bias: Tensor | None) -> Tensor:
+    """The map itself, which goes through the layer's dropout in one piece, as hooks on that module expect."""
+    logits = (heads.q * heads.scale) @ heads.k.transpose(-2, -1)
+    probs = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(dim=-1)
+    probs = drop_map(heads, probs)
+    if heads.lam is not None:
+        first, second = split_dim(probs, 1, -1, 2).unbind(2)
+        probs = first - heads.lam * second
     return probs @ heads.v
+
+
+def drop_map(heads: Heads, probs: Tensor) -> Tensor:
+    """A written-out map behind the layer's dropout."""
+    if heads.drop is not None:
+        return heads.drop(probs)
+    return F.dropout(probs, heads.dropout) if heads.dropout else probs
 
 
 def attention_rows(heads: Heads, start: int, stop: int, bias: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from .adapters.block import OUTSIDE, BlockPlan, ReducingBlock
 from .adapters.classes import class_of, refuse_derived, unwrapped
 from .adapters.family import Family
 from .adapters.model import BackboneInfo
+from .adapters.swapping import swap_attentions
 from .methods.base import Step
 from .recipes import Placed, Recipe
 
@@ -84,11 +85,12 @@ def install(backbone: nn.Module, family: Family, recipe: Recipe, changes: list[C
         Names of new parameters.
     """
     kind = family.model_kind(backbone)
-    with all_or_nothing([backbone, *(change.block for change in changes)]):
+    with all_or_nothing([backbone, *(part for change in changes for part in change.block.modules())]):
         for change in changes:
             block = change.block
             if class_of(block) is not change.kind:
                 block.__class__ = change.kind
+                swap_attentions(block, family.attentions)
             for name, module in change.modules.items():
                 block.add_module(name, module)
             block.tokenzoo = change.plan
@@ -115,9 +117,13 @@ def remove(backbone: nn.Module, family: Family) -> None:
     refuse_derived(backbone, "the model")
     for index, block in enumerate(blocks):
         refuse_derived(block, f"blocks.{index}")
+        for name, part in block.named_modules():
+            if class_of(part) in family.attentions.values():
+                refuse_derived(part, f"blocks.{index}.{name}")
     plain_models = {new: old for old, new in family.models.items()}
     plain_blocks = {new: old for old, new in family.blocks.items()}
-    with all_or_nothing([backbone, *blocks]):
+    plain_attentions = {new: old for old, new in family.attentions.items()}
+    with all_or_nothing([backbone, *(part for block in blocks for part in block.modules())]):
         for block in blocks:
             for step in block.tokenzoo.steps:
                 if step.key is not None:
@@ -126,6 +132,7 @@ def remove(backbone: nn.Module, family: Family) -> None:
             if family.sequences is not None:
                 del block.tokenzoo_recipe
             block.__class__ = plain_blocks[type(block)]
+            swap_attentions(block, plain_attentions)
         del backbone.tokenzoo_recipe
         backbone.__class__ = plain_models[type(backbone)]
 

@@ -13,6 +13,7 @@ from torch import nn
 from .adapters.classes import path_of, refuse_derived, refuse_wrapped
 from .adapters.family import Family, families, family_of, find_family, refuse_around
 from .adapters.model import BackboneInfo
+from .adapters.overrides import refuse_leftovers, refuse_overrides
 from .adapters.wrappers import backbone_of, backbone_to_patch
 from .installing import Change, blocks_of, install, prepare, remove
 from .methods.base import Method, Step
@@ -78,7 +79,8 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
 
     Raises:
         TypeError: a model, block or attention class that is not served.
-        ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched.
+        ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
+            method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
     backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
@@ -132,6 +134,7 @@ def _check(backbone: nn.Module, family: Family) -> None:
                 f"blocks.{index} attends with {path_of(type(inner))}, which the {family.name} family does not know; "
                 "use timm's own attention layers"
             )
+    refuse_overrides(backbone, family)
 
 
 def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> None:
@@ -186,10 +189,12 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """Takes the recipe off again, in place; outputs are bit-equal to those before patching.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or a method was set on it since that would go on reducing tokens.
     """
     backbone = _patched_backbone(model, "there is nothing to take off")
-    remove(backbone, find_family(backbone))
+    family = find_family(backbone)
+    refuse_leftovers(backbone, family)
+    remove(backbone, family)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Heads, attend, attention_received, attention_rows
+from .attention import Heads, attend, attention_received, attention_rows, drop_map
 from .maps import TokenMap
 from .rows import split_dim, take_rows
 from .tokens import Tokens
@@ -200,7 +200,7 @@ def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kep
 
 def _attend_explicit(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kept: list[TokenMap]) -> Tensor:
     """`attend_through` for maps that are no matrices (elementwise maxima): the map itself, one head at a time."""
-    outs = []
+    outs: list[Tensor] = []
     step = 1 if heads.lam is None else 2
     for head in range(heads.v.shape[1]):
         part = slice(head * step, (head + 1) * step)
@@ -213,7 +213,12 @@ def _attend_explicit(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], k
             attention = token_map.apply(attention)
         for token_map in kept:
             attention = token_map.apply(attention)
+        if not heads.fused:  # such a layer has its map in memory anyway, and puts it through its dropout in one piece
+            outs.append(attention.to(heads.v.dtype))
+            continue
         if heads.dropout:
             attention = F.dropout(attention, heads.dropout)
         outs.append(torch.bmm(attention.to(heads.v.dtype), heads.v[:, head]))
-    return torch.cat(outs, dim=2)
+    if heads.fused:
+        return torch.cat(outs, dim=2)
+    return (drop_map(heads, torch.stack(outs, dim=1)) @ heads.v).transpose(1, 2).flatten(2)

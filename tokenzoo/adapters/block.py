@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..attention import Heads, attend, key_bias
+from ..attention import Heads, key_bias
 from ..maps import TokenMap
 from ..methods.base import BlockShape, Step
-from ..signals import Signals, attend_through
+from ..signals import Signals
 from ..tokens import Layout, Tokens
+from .attending import Attending, join_heads
 from .masks import four_dims, gather_mask, refuse_uneven, visible_tokens
-from .merging import Merging, lifted_heads
+from .merging import Merging
 
 _SLICE = 1024  # tokens
 OUTSIDE = ("embed", "norm")  # places that a model sees to, in front of its blocks and behind its final norm
@@ -68,9 +69,9 @@ class BlockMacs(NamedTuple):
 class ReducingBlock:
     """Mixin that lets an attention block take and return `Tokens`.
 
-    A family's subclass says how its halves are spelled: `attention_input`, `heads`, `query_keys`, `values`,
-    `attention_branch`, `mlp_input`, `mlp_branch`, `shape` and `macs`. The residual stream, the flow between the halves,
-    and everything about maps, is here once.
+    A family's subclass says how its halves are spelled: `attention_input`, `attention_layers`, `attention_branch`,
+    `mlp_input`, `mlp_branch`, `shape` and `macs`. The residual stream, the flow between the halves, and everything
+    about maps, is here and in `Attending` once.
     """
 
     tokenzoo: BlockPlan
@@ -84,20 +85,20 @@ class ReducingBlock:
         """What attention reads: the norm in front of it (the residual stream itself where there is none)."""
         return x
 
-    def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        """Queries, keys and values of tokens whose values are attention inputs z."""
-        raise NotImplementedError
+    def attention_layers(self) -> tuple[Any, ...]:
+        """The `AttentionLayer`s that stand side by side; the block itself where attention is part of it."""
+        return (self.attn,)
 
-    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        """Queries and keys only; `v` is None."""
-        raise NotImplementedError
+    def layer_input(self, index: int, z: Tensor) -> Tensor:
+        """What one attention layer reads of z, where each has a norm of its own."""
+        return z
 
-    def values(self, z: Tensor) -> Tensor:
-        """Values of rows z [B, N, C] -> [B, H, N, Dv]."""
-        raise NotImplementedError
+    def rotations(self, tokens: Tokens, rope: Any) -> Tensor | None:
+        """Rotations of the tokens as they are now, None without rotary positions."""
+        return None
 
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        """What attention adds to the residual stream: out [B, N, H * Dv]; z as `output_reads_input` asks for."""
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        """What attention adds to the residual stream, of the outputs of its layers [B, N, C]."""
         raise NotImplementedError
 
     def mlp_input(self, x: Tensor) -> Tensor:
@@ -107,11 +108,6 @@ class ReducingBlock:
     def mlp_branch(self, z: Tensor) -> Tensor:
         """What the MLP adds to the residual stream."""
         raise NotImplementedError
-
-    @property
-    def output_reads_input(self) -> bool:
-        """Whether `attention_branch` needs z (a gate, an MLP beside attention)."""
-        return False
 
     def shape(self) -> BlockShape:
         """Sizes for cost formulas."""
@@ -126,6 +122,25 @@ class ReducingBlock:
         """Whether attention runs on the fused kernel."""
         raise NotImplementedError
 
+    # ---- the projections of all attention layers together
+
+    def heads(self, tokens: Tokens, rope: Any) -> Heads:
+        """Queries, keys and values of tokens whose values are attention inputs z."""
+        return self._joined(tokens, rope, True)
+
+    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
+        """Queries and keys only; `v` is None."""
+        return self._joined(tokens, rope, False)
+
+    def values(self, z: Tensor) -> Tensor:
+        """Values of rows z [B, N, C] -> [B, H, N, Dv]."""
+        layers = enumerate(self.attention_layers())
+        return torch.cat([layer.project_values(self.layer_input(index, z)) for index, layer in layers], dim=1)
+
+    def _joined(self, tokens: Tokens, rope: Any, with_values: bool) -> Heads:
+        rows, layers = self.rotations(tokens, rope), enumerate(self.attention_layers())
+        return join_heads([layer.project(self.layer_input(i, tokens.x), rows, with_values) for i, layer in layers])
+
     # ---- the flow
 
     def run(self, tokens: Tokens, rope: Any = None, mask: Tensor | None = None) -> Tokens:
@@ -137,10 +152,7 @@ class ReducingBlock:
             mask: the user's attention mask in original positions, [B or 1, 1 or H, N0 or 1, N0], or None.
         """
         plan = self.tokenzoo
-        for step in plan.at("before"):
-            tokens = self._act(step, tokens, self._signals_of(step, tokens, rope, mask))[0]
-        merging = Merging(plan.at("around"), tokens, partial(self._signals_of, rope=rope, mask=mask))
-        tokens, signals = self._attend(tokens, rope, mask, merging)
+        tokens, signals, merging = self._attend(tokens, rope, mask)
         for step in plan.at("between"):
             tokens, signals = self._act(step, tokens, self._with_module(signals, step))
         merging.moved = any(plan.at(place) for place in ("ahead", "queries", "between"))
@@ -167,55 +179,16 @@ class ReducingBlock:
             return self.mlp_branch(z)
         return torch.cat([self.mlp_branch(part) for part in z.split(_SLICE, dim=1)], dim=1)
 
-    def _attend(self, tokens: Tokens, rope: Any, mask: Tensor | None, merging: Merging) -> tuple[Tokens, Signals]:
-        """The attention half, with the steps that act inside it."""
-        if mask is not None:
-            _refuse_mask(merging.steps)
-        merge, z = merging.enter("attention", tokens, self.attention_input)
-        if merge is not None:
-            return self._attend_merged(merging.recorded(tokens, merge, "attention"), z, merge, rope, mask)
-        ahead, kept = self.tokenzoo.at("ahead"), self.tokenzoo.at("queries")
-        bias = self._bias(tokens, mask)
-        inputs = tokens._replace(x=z)
-        heads = self.query_keys(inputs, rope) if ahead else self.heads(inputs, rope)
-        signals = Signals(heads, bias, tokens, self.training)
-        tokens = self._scored(tokens, signals)
-        ahead_maps: list[TokenMap] = []
-        kept_maps: list[TokenMap] = []
-        for step in ahead:
-            tokens, signals = self._act(step, tokens, self._with_module(signals, step), ahead_maps)
-        if ahead:
-            z = self.attention_input(tokens.x)
-            heads = heads._replace(v=self.values(z))
-            signals = signals.with_values(heads.v)
-        for step in kept:
-            tokens, signals = self._act(step, tokens, self._with_module(signals, step), kept_maps)
-        out = attend_through(heads, bias, ahead_maps, kept_maps)
-        if self.output_reads_input and kept:
-            z = self.attention_input(tokens.x)
-        y = self.attention_branch(out, z if self.output_reads_input else None)
-        return tokens._replace(x=tokens.x + y), signals
-
-    def _attend_merged(
-        self, tokens: Tokens, z: Tensor, merge: TokenMap, rope: Any, mask: Tensor | None
-    ) -> tuple[Tokens, Signals]:
-        """The attention half on merged tokens, its output read back by every token.
-
-        Methods that act inside attention see every token with the keys of the one it merged into; attention has run by
-        then, so they act on its output. `z` is what the branch reads behind the map.
-        """
-        inner = tokens._replace(trace=None).reduce(merge, values=z)
-        heads, bias = self.heads(inner, rope), self._bias(inner, mask)
-        y = self.attention_branch(attend(heads, bias), z)
-        y = merge.lift(y)
-        tokens = self._scored(tokens, Signals(heads, bias, inner, self.training), merge)
-        signals = Signals(partial(lifted_heads, heads, merge), self._bias(tokens, mask), tokens, self.training)
-        maps: list[TokenMap] = []
-        for step in (*self.tokenzoo.at("ahead"), *self.tokenzoo.at("queries")):
-            tokens, signals = self._act(step, tokens, self._with_module(signals, step), maps)
-        for token_map in maps:
+    def _attend(self, tokens: Tokens, rope: Any, mask: Tensor | None) -> tuple[Tokens, Signals, Merging]:
+        """The attention half, with the steps in front of it and inside of it."""
+        outs, decided = Attending(self, tokens, rope, mask).result()
+        y = self.attention_branch(outs)
+        if decided.merge is not None:  # every token reads the output of the one it merged into
+            y = decided.merge.lift(y)
+        for token_map in decided.maps:
             y = token_map.apply(y)
-        return tokens._replace(x=tokens.x + y), signals
+        tokens = decided.tokens
+        return tokens._replace(x=tokens.x + y), decided.signals, decided.merging
 
     def _scored(self, tokens: Tokens, signals: Signals, merge: TokenMap | None = None) -> Tokens:
         """The tokens with the scores that a method carries from block to block, brought up to date."""
@@ -225,13 +198,21 @@ class ReducingBlock:
                 tokens = tokens.with_scores(scores, step.scorer)
         return tokens
 
-    def _signals_of(self, step: Step, tokens: Tokens, rope: Any, mask: Tensor | None) -> Signals:
+    def _signals_of(
+        self,
+        step: Step,
+        tokens: Tokens,
+        rope: Any,
+        mask: Tensor | None,
+        project: Callable[[], Heads] | None = None,
+    ) -> Signals:
         """Signals in front of attention: queries and keys are projected only if the method looks."""
 
-        def project() -> Heads:
+        def query_keys() -> Heads:
             return self.query_keys(tokens._replace(x=self.attention_input(tokens.x)), rope)
 
-        return self._with_module(Signals(project, self._bias(tokens, mask), tokens, self.training), step)
+        heads = query_keys if project is None else project
+        return self._with_module(Signals(heads, self._bias(tokens, mask), tokens, self.training), step)
 
     def _act(
         self, step: Step, tokens: Tokens, signals: Signals, maps: list[TokenMap] | None = None
@@ -288,13 +269,6 @@ class ReducingBlock:
         if tokens.visible is not None:
             return tokens
         return tokens._replace(visible=visible if at is None else (at < 0) | visible.gather(1, at.clamp(min=0)))
-
-
-def _refuse_mask(steps: tuple[Step, ...]) -> None:
-    """A mask says which tokens see which; it says nothing about tokens that another form of attention makes."""
-    for step in steps:
-        if step.method.replaces_attention:
-            raise step.error("its attention runs among tokens that no attn_mask covers; call the model without a mask")
 
 
 def refuse_alone(plan: BlockPlan) -> None:

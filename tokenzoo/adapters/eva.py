@@ -15,37 +15,25 @@ from typing import Any
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from ..attention import Heads, key_bias
+from ..attention import key_bias
 from ..layer_macs import linear_macs
 from ..methods.base import BlockShape
 from ..recipes import Recipe
 from ..tokens import Layout, Tokens
 from .block import BlockMacs, ReducingBlock
-from .eva_attention import ATTENTIONS, head_width, input_width, rotary_heads, rotary_macs, rotary_values
+from .eva_attention import ATTENTIONS, REDUCING_ATTENTIONS, head_width, input_width, rotary_macs
 from .family import Family
 from .features import Reads
 from .model import ReducingModel
 from .pooling import pool_plain
 from .rope import Rope, check_rebuild, waves_of
-from .vit_attention import attention_output
 
 
 class _Rotary(ReducingBlock):
     """Both kinds of block; subclasses say where the norms are."""
 
-    def heads(self, tokens: Tokens, rope: Rope | None) -> Heads:
-        return rotary_heads(self.attn, tokens.x, None if rope is None else rope.rows(tokens))
-
-    def query_keys(self, tokens: Tokens, rope: Rope | None) -> Heads:
-        rows = None if rope is None else rope.rows(tokens)
-        return rotary_heads(self.attn, tokens.x, rows, with_values=False)
-
-    def values(self, z: Tensor) -> Tensor:
-        return rotary_values(self.attn, z)
-
-    @property
-    def output_reads_input(self) -> bool:
-        return getattr(self.attn, "gate", None) is not None
+    def rotations(self, tokens: Tokens, rope: Rope | None) -> Tensor | None:
+        return None if rope is None else rope.rows(tokens)
 
     def shape(self) -> BlockShape:
         return BlockShape(input_width(self.attn), self.attn.num_heads, head_width(self.attn))
@@ -77,8 +65,8 @@ class ReducingEvaBlock(_Rotary, EvaBlock):
     def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1(x)
 
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        y = attention_output(self.attn, out, z)
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        y = outs[0]
         return self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
 
     def mlp_input(self, x: Tensor) -> Tensor:
@@ -92,8 +80,8 @@ class ReducingEvaBlock(_Rotary, EvaBlock):
 class ReducingEvaBlockPostNorm(_Rotary, EvaBlockPostNorm):
     """Block with the norms on the branches; queries and keys come from the residual stream itself."""
 
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        return self.drop_path1(self.norm1(attention_output(self.attn, out, z)))
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        return self.drop_path1(self.norm1(outs[0]))
 
     def mlp_branch(self, z: Tensor) -> Tensor:
         return self.drop_path2(self.norm2(self.mlp(z)))
@@ -168,6 +156,7 @@ FAMILY = Family(
     summary="timm eva.py: EVA, EVA-02, ROPE-ViT, Perception Encoder (PE), DINOv3, LingBot-Vision, Sapiens2",
     models={Eva: ReducingEva},
     blocks={EvaBlock: ReducingEvaBlock, EvaBlockPostNorm: ReducingEvaBlockPostNorm},
+    attentions=REDUCING_ATTENTIONS,
     check=check,
     check_block=check_block,
     check_recipe=check_recipe,

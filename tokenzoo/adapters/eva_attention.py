@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..attention import Heads
 from ..layer_macs import linear_shapes, stream_width
 from ..projections import is_plain, linear_part
+from .attending import AttentionLayer
 from .block import BlockMacs
 from .rope import rotate
-from .vit_attention import output_macs, split_heads
+from .vit_attention import attention_output, output_macs, split_heads
 
 ATTENTIONS = (EvaAttention, AttentionRope)
 
@@ -109,7 +110,7 @@ def rotary_heads(attn: nn.Module, x: Tensor, rows: Tensor | None, with_values: b
         q, k = rotate(q, rows, half).to(dtype), rotate(k, rows, half).to(dtype)
     v = None if v is None else _share(attn, v)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    return Heads(q, _share(attn, k), v, attn.scale, fused=attn.fused_attn, dropout=dropout)
+    return Heads(q, _share(attn, k), v, attn.scale, fused=attn.fused_attn, dropout=dropout, drop=attn.attn_drop)
 
 
 def rotary_values(attn: nn.Module, x: Tensor) -> Tensor:
@@ -124,3 +125,31 @@ def rotary_macs(attn: nn.Module) -> BlockMacs:
     """Multiply-adds of an attention layer alone (`mlp` is 0); rotations are no products with weights."""
     queries, keys, dim = query_width(attn), key_width(attn), input_width(attn)
     return BlockMacs((queries + keys) * dim, keys * dim, 2 * queries, output_macs(attn, queries, dim), 0)
+
+
+class _ReducingRotary(AttentionLayer):
+    """Both layers that rotate queries and keys."""
+
+    def project(self, z: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
+        return rotary_heads(self, z, rows, with_values)
+
+    def project_values(self, z: Tensor) -> Tensor:
+        return rotary_values(self, z)
+
+    @property
+    def output_reads_input(self) -> bool:
+        return getattr(self, "gate", None) is not None
+
+    def output(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return attention_output(self, out, z)
+
+
+class ReducingEvaAttention(_ReducingRotary, EvaAttention):
+    """`EvaAttention` inside a block that reduces tokens."""
+
+
+class ReducingAttentionRope(_ReducingRotary, AttentionRope):
+    """`AttentionRope` inside a block that reduces tokens."""
+
+
+REDUCING_ATTENTIONS: dict[type, type] = {EvaAttention: ReducingEvaAttention, AttentionRope: ReducingAttentionRope}

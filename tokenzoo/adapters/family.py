@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,9 @@ class Family:
         costs: reads what counting needs, at a grid of tokens, where the usual formulas do not hold; the result has
             `rows(recipe, layout)`, the fields of the rows of a report. None for the usual.
         scans: blocks scan their tokens instead of attending.
+        attentions: exact class of an attention layer inside a block -> reducing subclass.
+        bypassed: (name, module, what to do instead) of the modules that the unpatched model calls and the patched one
+            does not, running their parts one by one: hooks on them would never fire.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Family:
     sequences: Callable[[nn.Module, tuple[int, int] | None, Recipe | None], dict[int, Layout]] | None = None
     costs: Callable[[nn.Module, tuple[int, int]], Any] | None = None
     scans: bool = False
+    attentions: Mapping[type, type] = field(default_factory=dict)
+    bypassed: Callable[[nn.Module], list[tuple[str, nn.Module, str]]] = lambda model: []
 
     def model_kind(self, model: nn.Module) -> type:
         """The reducing class of a model, patched or not."""

@@ -167,4 +167,5 @@ FAMILY = Family(
     check_recipe=check_recipe,
     layout=window_layout,
     costs=read_sam_costs,
+    bypassed=lambda model: [("blocks", model.blocks, "hook the blocks one by one (model.blocks[i])")],
 )

@@ -27,8 +27,8 @@ from ..tokens import Tokens
 from .family import Family
 from .features import Reads, decode, encode
 from .pooling import pool_plain
-from .svit_blocks import ReducingSuperTokenBlock, begin, from_map, full_map, to_map
-from .svit_checks import check, check_block, check_recipe, sequences
+from .svit_blocks import REDUCING_ATTENTIONS, ReducingSuperTokenBlock, begin, from_map, full_map, to_map
+from .svit_checks import bypassed, check, check_block, check_recipe, sequences
 from .svit_costs import read_svit_costs
 from .token_norm import norm_alike, norm_tokens
 
@@ -237,9 +237,11 @@ FAMILY = Family(
     summary="tokenzoo.models: SViT, in the stages with plain attention",
     models={SViT: ReducingSViT},
     blocks={SuperTokenBlock: ReducingSuperTokenBlock},
+    attentions=REDUCING_ATTENTIONS,
     check=check,
     check_block=check_block,
     check_recipe=check_recipe,
     sequences=sequences,
     costs=read_svit_costs,
+    bypassed=bypassed,
 )

@@ -19,6 +19,7 @@ from ..attention import Heads
 from ..layer_macs import conv_macs
 from ..layers.chunks import at_once
 from ..layers.pointwise import PointwiseConv
+from ..layers.super_token import MapAttention, SuperTokenAttention
 from ..lifting import lift
 from ..methods.base import BlockShape
 from ..models.svit_blocks import SuperTokenBlock
@@ -26,6 +27,7 @@ from ..projections import is_plain, pointwise
 from ..recipes import Recipe
 from ..rows import split_dim, take_rows
 from ..tokens import Layout, Tokens, TraceStep
+from .attending import AttentionLayer
 from .block import BlockMacs, BlockPlan, ReducingBlock, refuse_alone
 from .merging import Merging
 from .places import Places, lost_tokens, places_of
@@ -67,6 +69,52 @@ def full_map(tokens: Tokens, recipe: Recipe) -> Tensor:
     return to_map(lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill), tokens.layout.grid)
 
 
+class ReducingMapAttention(AttentionLayer, MapAttention):
+    """`MapAttention` on tokens, inside a block that reduces them."""
+
+    def project(self, z: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
+        parts = self._projected(z, 0, 3 if with_values else 2)
+        return Heads(parts[0], parts[1], parts[2] if with_values else None, self.scale, fused=self.fused_attn)
+
+    def project_values(self, z: Tensor) -> Tensor:
+        return self._projected(z, 2, 3)[0]
+
+    def output(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return _pointwise(self.proj, out)
+
+    def _projected(self, z: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Queries, keys and values number start..stop-1 of rows z: each [B, H, N, D]. Rows go by head."""
+        if not is_plain(self.qkv, PointwiseConv):
+            rows = split_dim(pointwise(self.qkv, z), 2, self.num_heads, 3, -1)
+            return rows.transpose(1, 2).unbind(3)[start:stop]
+        weight, bias = self.qkv.weight.flatten(1), self.qkv.bias
+        if (start, stop) != (0, 3):
+            weight = weight.unflatten(0, (self.num_heads, 3, -1))[:, start:stop].flatten(0, 2)
+            bias = None if bias is None else bias.unflatten(0, (self.num_heads, 3, -1))[:, start:stop].flatten()
+        rows = split_dim(nn.functional.linear(z, weight, bias), 2, self.num_heads, stop - start, -1)
+        return rows.transpose(1, 2).unbind(3)
+
+
+class ReducingSuperTokenAttention(AttentionLayer, SuperTokenAttention):
+    """`SuperTokenAttention` of single tokens, inside a block that reduces them: the layer within does it all."""
+
+    def project(self, z: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
+        return self.stoken_refine.project(z, rows, with_values)
+
+    def project_values(self, z: Tensor) -> Tensor:
+        return self.stoken_refine.project_values(z)
+
+    def forward(self, x: Tensor, attend: Callable[..., Tensor] | None = None) -> Tensor:
+        """Tokens [B, N, C] where a block says how they attend, else a map [B, C, H, W]."""
+        return SuperTokenAttention.forward(self, x) if attend is None else self.stoken_refine(x, attend=attend)
+
+
+REDUCING_ATTENTIONS: dict[type, type] = {
+    SuperTokenAttention: ReducingSuperTokenAttention,
+    MapAttention: ReducingMapAttention,
+}
+
+
 class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
     """`SuperTokenBlock` with plain attention on tokens; called with a map it does what the model would."""
 
@@ -89,34 +137,8 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
     def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1.norm(x)
 
-    def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._heads(*self._projected(tokens.x, 0, 3))
-
-    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._heads(*self._projected(tokens.x, 0, 2), None)
-
-    def values(self, z: Tensor) -> Tensor:
-        return self._projected(z, 2, 3)[0]
-
-    def _projected(self, z: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Queries, keys and values number start..stop-1 of rows z: each [B, H, N, D]. Rows go by head."""
-        attn = self.attn.stoken_refine
-        if not is_plain(attn.qkv, PointwiseConv):
-            rows = pointwise(attn.qkv, z).unflatten(2, (attn.num_heads, 3, -1))
-            return rows.transpose(1, 2).unbind(3)[start:stop]
-        weight, bias = attn.qkv.weight.flatten(1), attn.qkv.bias
-        if (start, stop) != (0, 3):
-            weight = weight.unflatten(0, (attn.num_heads, 3, -1))[:, start:stop].flatten(0, 2)
-            bias = None if bias is None else bias.unflatten(0, (attn.num_heads, 3, -1))[:, start:stop].flatten()
-        rows = split_dim(nn.functional.linear(z, weight, bias), 2, attn.num_heads, stop - start, -1)
-        return rows.transpose(1, 2).unbind(3)
-
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor | None) -> Heads:
-        attn = self.attn.stoken_refine
-        return Heads(q, k, v, attn.scale, fused=attn.fused_attn)
-
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        return self.drop_path1(_scaled(_pointwise(self.attn.stoken_refine.proj, out), self.gamma_1))
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        return self.drop_path1(_scaled(outs[0], self.gamma_1))
 
     @property
     def fused(self) -> bool:

@@ -49,6 +49,27 @@ def check_block(block: nn.Module) -> nn.Module | None:
     return next((part for part, known in [*parts, (block.norm1, ChannelNorm)] if type(part) is not known), None)
 
 
+def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Modules that are never called as a whole, and what to do instead."""
+    found = []
+    for index, stage in enumerate(model.layers):
+        if stage.is_plain:
+            found.append((f"layers.{index}", stage, "hook its blocks one by one (model.blocks[i]) or its downsample"))
+    for index, block in enumerate(model.blocks):
+        for name, parts in _PARTS.items():
+            found.append((f"blocks.{index}.{name}", block.get_submodule(name), f"hook its parts ({parts})"))
+    return found
+
+
+# modules of a block that go apart once tokens are no grid any more, and what is called instead
+_PARTS = {
+    "pos_embed": "pos_embed.conv",
+    "norm1": "norm1.norm",
+    "mlp2": "mlp2.fc1, mlp2.conv.conv, mlp2.fc2",
+    "mlp2.conv": "mlp2.conv.conv",
+}
+
+
 def check_recipe(model: nn.Module, recipe: Recipe) -> None:
     """Refuses recipes that this model cannot follow.
 

@@ -31,10 +31,8 @@ from .model import ReducingModel
 from .pooling import pool_plain
 from .vit_attention import (
     ATTENTIONS,
-    attention_heads,
+    REDUCING_ATTENTIONS,
     attention_macs,
-    attention_output,
-    attention_values,
     input_width,
     is_differential,
     split_heads,
@@ -49,19 +47,6 @@ from .vit_parallel import (
 
 class _OneAttention(ReducingBlock):
     """A block with one attention layer `attn` and one `mlp`; subclasses say where the norms are."""
-
-    def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        return attention_heads(self.attn, tokens.x)
-
-    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        return attention_heads(self.attn, tokens.x, with_values=False)
-
-    def values(self, z: Tensor) -> Tensor:
-        return attention_values(self.attn, z)
-
-    @property
-    def output_reads_input(self) -> bool:
-        return getattr(self.attn, "gate", None) is not None
 
     def shape(self) -> BlockShape:
         attn = self.attn
@@ -84,8 +69,8 @@ class ReducingVitBlock(_OneAttention, Block):
     def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1(x)
 
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        return self.drop_path1(self.ls1(attention_output(self.attn, out, z)))
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        return self.drop_path1(self.ls1(outs[0]))
 
     def mlp_input(self, x: Tensor) -> Tensor:
         return self.norm2(x)
@@ -97,8 +82,8 @@ class ReducingVitBlock(_OneAttention, Block):
 class ReducingResPostBlock(_OneAttention, ResPostBlock):
     """Block with the norms on the branches; queries and keys come from the residual stream itself."""
 
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        return self.drop_path1(self.norm1(attention_output(self.attn, out, z)))
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        return self.drop_path1(self.norm1(outs[0]))
 
     def mlp_branch(self, z: Tensor) -> Tensor:
         return self.drop_path2(self.norm2(self.mlp(z)))
@@ -169,6 +154,19 @@ def check_block(block: nn.Module) -> nn.Module | None:
     return next((layer for layer in layers if type(layer) not in ATTENTIONS), None)
 
 
+def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Modules that are never called as a whole, and what to do instead."""
+    found = [("blocks", model.blocks, "hook the blocks one by one (model.blocks[i])")]
+    for index, block in enumerate(model.blocks):
+        for order, layer in enumerate(getattr(block, "attns", ())):
+            name = f"blocks.{index}.attns.{order}"
+            found.append((name, layer, "hook its parts (norm, attn, ls, drop_path)"))
+    pool = getattr(model, "attn_pool", None)
+    if pool is not None and not isinstance(pool, AttentionPoolLatent):
+        found.append(("attn_pool", pool, "hook its norms (attn_pool.pre_norm, attn_pool.post_norm)"))
+    return found
+
+
 BLOCKS: dict[type, type] = {
     Block: ReducingVitBlock,
     ResPostBlock: ReducingResPostBlock,
@@ -186,6 +184,8 @@ FAMILY = Family(
         VisionTransformerDistilled: ReducingVisionTransformerDistilled,
     },
     blocks=BLOCKS,
+    attentions=REDUCING_ATTENTIONS,
     check=check,
     check_block=check_block,
+    bypassed=bypassed,
 )

@@ -14,6 +14,7 @@ from ..attention import Heads
 from ..layer_macs import stream_width
 from ..projections import linear_part
 from ..rows import split_dim
+from .attending import AttentionLayer
 from .block import BlockMacs
 
 try:  # timm >= 1.0.20
@@ -58,7 +59,7 @@ def attention_heads(attn: nn.Module, x: Tensor, with_values: bool = True) -> Hea
     k = attn.k_norm(split_heads(parts[1], attn.head_dim))
     v = split_heads(parts[2], value_width(attn)) if with_values else None
     dropout = attn.attn_drop.p if attn.training else 0.0
-    return Heads(q, k, v, attn.scale, differential_lambda(attn, q), attn.fused_attn, dropout)
+    return Heads(q, k, v, attn.scale, differential_lambda(attn, q), attn.fused_attn, dropout, attn.attn_drop)
 
 
 def attention_values(attn: nn.Module, x: Tensor) -> Tensor:
@@ -100,3 +101,33 @@ def attention_macs(attn: nn.Module) -> BlockMacs:
 def output_macs(attn: nn.Module, width: int, dim: int) -> int:
     """Multiply-adds a token behind attention: output projection and gate."""
     return width * dim * (1 if getattr(attn, "gate", None) is None else 2)
+
+
+class _ReducingAttention(AttentionLayer):
+    """Both layers of timm's that are called with tokens alone."""
+
+    def project(self, z: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
+        return attention_heads(self, z, with_values)
+
+    def project_values(self, z: Tensor) -> Tensor:
+        return attention_values(self, z)
+
+    @property
+    def output_reads_input(self) -> bool:
+        return getattr(self, "gate", None) is not None
+
+    def output(self, out: Tensor, z: Tensor | None) -> Tensor:
+        return attention_output(self, out, z)
+
+
+class ReducingAttention(_ReducingAttention, Attention):
+    """`Attention` inside a block that reduces tokens."""
+
+
+REDUCING_ATTENTIONS: dict[type, type] = {Attention: ReducingAttention}
+if DiffAttention is not None:
+
+    class ReducingDiffAttention(_ReducingAttention, DiffAttention):
+        """`DiffAttention` inside a block that reduces tokens."""
+
+    REDUCING_ATTENTIONS[DiffAttention] = ReducingDiffAttention

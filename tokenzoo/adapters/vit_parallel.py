@@ -17,13 +17,9 @@ from ..layer_macs import linear_macs
 from ..methods.base import BlockShape
 from ..projections import linear_part
 from ..rows import split_dim
-from ..tokens import Tokens
 from .block import BlockMacs, ReducingBlock
 from .vit_attention import (
-    attention_heads,
     attention_macs,
-    attention_output,
-    attention_values,
     differential_lambda,
     differential_output,
     input_width,
@@ -39,7 +35,16 @@ except ImportError:
 
 
 class _ParallelScaling(ReducingBlock):
-    """Attention and MLP side by side from one input projection, rows [mlp hidden, q, k, v]."""
+    """Attention and MLP side by side from one input projection, rows [mlp hidden, q, k, v].
+
+    There is no attention layer to call: the block spells the parts of an `AttentionLayer` itself.
+    """
+
+    output_reads_input = True  # the MLP runs beside attention, on the same input
+    mlp_follows = False
+
+    def attention_layers(self) -> tuple[Any, ...]:
+        return (self,)
 
     def _project(self, z: Tensor, start: int, stop: int) -> Tensor:
         """Outputs start..stop-1 of the input projection, with the bias as the installed timm adds it."""
@@ -55,7 +60,7 @@ class _ParallelScaling(ReducingBlock):
     def attention_input(self, x: Tensor) -> Tensor:
         return self.in_norm(x)
 
-    def _heads(self, z: Tensor, with_values: bool) -> Heads:
+    def project(self, z: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
         hidden, dim = self.in_split[:2]
         parts = self._project(z, hidden, hidden + dim * (3 if with_values else 2)).split(dim, dim=2)
         if is_differential(self):  # norms act on [B, H, N, d]
@@ -64,32 +69,24 @@ class _ParallelScaling(ReducingBlock):
             q, k = (n(split_dim(p, 2, -1, self.head_dim)).transpose(1, 2) for n, p in zip(self._qk_norms(), parts))
         v = split_heads(parts[2], value_width(self)) if with_values else None
         dropout = self.attn_drop.p if self.training else 0.0
-        return Heads(q, k, v, self.scale, differential_lambda(self, q), self.fused_attn, dropout)
+        return Heads(q, k, v, self.scale, differential_lambda(self, q), self.fused_attn, dropout, self.attn_drop)
 
     def _qk_norms(self) -> tuple[nn.Module, nn.Module]:
         return self.q_norm, self.k_norm
 
-    def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._heads(tokens.x, with_values=True)
-
-    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._heads(tokens.x, with_values=False)
-
-    def values(self, z: Tensor) -> Tensor:
+    def project_values(self, z: Tensor) -> Tensor:
         hidden, dim = self.in_split[:2]
         return split_heads(self._project(z, hidden + 2 * dim, hidden + 3 * dim), value_width(self))
 
-    output_reads_input = True  # the MLP runs beside attention, on the same input
-    mlp_follows = False
-
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
+    def output(self, out: Tensor, z: Tensor | None) -> Tensor:
         out = differential_output(self, out)
         hidden = self.mlp_drop(self.mlp_act(self._project(z, 0, self.in_split[0])))
         if getattr(self, "out_proj", None) is not None:
-            y = self.out_proj(torch.cat((out, hidden), dim=-1))
-        else:
-            y = self.attn_out_proj(out) + self.mlp_out_proj(hidden)
-        return self.drop_path(self.ls(y))
+            return self.out_proj(torch.cat((out, hidden), dim=-1))
+        return self.attn_out_proj(out) + self.mlp_out_proj(hidden)
+
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        return self.drop_path(self.ls(outs[0]))
 
     def shape(self) -> BlockShape:
         return BlockShape(self.in_split[1], self.num_heads * (1 + is_differential(self)), self.head_dim)
@@ -117,37 +114,14 @@ class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
     Each branch has a norm of its own, so what branches read is the residual stream itself.
     """
 
-    def _all(self, x: Tensor, with_values: bool) -> Heads:
-        parts = [attention_heads(a.attn, a.norm(x), with_values) for a in self.attns]
-        first = parts[0]
-        joined = {name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("q", "k")}
-        v = torch.cat([p.v for p in parts], dim=1) if with_values else None
-        lam = None
-        if first.lam is not None:  # one factor a layer, broadcast over its heads
-            heads = first.q.shape[1] // 2
-            lam = torch.cat([p.lam.expand(heads) for p in parts]).view(1, -1, 1, 1)
-        return first._replace(v=v, lam=lam, **joined)
+    def attention_layers(self) -> tuple[Any, ...]:
+        return tuple(a.attn for a in self.attns)
 
-    def heads(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._all(tokens.x, with_values=True)
+    def layer_input(self, index: int, z: Tensor) -> Tensor:
+        return self.attns[index].norm(z)
 
-    def query_keys(self, tokens: Tokens, rope: Any) -> Heads:
-        return self._all(tokens.x, with_values=False)
-
-    def values(self, z: Tensor) -> Tensor:
-        return torch.cat([attention_values(a.attn, a.norm(z)) for a in self.attns], dim=1)
-
-    @property
-    def output_reads_input(self) -> bool:
-        return any(getattr(a.attn, "gate", None) is not None for a in self.attns)
-
-    def attention_branch(self, out: Tensor, z: Tensor | None) -> Tensor:
-        branches = []
-        for layer, part in zip(self.attns, out.chunk(len(self.attns), dim=2)):
-            gated = getattr(layer.attn, "gate", None) is not None
-            y = attention_output(layer.attn, part, layer.norm(z) if gated else None)
-            branches.append(layer.drop_path(layer.ls(y)))
-        return torch.stack(branches).sum(dim=0)
+    def attention_branch(self, outs: list[Tensor]) -> Tensor:
+        return torch.stack([a.drop_path(a.ls(y)) for a, y in zip(self.attns, outs)]).sum(dim=0)
 
     def mlp_branch(self, z: Tensor) -> Tensor:
         return torch.stack([ffn(z) for ffn in self.ffns]).sum(dim=0)

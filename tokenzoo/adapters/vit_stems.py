@@ -15,7 +15,8 @@ from ..recipes import Recipe
 from ..tokens import Tokens
 from .family import Family
 from .features import Reads
-from .vit import BLOCKS, VitModel, check, check_block
+from .vit import BLOCKS, VitModel, bypassed, check, check_block
+from .vit_attention import REDUCING_ATTENTIONS
 
 
 class ReducingT2TViT(VitModel, T2TViT):
@@ -59,7 +60,9 @@ FAMILY = Family(
     summary="tokenzoo.models: T2T-ViT and LV-ViT",
     models={T2TViT: ReducingT2TViT, LVViT: ReducingLVViT},
     blocks=BLOCKS,
+    attentions=REDUCING_ATTENTIONS,
     check=check,
     check_block=check_block,
     check_recipe=check_recipe,
+    bypassed=bypassed,
 )

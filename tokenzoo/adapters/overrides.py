@@ -1,0 +1,103 @@
+"""What users put onto single modules of a model, and what a change of class would silently drop of it.
+
+Patching gives a model, its blocks and their attention layers other classes. A method that was set on the instance
+(`attn.forward = ...`, `model.forward = torch.compile(model.forward)`, the dispatch hooks of accelerate) comes in front
+of the class: set before patching it runs the old class, set after patching it goes on running the reducing one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .family import Family
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def reducing_modules(backbone: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, type, type]]:
+    """Modules that patching gives another class: (name, module, plain class, reducing class); patched or not."""
+    inner = {**family.blocks, **family.attentions}
+    named = [("", backbone, family.models)]
+    for index, block in enumerate(backbone.blocks):
+        named += [(f"blocks.{index}.{name}".rstrip("."), module, inner) for name, module in block.named_modules()]
+    for name, module, classes in named:
+        for plain, reducing in classes.items():
+            if type(module) in (plain, reducing):
+                yield name, module, plain, reducing
+
+
+def refuse_overrides(backbone: nn.Module, family: Family) -> None:
+    """Refuses to patch a model with methods, or hooks, that the patched one would not run.
+
+    Raises:
+        ValueError: with the module and what to do.
+    """
+    for name, module, plain, reducing in reducing_modules(backbone, family):
+        taken = _overridden(module, plain, reducing)
+        if taken:
+            raise ValueError(
+                f"{_shown(backbone, name)}.{taken[0]} was set on the instance ({_about(module, taken[0])}), and a "
+                f"patched model would run it instead of reducing tokens, or not at all; take it off "
+                f"({_remedy(backbone, name, module, taken[0])}), patch, and set it on the patched model"
+            )
+    for name, module, instead in family.bypassed(backbone):
+        found = "a forward of its own" if "forward" in vars(module) else None
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            found = "hooks"
+        if found is not None:
+            raise ValueError(
+                f"{_shown(backbone, name)} has {found}, but a patched model runs its parts one by one and never calls "
+                f"it as a whole; {instead}"
+            )
+
+
+def refuse_leftovers(backbone: nn.Module, family: Family) -> None:
+    """Refuses to unpatch a model with methods that would go on running the reducing classes.
+
+    Raises:
+        ValueError: with the module and what to do.
+    """
+    for name, module, plain, reducing in reducing_modules(backbone, family):
+        taken = _overridden(module, plain, reducing)
+        if taken:
+            raise ValueError(
+                f"{_shown(backbone, name)}.{taken[0]} was set on the instance after patching "
+                f"({_about(module, taken[0])}) and would go on reducing tokens; take it off first "
+                f"({_remedy(backbone, name, module, taken[0])}), then unpatch"
+            )
+
+
+def _overridden(module: nn.Module, plain: type, reducing: type) -> list[str]:
+    """Methods of the reducing class that the instance has a version of its own of."""
+    changed = {"forward", "forward_head"}
+    for cls in reducing.__mro__:
+        if cls not in plain.__mro__:
+            changed |= vars(cls).keys()
+    return sorted((changed & vars(module).keys()), key=lambda name: (name != "forward", name))
+
+
+def _shown(backbone: nn.Module, name: str) -> str:
+    return f"{type(backbone).__name__}{'.' if name else ''}{name}"
+
+
+def _about(module: nn.Module, name: str) -> str:
+    if hasattr(module, "_hf_hook"):
+        return f"by accelerate's {type(module._hf_hook).__name__}"
+    value = vars(module)[name]
+    while hasattr(value, "func"):  # partial
+        value = value.func
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _remedy(backbone: nn.Module, name: str, module: nn.Module, attribute: str) -> str:
+    if hasattr(module, "_hf_hook"):
+        return "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+    return f"del model{'.' if name else ''}{_indexed(name)}.{attribute}"
+
+
+def _indexed(name: str) -> str:
+    """`blocks.1.attn` as it is written in code."""
+    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")] if name else []
+    return "".join(parts).lstrip(".")
