@@ -97,7 +97,7 @@ class Evo(Method):
         return {i: (slow.get(i, 1.0), i < max(slow)) for i in range(max(slow) + 1)} if slow else {}
 
     def check_recipe(self, methods: tuple[Method, ...], depth: int) -> None:
-        own = {i for i, (rate, _) in self.strengths(depth).items() if rate < 1} if self.layers != "others" else set()
+        own = self._merged(depth) if self.layers != "others" else set()
         for other in methods:
             if other is self or other.layers == "others":
                 continue
@@ -108,12 +108,16 @@ class Evo(Method):
                 )
             if other.place != "around":
                 continue
-            both = sorted(own & set(other.strengths(depth)))
+            both = sorted(own & (other._merged(depth) if isinstance(other, Evo) else set(other.strengths(depth))))
             if both:
                 raise ValueError(
                     f"evo and {other.name} both merge around the branches of block {both[0]}; give them different "
                     "layers"
                 )
+
+    def _merged(self, depth: int) -> set[int]:
+        """Blocks that not all patches take; in the others importance is gathered."""
+        return {i for i, (rate, _) in self.strengths(depth).items() if rate < 1}
 
     # ---- counts
 
