@@ -122,9 +122,10 @@ class ToMeSD(Method):
         """Patches that the ratio asks to merge."""
         return self._wanted(n - layout.num_prefix, layout)
 
-    def tokens_inside(self, n: int, step: Step, layout: Layout) -> int:
+    def tokens_inside(self, n: int, step: Step | None, layout: Layout) -> int:
         patches = n - layout.num_prefix
-        wanted, most = step.count(n, layout), self._sources(patches, layout)
+        wanted = self._wanted(patches, layout) if step is None else step.count(n, layout)
+        most = self._sources(patches, layout)
         if self.stride is not None and patches == layout.num_patches and most == patches:
             raise step.error(f"stride={self.stride} is larger than the {layout.grid[0]} x {layout.grid[1]} patches")
         if wanted > most and not self.clip:
