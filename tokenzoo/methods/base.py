@@ -73,7 +73,8 @@ class Step(NamedTuple):
         Raises:
             ValueError: counts depend on the images, and these cannot be looked at.
         """
-        if self.method.data_dependent and (why := why_counts_are_unknown(tokens.x)) is not None:
+        # asked for in this order, a compiled graph does not depend on the options that `data_dependent` looks at
+        if (why := why_counts_are_unknown(tokens.x)) is not None and self.method.data_dependent:
             fixed = self.method.static_option
             raise self.error(
                 f"keeps as many tokens as the images ask for, {why}; set a fixed budget"
