@@ -151,3 +151,20 @@ def test_side_data_follows_the_map():
         lift(fused.x, bare)
     with pytest.raises(ValueError, match="map of 7 tokens met a sequence of 3"):
         fused.reduce(merge)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_sums_and_maxima_know_no_weights(reduce):
+    """Weights are those of means: one of zero leaves nobody out, unless a mask hides the token."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
+    order, src, slot = (torch.tensor([row] * 2) for row in ([0, 1, 2], [3, 4, 5], [1, 1, 2]))
+    weight = torch.ones(2, 6, 1)
+    weight[:, 3] = 0
+    weighted = MergeMap(order, src, slot, 6, weight, reduce)
+    assert torch.equal(weighted.apply(x), MergeMap(order, src, slot, 6, None, reduce).apply(x))
+    visible = torch.ones(2, 6, dtype=torch.bool)
+    visible[:, 4] = False
+    together = x[:, [1, 3]]
+    wanted = together.sum(1) if reduce == "sum" else together.amax(1)
+    torch.testing.assert_close(weighted.masked(visible).apply(x)[:, 1], wanted, atol=1e-12, rtol=0)

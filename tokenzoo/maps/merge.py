@@ -19,10 +19,11 @@ class MergeMap(TokenMap):
         src: old indices of the tokens that are merged away [B, S].
         slot: new index each source goes to [B, S], -1 to drop it.
         n_in: N.
-        weight: weight of every old token in the means [B, N, 1]; None weighs all alike. In sums and maxima, sources of
-            weight 0 are left out.
+        weight: weight of every old token in the means [B, N, 1]; None weighs all alike. Sums and maxima know no
+            weights.
         reduce: "mean", "sum" or "max".
         valid: [B, N'] bool or None.
+        counted: [B, N, 1] bool, False for sources that a sum or a maximum leaves out (a mask hides them); None for none.
     """
 
     whole = True
@@ -36,9 +37,11 @@ class MergeMap(TokenMap):
         weight: Tensor | None = None,
         reduce: str = "mean",
         valid: Tensor | None = None,
+        counted: Tensor | None = None,
     ) -> None:
         self.order, self.src, self.slot, self.n_in, self.weight = order, src, slot, n_in, weight
         self.n_out, self.reduce, self.valid = order.shape[1], reduce, valid
+        self.counted = counted
         self.linear = reduce != "max"
 
     @classmethod
@@ -49,13 +52,14 @@ class MergeMap(TokenMap):
         weight: Tensor | None = None,
         valid: Tensor | None = None,
         reduce: str = "mean",
+        counted: Tensor | None = None,
     ) -> MergeMap:
         """A map given by the new index of every token [B, N] (-1 drops it) and the head of every new one [B, N']."""
         n_in, n_out = assign.shape[1], order.shape[1]
         is_head = scatter_values(n_in, order, torch.ones_like(order), 0)
         # heads come last, so the first N - N' entries are the sources
         src = stable_order(is_head)[:, : n_in - n_out]
-        return cls(order, src, assign.gather(1, src), n_in, weight, reduce, valid)
+        return cls(order, src, assign.gather(1, src), n_in, weight, reduce, valid, counted)
 
     @property
     def heads(self) -> Tensor:
@@ -70,8 +74,12 @@ class MergeMap(TokenMap):
         if self.src.shape[1] == 0:
             return self
         assign = self.assign
-        order, weight = visible_groups(assign, self.order, self.weight, visible)
-        return MergeMap.from_assign(order, assign, weight, self.valid, self.reduce)
+        if self.reduce == "mean":
+            order, weight = visible_groups(assign, self.order, self.weight, visible)
+            return MergeMap.from_assign(order, assign, weight, self.valid)
+        order, seen = visible_groups(assign, self.order, None, visible)
+        counted = seen > 0 if self.counted is None else (seen > 0) & self.counted
+        return MergeMap.from_assign(order, assign, self.weight, self.valid, self.reduce, counted)
 
     def _received(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Slots to add to, and the source rows, zero where a source is dropped."""
@@ -84,10 +92,10 @@ class MergeMap(TokenMap):
             return out
         if self.reduce == "sum":
             slot, given = self._received(x)
-            return add_rows(out, slot, given if self.weight is None else given * self._counts.to(x.dtype))
+            return add_rows(out, slot, given if self.counted is None else given * self._counts.to(x.dtype))
         if self.reduce == "max":
             given = take_rows(x, self.src)
-            if self.valid is not None or self.weight is not None:  # some sources may have no slot, or no weight
+            if self.valid is not None or self.counted is not None:  # some sources may have no slot, or be hidden
                 given = given.masked_fill(~self._counts, float("-inf"))
             return max_rows(out, self.slot.clamp(min=0), given)
         weight = self.weight
@@ -104,7 +112,7 @@ class MergeMap(TokenMap):
     def _counts(self) -> Tensor:
         """Sources that take part in a sum or a maximum [B, S, 1] bool."""
         counts = (self.slot >= 0).unsqueeze(-1)
-        return counts if self.weight is None else counts & (take_rows(self.weight, self.src) > 0)
+        return counts if self.counted is None else counts & take_rows(self.counted, self.src)
 
     def _shares(self, weight: Tensor) -> Tensor:
         """Share of each source in the mean of its group [B, S, 1]."""
@@ -119,7 +127,7 @@ class MergeMap(TokenMap):
         member = self.membership().double()
         if self.reduce == "sum":
             counts = torch.ones_like(self.assign, dtype=torch.bool)
-            counts = counts if self.weight is None else counts.scatter(1, self.src, self._counts.squeeze(-1))
+            counts = counts if self.counted is None else counts.scatter(1, self.src, self._counts.squeeze(-1))
             return member * counts.unsqueeze(1)
         if self.reduce == "max":
             raise TypeError("MergeMap(reduce='max') is not linear: it has no matrix; use reduce='mean' or 'sum'")
