@@ -23,7 +23,8 @@ class MergeMap(TokenMap):
             weights.
         reduce: "mean", "sum" or "max".
         valid: [B, N'] bool or None.
-        counted: [B, N, 1] bool, False for sources that a sum or a maximum leaves out (a mask hides them); None for none.
+        counted: [B, N, 1] bool, False for sources that a sum or a maximum leaves out (a mask hides them); None where
+            all take part.
     """
 
     whole = True
