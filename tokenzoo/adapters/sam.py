@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..recipes import Recipe
 from ..registry import declaring
-from ..tokens import Layout
+from ..tokens import Layout, Tokens
 from .family import Family
 from .sam_blocks import ReducingSamBlock, WindowedMap, restored
 from .sam_costs import read_sam_costs
+from .sam_tokens import as_tokens
 
 
 class ReducingVisionTransformerSAM(VisionTransformerSAM):
@@ -48,6 +49,15 @@ class ReducingVisionTransformerSAM(VisionTransformerSAM):
             else:
                 state = block(state)
             yield state
+
+    def walk_tokens(self, x: Tensor) -> Iterator[Tokens]:
+        """The same as tokens of the whole map in raster order, with what became of every one of them.
+
+        Args:
+            x: images [B, C, H, W].
+        """
+        for state in self.walk(x):
+            yield as_tokens(state, window_of(self))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The neck's output for images [B, C, H, W]: the full map [B, C', H / patch, W / patch]."""

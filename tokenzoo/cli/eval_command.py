@@ -12,6 +12,7 @@ from ..evaluation.data import open_pictures
 from ..evaluation.environment import environment
 from ..evaluation.loading import PictureLoader, data_config
 from ..evaluation.results import EVAL_COLUMNS, check_file, number, result_line, table, write_results
+from ..evaluation.runs import gives_map
 from .common import (
     add_method_arguments,
     add_model_arguments,
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     pictures = open_pictures(args.data_dir, args.dataset, args.split, args.class_map)
     model = load_model(args)
     config = data_config(model, args.img_size, args.crop_pct, args.crop_mode, args.interpolation, args.mean, args.std)
-    _check_classes(pictures.num_classes, model.num_classes, args.class_map)
+    if not gives_map(model, config["input_size"]):
+        _check_classes(pictures.num_classes, model.num_classes, args.class_map)
     loader = PictureLoader(pictures, config, args.batch_size, args.workers, args.skip_broken)
     results = evaluate(
         model,
@@ -127,7 +129,7 @@ def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, 
         (
             r.label,
             _with_error(r.top1),
-            "-" if r.diff_top1 is None else _with_error(r.diff_top1, sign=True),
+            _with_error(r.diff_top1, sign=True),
             _with_error(r.top5),
             number(r.agreement),
             number(r.tokens_out, 1),
@@ -143,5 +145,7 @@ def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, 
             say(f"  {name} ({reason})")
 
 
-def _with_error(estimate: Estimate, sign: bool = False) -> str:
+def _with_error(estimate: Estimate | None, sign: bool = False) -> str:
+    if estimate is None:
+        return "-"
     return f"{number(estimate.mean, sign=sign)} ± {number(estimate.se)}"

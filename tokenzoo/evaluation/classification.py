@@ -1,4 +1,8 @@
-"""Accuracy of several runs over the same pictures, and their paired differences to the unpatched model."""
+"""Accuracy of several runs over the same pictures, and their paired differences to the unpatched model.
+
+Models that answer with a map of features (SAM's image encoders) have no answer for a picture: what is measured of them
+is the agreement with the unpatched model, place by place.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +44,10 @@ class Accuracy:
         label: both in one short text.
         recipe: what `tokenzoo.patch_model` takes to get this run again, solved strengths included; None if unpatched.
         n_images: pictures seen.
-        top1, top5: share of right answers.
+        top1, top5: share of right answers; None for a map.
         diff_top1, diff_top5: this run minus the unpatched model on the same pictures; None for the unpatched model.
-        agreement: percent of pictures with the unpatched model's prediction.
+        agreement: percent of pictures with the unpatched model's prediction; of a map, percent of its places with the
+            same strongest channel.
         tokens_out: mean tokens that reach the head (prefix included, padding not); None if unknown.
         gmacs: 1e9 multiply-adds an image (of a random one where they depend on the image).
         attn_impl: "fused" or "unfused"; "" for an unpatched backbone that is not served.
@@ -54,8 +59,8 @@ class Accuracy:
     label: str
     recipe: dict[str, Any] | None
     n_images: int
-    top1: Estimate
-    top5: Estimate
+    top1: Estimate | None
+    top5: Estimate | None
     diff_top1: Estimate | None
     diff_top5: Estimate | None
     agreement: float
@@ -66,16 +71,16 @@ class Accuracy:
 
     def row(self) -> dict[str, Any]:
         """Flat values under timm's column names; `top1_err` is 100 - top1 as there, `top1_se` the standard error."""
-        d1, d5 = self.diff_top1, self.diff_top5
+        t1, t5, d1, d5 = self.top1, self.top5, self.diff_top1, self.diff_top5
         return {
             "method": self.method,
             "method_kwargs": self.method_kwargs,
-            "top1": round(self.top1.mean, 4),
-            "top1_err": round(100 - self.top1.mean, 4),
-            "top1_se": _rounded(self.top1.se),
-            "top5": round(self.top5.mean, 4),
-            "top5_err": round(100 - self.top5.mean, 4),
-            "top5_se": _rounded(self.top5.se),
+            "top1": None if t1 is None else round(t1.mean, 4),
+            "top1_err": None if t1 is None else round(100 - t1.mean, 4),
+            "top1_se": None if t1 is None else _rounded(t1.se),
+            "top5": None if t5 is None else round(t5.mean, 4),
+            "top5_err": None if t5 is None else round(100 - t5.mean, 4),
+            "top5_se": None if t5 is None else _rounded(t5.se),
             "param_count": self.param_count,
             "tokens_out": _rounded(self.tokens_out, 2),
             "attn_impl": self.attn_impl,
@@ -112,18 +117,25 @@ class _Tally:
     top1: list[Tensor] = field(default_factory=list)
     top5: list[Tensor] = field(default_factory=list)
     answer: list[Tensor] = field(default_factory=list)
+    agrees: list[Tensor] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
     not_finite: int = 0
 
-    def add(self, logits: Tensor, tokens: Tensor | None, targets: Tensor) -> None:
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    def add(self, answers: Tensor, tokens: Tensor | None, targets: Tensor, base: Tensor | None = None) -> None:
+        """Takes scores [B, classes], or a map [B, C, H, W] and `base`, the unpatched model's strongest channels."""
+        self.not_finite += int((~answers.flatten(1).isfinite()).any(1).sum())
+        if tokens is not None:
+            self.tokens.append(tokens.cpu())
+        if answers.dim() == 4:
+            strongest = answers.argmax(1)
+            same = torch.ones_like(strongest, dtype=torch.bool) if base is None else strongest == base
+            self.agrees.append(same.flatten(1).double().mean(1))
+            return
+        best = answers.topk(min(5, answers.shape[1]), dim=1).indices
         hits = best == targets.unsqueeze(1)
         self.top1.append(hits[:, 0])
         self.top5.append(hits.any(1))
         self.answer.append(best[:, 0])
-        self.not_finite += int((~logits.isfinite()).any(1).sum())
-        if tokens is not None:
-            self.tokens.append(tokens.cpu())
 
 
 def evaluate(
@@ -142,7 +154,8 @@ def evaluate(
     Args:
         model: unpatched, on the device to use.
         runs: what to compare with it.
-        loader: batches of images [B, C, H, W] and class indices [B]; a `PictureLoader`, or any DataLoader.
+        loader: batches of images [B, C, H, W] and class indices [B]; a `PictureLoader`, or any DataLoader. Models that
+            answer with a map do not look at the indices.
         input_size: channels, height and width that multiply-adds are counted at; the model's own by default.
         precision: number formats, the model's own by default.
         progress: bar on stderr; None shows it on a terminal only.
@@ -164,12 +177,17 @@ def evaluate(
     bar = tqdm(total=length_hint(loader) or None, unit="batch", disable=None if progress is None else not progress)
     with torch.inference_mode(), bar:
         for images, targets in loader:
+            base = None  # what the unpatched model answers at every place of a map
             for candidate, tally in zip(candidates, tallies):
-                logits, tokens = _answers(candidate, pieces, images, device, precision)
-                _check_targets(targets, logits.shape[1])
-                tally.add(logits, tokens, targets)
+                answers, tokens = _answers(candidate, pieces, images, device, precision)
+                _check_answers(answers, base, candidate.run.label)
+                if answers.dim() == 2:
+                    _check_targets(targets, answers.shape[1])
+                tally.add(answers, tokens, targets, base)
+                if answers.dim() == 4 and base is None:
+                    base = answers.argmax(1)
             bar.update()
-    if not tallies[0].top1:
+    if not tallies[0].top1 and not tallies[0].agrees:
         raise ValueError("there are no pictures to evaluate; give a folder with at least one readable picture")
     return _results(candidates, tallies)
 
@@ -177,7 +195,7 @@ def evaluate(
 def _answers(
     candidate: Candidate, pieces: Pieces, images: Tensor, device: torch.device, precision: Precision
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores on the host in float32 [B, classes], and tokens that reach the head [B]."""
+    """Scores or maps on the host in float32 [B, C, ...], and tokens that reach the head [B]."""
 
     def step(piece: Tensor) -> tuple[Tensor, Tensor | None]:
         with precision.autocast(device):
@@ -189,6 +207,19 @@ def _answers(
     return torch.cat([logits for logits, _ in parts]), tokens
 
 
+def _check_answers(answers: Tensor, base: Tensor | None, label: str) -> None:
+    if answers.dim() not in (2, 4):
+        raise ValueError(
+            f"{label}: the model answers with tokens {tuple(answers.shape[1:])} and no scores to compare; create it "
+            "with pooling and classes"
+        )
+    if base is not None and answers.shape[2:] != base.shape[1:]:
+        raise ValueError(
+            f"{label}: a map of {tuple(answers.shape[2:])} cannot be held against the unpatched model's "
+            f"{tuple(base.shape[1:])}; give the recipe dense=True"
+        )
+
+
 def _check_targets(targets: Tensor, classes: int) -> None:
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
@@ -198,12 +229,18 @@ def _check_targets(targets: Tensor, classes: int) -> None:
         )
 
 
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts) if parts else None
+
+
 def _results(candidates: list[Candidate], tallies: list[_Tally]) -> list[Accuracy]:
-    base1, base5, base_answer = (torch.cat(part) for part in (tallies[0].top1, tallies[0].top5, tallies[0].answer))
+    base1, base5, base_answer = (_joined(part) for part in (tallies[0].top1, tallies[0].top5, tallies[0].answer))
     results = []
     for candidate, tally in zip(candidates, tallies):
         run, first = candidate.run, candidate is candidates[0]
-        top1, top5 = torch.cat(tally.top1), torch.cat(tally.top5)
+        top1, top5 = _joined(tally.top1), _joined(tally.top5)
+        maps = top1 is None
+        agrees = torch.cat(tally.agrees) if maps else torch.cat(tally.answer) == base_answer
         if tally.not_finite:
             _log.warning("%s: scores of %d pictures are not finite; try --dtype float32", run.label, tally.not_finite)
         results.append(
@@ -212,12 +249,12 @@ def _results(candidates: list[Candidate], tallies: list[_Tally]) -> list[Accurac
                 method_kwargs=run.settings(),
                 label=run.label,
                 recipe=recipe(candidate.model) if is_patched(candidate.model) else None,
-                n_images=len(top1),
-                top1=estimate(top1),
-                top5=estimate(top5),
-                diff_top1=None if first else estimate(top1.double() - base1.double()),
-                diff_top5=None if first else estimate(top5.double() - base5.double()),
-                agreement=estimate(torch.cat(tally.answer) == base_answer).mean,
+                n_images=len(agrees),
+                top1=None if maps else estimate(top1),
+                top5=None if maps else estimate(top5),
+                diff_top1=None if first or maps else estimate(top1.double() - base1.double()),
+                diff_top5=None if first or maps else estimate(top5.double() - base5.double()),
+                agreement=estimate(agrees).mean,
                 tokens_out=torch.cat(tally.tokens).double().mean().item() if tally.tokens else None,
                 gmacs=candidate.gmacs,
                 attn_impl=candidate.attn_impl,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters.family import find_family
+from ..adapters.family import Family, families
 from ..counting import report
 from ..layer_macs import unwrapped
 from ..patching import describe, is_patched, patch_model
@@ -144,33 +144,51 @@ def prepare(
 
 def is_served(model: nn.Module) -> bool:
     """Whether tokenzoo knows the model's class (a patched model is served)."""
-    if is_patched(model):
-        return True
-    try:
-        find_family(model)
-    except TypeError:
-        return False
-    return True
+    return _family(model) is not None
+
+
+def _family(model: nn.Module) -> Family | None:
+    """The family that serves a model, patched or not; None if none does."""
+    return next((f for f in families() if type(model) in (*f.models, *f.models.values())), None)
 
 
 def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scores [B, classes] and the tokens that reach the head [B] (prefix included, padding not).
+    """What a model answers, scores [B, classes] or a map [B, C, H, W], and the tokens that reach the head [B] (prefix
+    included, padding not).
 
     Counts are None for an unpatched model of a class that is not served.
     """
-    if not is_patched(model):
-        if not is_served(model):
-            return model(images), None
-        grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-        info = describe(model, tuple(grid))
+    family = _family(model)
+    if family is None:
+        return model(images), None
+    windows = family.layout is not None  # methods see one window, the head the whole map, reduced or not
+    if is_patched(model) and not windows:
+        tokens = model.forward_tokens(images)
+        logits = model.forward_head(tokens)
+        if tokens.valid is not None:
+            return logits, tokens.valid.sum(1)
+        count = tokens.length
+    else:
+        grid = tuple(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        info = describe(model, grid)
         layout = info.sequence(info.depth - 1)[0]
-        count = layout.num_prefix + layout.num_patches
-        return model(images), torch.full((len(images),), count, device=images.device)
-    tokens = model.forward_tokens(images)
-    logits = model.forward_head(tokens)
-    if tokens.valid is not None:
-        return logits, tokens.valid.sum(1)
-    return logits, torch.full((len(images),), tokens.length, device=images.device)
+        count = grid[0] * grid[1] if windows else layout.num_prefix + layout.num_patches
+        logits = model(images)
+    return logits, torch.full((len(images),), count, device=images.device)
+
+
+def gives_map(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    """Whether a model without classes answers with a map of features [B, C, H, W], found by one image of zeros.
+
+    Args:
+        model: in eval mode.
+        input_size: channels, height and width of the image.
+    """
+    if model.num_classes:
+        return False
+    weight = next(model.parameters())
+    with torch.inference_mode():
+        return model(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype)).dim() == 4
 
 
 def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple[int, int, int]:
