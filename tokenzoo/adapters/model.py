@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..graphs import refuse_open_sizes
 from ..lifting import lift
 from ..recipes import Recipe
 from ..rows import split_dim
@@ -124,6 +125,7 @@ class ReducingModel:
             trace: keep the maps.
             dense: also keep the values that dropped tokens had.
         """
+        refuse_open_sizes(self, x)
         recipe, images = self.tokenzoo_recipe, x
         trace, dense = trace or dense or recipe.keeps_trace, dense or recipe.keeps_trace
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])

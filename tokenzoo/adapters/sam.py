@@ -16,6 +16,7 @@ from timm.models.vision_transformer_sam import Attention, Block, VisionTransform
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..graphs import refuse_open_sizes
 from ..recipes import Recipe
 from ..tokens import Layout
 from .family import Family
@@ -35,6 +36,7 @@ class ReducingVisionTransformerSAM(VisionTransformerSAM):
             x: images [B, C, H, W].
             last: index of the last block to run, None for all.
         """
+        refuse_open_sizes(self, x)
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + resample_abs_pos_embed_nhwc(self.pos_embed, x.shape[1:3])
