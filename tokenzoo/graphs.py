@@ -1,4 +1,4 @@
-"""What a recorded forward pass may not hold: counts of tokens that belong to the images it was recorded with."""
+"""What a recorded forward pass can hold of the images that it was recorded with, and what is refused."""
 
 from __future__ import annotations
 
@@ -33,3 +33,20 @@ def why_counts_are_unknown(x: Tensor) -> str | None:
     if torch.jit.is_tracing() and not _one_image.get():
         return "which tracing (torch.jit.trace, ONNX by TorchScript) would fix at those of the example"
     return None
+
+
+def refuse_open_sizes(model: object, images: Tensor) -> None:
+    """Refuses to export with an open height or width: the patch grid decides maps and counts, as plain integers.
+
+    Args:
+        model: the patched model.
+        images: [B, C, H, W].
+
+    Raises:
+        ValueError: height or width is a symbol.
+    """
+    if torch.compiler.is_compiling() and any(isinstance(side, torch.SymInt) for side in images.shape[2:]):
+        raise ValueError(
+            f"{type(model).__name__}: height and width of the images decide how many tokens are left, and cannot stay "
+            "open in an exported graph; export one file per size (tokenzoo export keeps the batch open)"
+        )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..graphs import refuse_open_sizes
 from ..layer_macs import unwrapped
 from ..lifting import lift
 from ..recipes import Recipe
@@ -128,6 +129,7 @@ class ReducingModel:
             trace: keep the maps.
             dense: also keep the values that dropped tokens had.
         """
+        refuse_open_sizes(self, x)
         recipe, images = self.tokenzoo_recipe, x
         dense = dense or self.pools_all or recipe.keeps_trace
         trace = trace or dense

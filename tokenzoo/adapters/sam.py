@@ -16,6 +16,7 @@ from timm.models.vision_transformer_sam import Attention, Block, VisionTransform
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..graphs import refuse_open_sizes
 from ..recipes import Recipe
 from ..registry import declaring
 from ..tokens import Layout, Tokens
@@ -37,6 +38,7 @@ class ReducingVisionTransformerSAM(VisionTransformerSAM):
             x: images [B, C, H, W].
             last: index of the last block to run, None for all.
         """
+        refuse_open_sizes(self, x)
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + resample_abs_pos_embed_nhwc(self.pos_embed, x.shape[1:3])

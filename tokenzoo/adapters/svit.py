@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..graphs import refuse_open_sizes
 from ..lifting import lift
 from ..maps import RestoreMap
 from ..models.svit import SViT
@@ -48,6 +49,7 @@ class ReducingSViT(SViT):
             x: images [B, C, H, W].
             last: index of the last stage to run, None for all.
         """
+        refuse_open_sizes(self, x)
         x, scores = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), (None,)
         for index, stage in enumerate(self.layers):
             if not stage.is_plain:
