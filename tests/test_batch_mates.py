@@ -92,7 +92,7 @@ def test_empty_pair_step_takes_the_new_order(prefix: int):
     pair = torch.randn(1, 16 + prefix, 6, generator=generator)
     # one token of the even ones is unlike all others: the rest lies below mean + deviation, none stands out
     same[0, prefix + prefix % 2 + 4] = torch.tensor([1.0, -1, 1, -1, 1, -1])
-    same = same + 1e-4 * torch.randn(same.shape, generator=generator)
+    same = same + 0.02 * torch.randn(same.shape, generator=generator)
     step = Step(ALGM(), 0, Stage(False, None))
     alone = Tokens(same, layout)
     alone_map = step.method.map(alone, None, step)
