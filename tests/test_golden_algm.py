@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from goldens import Case, cases, check_settings, close, decode_reduced, fixture_model, micro_decoder
+from goldens import Case, cases, check_settings, close, decode_reduced, micro_decoder
 
 import tokenzoo
 from tokenzoo.methods.algm import ALGM, Stage
@@ -26,7 +26,7 @@ def check_step(case: Case, token_map, tokens):
     close(tokens.sizes(), case["size"], 1e-6)
 
 
-@cases("algm", "ops", lambda c: c.name.startswith("local"))
+@cases("algm", lambda c: c.has("merged") and "threshold" in c.asks)
 def test_windows(case: Case):
     s = case.settings
     check_settings(s, "threshold", "window")
@@ -34,7 +34,7 @@ def test_windows(case: Case):
     check_step(case, *step_on(case, ALGM(**s, batch_min=True), 0, True, (side, side)))
 
 
-@cases("algm", "ops", lambda c: c.name.startswith("global"))
+@cases("algm", lambda c: c.has("merged") and "layer_idx" in c.asks)
 def test_pairs(case: Case):
     s = case.settings
     check_settings(s, "layer_idx")
@@ -47,7 +47,7 @@ def micro(case: Case):
     """The encoder of a case with its recipe, and the options that are for the decoder."""
     s = case.settings
     check_settings(s, "dec", "layers", "win", "thr", "batched")
-    model = fixture_model(case.fixture(), norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
+    model = case.model(norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
     layers = [i - 1 for i in s["layers"]]
     batched = s.get("batched", False)
     tokenzoo.patch_model(model, "algm", layers=layers, window=s["win"], threshold=s["thr"], batch_min=batched)
@@ -63,7 +63,7 @@ def images_of(case: Case):
     return [(f"{name}/", case.input(count)[int(name[3:])][None]) for name in singles]
 
 
-@cases("algm", "segmenter_micro")
+@cases("algm", lambda c: "dec" in c.asks)
 def test_encoder(case: Case):
     model, _ = micro(case)
     for key, x in images_of(case):
@@ -79,7 +79,7 @@ def test_encoder(case: Case):
         assert counts == case[f"{key}block_tokens"].tolist()
 
 
-@cases("algm", "segmenter_micro", lambda c: not c.settings.get("batched"))
+@cases("algm", lambda c: "dec" in c.asks and not c.settings.get("batched"))
 def test_images_of_a_batch_do_not_meet(case: Case):
     """Images that were recorded one by one give the same numbers side by side, behind padding."""
     model, _ = micro(case)
@@ -94,7 +94,7 @@ def test_images_of_a_batch_do_not_meet(case: Case):
         assert torch.equal(assign[image], case[f"{key}assign"][0])
 
 
-@cases("algm", "segmenter_micro")
+@cases("algm", lambda c: "dec" in c.asks)
 def test_segmenter(case: Case):
     model, kind = micro(case)
     decoder = micro_decoder(kind)

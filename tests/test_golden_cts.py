@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from goldens import Case, cases, check_settings, close, decode_reduced, fixture_model, micro_decoder
+from goldens import Case, cases, check_settings, close, decode_reduced, micro_decoder
 
 import tokenzoo
 from tokenzoo.sharing import share_groups
@@ -37,7 +37,7 @@ def strip(patches, size):
     return patches.view(batch, count, -1, size, size).permute(0, 2, 3, 1, 4).flatten(3)
 
 
-@cases("cts", "segmenter_micro", lambda c: c.has("image"))
+@cases("cts", lambda c: c.has("image"))
 def test_geometry(case: Case):
     s = case.settings
     check_settings(s, "patch", "num_shared")
@@ -56,7 +56,7 @@ def test_geometry(case: Case):
 def micro(case: Case):
     s = case.settings
     check_settings(s, "num_shared", "num_not_shared", "decoder")
-    model = fixture_model(case.fixture(), norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
+    model = case.model(norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
     tokenzoo.patch_model(model, "cts", shared=s["num_shared"], score="policy")
     key = model.blocks[0].tokenzoo.steps[0].key
     setattr(model.blocks[0], key, Recorded(case["policy_logits"]))
@@ -64,7 +64,7 @@ def micro(case: Case):
     return model, s
 
 
-@cases("cts", "segmenter_micro", lambda c: c.has("features"))
+@cases("cts", lambda c: c.has("features"))
 def test_encoder(case: Case):
     model, s = micro(case)
     x = case.input(case["features"].shape[0])
@@ -79,7 +79,7 @@ def test_encoder(case: Case):
     assert torch.equal(shared.long(), case["shared_mask"])
 
 
-@cases("cts", "segmenter_micro", lambda c: c.has("labels"))
+@cases("cts", lambda c: c.has("labels"))
 def test_segmenter(case: Case):
     model, s = micro(case)
     maps, labels = decode_reduced(model, micro_decoder(s["decoder"]), case.input(case["labels"].shape[0]))

@@ -10,11 +10,11 @@ import tokenzoo
 from tokenzoo.dense import EoMT, Segmenter
 
 
-@cases("segmentation_eval", "segmenter_micro", lambda c: c.has("logits_lowres"))
+@cases("segmentation_eval", lambda c: c.has("logits_lowres"))
 @torch.no_grad()
 def test_segmenter(case: Case):
-    encoder = fixture_model(case.fixture(), norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
-    decoder = micro_decoder(case.name)
+    encoder = case.model(norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
+    decoder = micro_decoder(case.name, case.file)
     model = Segmenter(encoder, decoder, case["logits_lowres"].shape[1]).eval()
     x = case.input(len(case["labels"]))
     close(model.class_maps(x), case["logits_lowres"])
@@ -26,7 +26,7 @@ def test_segmenter(case: Case):
             close(model.class_maps(x), case["logits_lowres"])
 
 
-@cases("segmentation_eval", "eomt_micro")
+@cases("segmentation_eval", lambda c: "num_q" in read(c.file)[1])
 @torch.no_grad()
 def test_eomt(case: Case):
     tensors, meta = read(case.file)

@@ -1,17 +1,17 @@
 """EViT with dense recovery against the port inside Expedit-Segmenter (ToMe's dense form: test_golden_tomesd.py)."""
 
 import torch
-from goldens import Case, cases, check_settings, close, fixture_model, read, settings
+from goldens import Case, cases, check_settings, close
 
 import tokenzoo
 
 
-@cases("dense_unmerge", "evit_dense_micro")
+@cases("dense_unmerge", lambda c: "keep" in c.asks)
 @torch.no_grad()
 def test_recovery(case: Case):
-    s = settings(read(case.file)[1]["settings"])[case.name]
+    s = case.settings
     check_settings(s, "keep", "fuse", "k", "T")
-    model, x = fixture_model(case.fixture()), case.input(len(case["cls"]))
+    model, x = case.model(), case.input(len(case["cls"]))
     layers = tuple(i for i, rate in enumerate(s["keep"]) if rate < 1)
     tokenzoo.patch_model(
         model, "evit", layers=layers, keep_rate=tuple(s["keep"][i] for i in layers), fuse_token=s["fuse"], dense=True,

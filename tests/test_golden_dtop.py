@@ -4,7 +4,7 @@ import ast
 import re
 
 import torch
-from goldens import Case, cases, close, fixture_model, read
+from goldens import Case, cases, check_settings, close, read
 
 from tokenzoo.dense import DToP, DToPHead
 
@@ -19,23 +19,23 @@ def head_from(tensors: dict[str, torch.Tensor], name: str, num_heads: int) -> DT
     return head
 
 
-def model_of(file: str) -> DToP:
-    tensors, meta = read(file)
-    assert set(meta) == {"out_indices", "num_classes", "threshold", "note"}, "unknown settings"
+def model_of(case: Case) -> DToP:
+    tensors, meta = read(case.file)
+    check_settings(meta, "out_indices", "num_classes", "threshold", "note", "weights", "input")
     taps = ast.literal_eval(meta["out_indices"])
     heads = int(re.search(r"(\d+) heads", meta["note"]).group(1))
     names = [f"aux{i}" for i in range(len(taps) - 1)] + ["head"]
     model = DToP(
-        fixture_model("vit_micro"), [head_from(tensors, n, heads) for n in names], taps, float(meta["threshold"])
+        case.model(), [head_from(tensors, n, heads) for n in names], taps, float(meta["threshold"])
     )
     assert model.num_classes == int(meta["num_classes"])
     return model.eval()
 
 
-@cases("dtop", "vit_micro")
+@cases("dtop", lambda c: "pred" in read(c.file)[0])
 @torch.no_grad()
 def test_dtop(case: Case):
-    tensors, model = read(case.file)[0], model_of(case.file)
+    tensors, model = read(case.file)[0], model_of(case)
     x = case.input(len(tensors["pred"]))
     seen: list[torch.Tensor] = []
     hooks = [model.backbone.blocks[i].register_forward_hook(lambda m, a, out: seen.append(out)) for i in model.taps]

@@ -3,7 +3,7 @@
 import re
 
 import torch
-from goldens import Case, cases, check_settings, close, fixture_model, read, small_block
+from goldens import Case, cases, check_settings, close, read, small_block
 
 import tokenzoo
 from tokenzoo.methods.evit import EViT
@@ -12,7 +12,7 @@ from tokenzoo.signals import Signals
 from tokenzoo.tokens import Layout, Tokens
 
 
-@cases("evit", "ops")
+@cases("evit", lambda c: c.has("out_block"))
 def test_block(case: Case):
     s = case.settings
     check_settings(s, "B", "N", "C", "heads", "keep_rate", "keep_rate_passed", "tokens", "fuse", "left_tokens", "N_out")
@@ -43,22 +43,22 @@ def test_block(case: Case):
     assert torch.equal(gone.nonzero()[:, 1].view(s["B"], -1), case["out_complement"])
 
 
-@cases("evit", "keep_rate_schedule")
+@cases("evit", lambda c: c.short.startswith("ipe"))
 def test_keep_rate_schedule(case: Case):
-    steps, start, length, target = re.fullmatch(r"ipe(\d+)_start(\d+)_shrink(\d+)_base([\d.]+)", case.name).groups()
+    steps, start, length, target = re.fullmatch(r"ipe(\d+)_start(\d+)_shrink(\d+)_base([\d.]+)", case.short).groups()
     for iteration, epoch, rate in read(case.file)[0][case.name].tolist():
         got = cosine_keep_rate(int(iteration), int(epoch), int(steps), int(start), int(length), float(target))
         assert abs(got - rate) < 1e-6
 
 
-@cases("evit", "model")
+@cases("evit", lambda c: c.has("out_logits"))
 def test_model(case: Case):
     s = case.settings
     check_settings(s, "keep_rate", "keep_rate_passed", "tokens", "fuse", "fp64_diff")
     x = case.input(case["out_logits"].shape[0])
-    model = fixture_model(case.fixture())
-    if x.shape[-1] != model.patch_embed.img_size[0]:
-        resize(model, x.shape[-1])
+    model = case.model()
+    if tuple(x.shape[-2:]) != model.patch_embed.img_size:
+        resize(model, tuple(x.shape[-2:]))
     counts = s["tokens"] or [None] * len(model.blocks)
     layers = [i for i, (rate, count) in enumerate(zip(s["keep_rate"], counts)) if rate < 1 or count is not None]
     rates = [s["keep_rate"][i] for i in layers]
@@ -75,8 +75,7 @@ def test_model(case: Case):
         close(tokens.x, case["out_features"])
     expected = case.matching(r"out_idx\d+")
     assert len(expected) == len(tokens.trace)
-    original = torch.arange(x.shape[-1] // model.patch_embed.patch_size[0]).numel() ** 2
-    place = torch.arange(original).expand(len(x), -1)
+    place = torch.arange(model.patch_embed.num_patches).expand(len(x), -1)
     for j, step in enumerate(tokens.trace):
         fused = int(s["fuse"])
         idx = step.map.heads[:, 1 : step.map.n_out - fused] - 1
@@ -85,15 +84,15 @@ def test_model(case: Case):
         # upstream enters its fused slot as patch 0
         assert torch.equal(place, case[f"out_real_idx{j}"])
         place = torch.cat([place, torch.zeros_like(place[:, :fused])], dim=1)
-    counts = tokenzoo.report(model, x.shape[-1]).rows
+    counts = tokenzoo.report(model, tuple(x.shape[-2:])).rows
     assert [row.tokens_out for row in counts if row.name.startswith("blocks")] == case["out_tokens_per_block"].tolist()
 
 
-def resize(model, side):
+def resize(model, size):
     """Bicubic resize of the position table without antialiasing, as upstream does at every forward."""
     table, grid = model.pos_embed, model.patch_embed.grid_size
-    new = side // model.patch_embed.patch_size[0]
+    new = [side // patch for side, patch in zip(size, model.patch_embed.patch_size)]
     patches = table[:, 1:].reshape(1, *grid, -1).permute(0, 3, 1, 2)
-    patches = torch.nn.functional.interpolate(patches, size=(new, new), mode="bicubic", align_corners=False)
-    model.patch_embed.set_input_size(img_size=(side, side))
+    patches = torch.nn.functional.interpolate(patches, size=new, mode="bicubic", align_corners=False)
+    model.patch_embed.set_input_size(img_size=size)
     model.pos_embed = torch.nn.Parameter(torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1))

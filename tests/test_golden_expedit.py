@@ -1,14 +1,10 @@
 """Clustering and reconstruction on models, against the ports for Segmenter and SWAG."""
 
 import torch
-from goldens import Case, cases, check_settings, close, fixture_model, micro_decoder, read, settings
+from goldens import Case, cases, check_settings, close, micro_decoder
 
 import tokenzoo
 from tokenzoo.dense import Segmenter
-
-
-def settings_of(case: Case) -> dict:
-    return settings(read(case.file)[1]["settings"])[case.name]
 
 
 def clustering(s: dict, **more) -> dict:
@@ -29,11 +25,11 @@ def inner_lengths(model: torch.nn.Module, x: torch.Tensor) -> list[int]:
     return seen
 
 
-@cases("expedit", "vit_micro_features")
+@cases("expedit", lambda c: "rloc" in c.asks)
 def test_features(case: Case):
-    s = settings_of(case)
+    s = case.settings
     check_settings(s, "loc", "grid", "T", "win", "it", "k", "rloc")
-    model, x = fixture_model(case.fixture()), case.input(len(case["cls"]))
+    model, x = case.model(), case.input(len(case["cls"]))
     last = s["rloc"] == len(model.blocks) - 1
     rebuild = {"method": "reconstruct", "layers": "norm" if last else s["rloc"], "k": s["k"], "norm": "l2"}
     tokenzoo.patch_model(model, [clustering(s), rebuild])
@@ -48,11 +44,11 @@ def test_features(case: Case):
     assert inner_lengths(model, x) == case["block_tokens"].tolist()
 
 
-@cases("expedit", "vit_micro_classify")
+@cases("expedit", lambda c: "after" in c.asks)
 def test_classification(case: Case):
-    s = settings_of(case)
+    s = case.settings
     check_settings(s, "loc", "after", "grid", "T", "win", "it")
-    model, x = fixture_model(case.fixture()), case.input(len(case["logits"]))
+    model, x = case.model(), case.input(len(case["logits"]))
     tokenzoo.patch_model(model, clustering(s, where="after" if s["after"] else "before"))
     with torch.no_grad():
         close(model(x), case["logits"])
@@ -60,21 +56,21 @@ def test_classification(case: Case):
 
 
 def segmenter(case: Case) -> Segmenter:
-    encoder = fixture_model(case.fixture())
+    encoder = case.model()
     decoder = micro_decoder("mask")
     return Segmenter(encoder, decoder, decoder.num_classes).eval()
 
 
-@cases("expedit", "segmenter_micro")
+@cases("expedit", lambda c: c.has("logits_lowres"))
 @torch.no_grad()
 def test_class_maps(case: Case):
     model, labels = segmenter(case), case["labels"]
     x = case.input(len(labels))
-    if case.name == "plain":
+    if not case.has("logits_clustered"):
         close(model.class_maps(x), case["logits_lowres"])
         assert torch.equal(model(x).argmax(1), labels.long())
         return
-    s = settings_of(case)
+    s = case.settings
     check_settings(s, "loc", "grid", "T", "win", "it", "k")
     tokenzoo.patch_model(model, [clustering(s), {"method": "reconstruct", "layers": "maps", "k": s["k"], "norm": "l2"}])
     reduced = model.encoder.forward_tokens(x).x[:, 1:]

@@ -8,7 +8,7 @@ from tokenzoo.maps import ClusterMap
 from tokenzoo.reconstruction import reconstruct
 
 
-@cases("expedit", "cluster_ops")
+@cases("expedit", lambda c: c.has("hard_labels") and "n_iters" in c.asks)
 def test_cluster(case: Case):
     s = case.settings
     check_settings(s, "map_hw", "grid_hw", "n_iters", "inv_temperature", "window")
@@ -21,7 +21,7 @@ def test_cluster(case: Case):
     assert torch.equal(token_map.assign, case["hard_labels"])
 
 
-@cases("expedit", "reconstruct_ops")
+@cases("expedit", lambda c: c.has("tokens_before"))
 def test_reconstruct(case: Case):
     s = case.settings
     check_settings(s, "map_hw", "grid_hw", "k", "inv_temperature", "weight_norm")

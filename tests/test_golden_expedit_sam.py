@@ -39,16 +39,16 @@ def micro_model(case: Case) -> VisionTransformerSAM:
 
 def images(case: Case, batch: int) -> torch.Tensor:
     side = micro_model(case).patch_embed.img_size
-    return F.interpolate(read("vit_micro")[0]["input"][:batch], size=side, mode="nearest")
+    return F.interpolate(case.input(batch), size=side, mode="nearest")
 
 
-@cases("expedit_sam", "sam_encoder_micro", lambda case: case.name == "plain")
+@cases("expedit_sam", lambda c: c.has("out") and not c.has("block_maps"))
 def test_plain(case: Case):
     with torch.no_grad():
         close(micro_model(case).forward_features(images(case, len(case["out"]))), case["out"])
 
 
-@cases("expedit_sam", "sam_encoder_micro", lambda case: case.name != "plain")
+@cases("expedit_sam", lambda c: c.has("block_maps"))
 def test_windows(case: Case):
     s = case.settings
     check_settings(s, "loc", "n", "it", "T", "win", "k")

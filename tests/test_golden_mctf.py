@@ -2,7 +2,7 @@
 
 import timm
 import torch
-from goldens import Case, cases, check_settings, close, fixture_model
+from goldens import Case, cases, check_settings, close
 
 import tokenzoo
 from tokenzoo.adapters.vit_attention import attention_heads, attention_output, attention_values
@@ -15,7 +15,7 @@ from tokenzoo.training import token_consistency
 POOLINGS = {0: "size", 1: "attention", 2: "max", 3: "mean"}
 
 
-@cases("mctf", "ops", lambda c: c.has("out_unm_idx"))
+@cases("mctf", lambda c: c.has("out_unm_idx"))
 def test_matching_and_pooling(case: Case):
     s = case.settings
     check_settings(
@@ -50,7 +50,7 @@ def test_matching_and_pooling(case: Case):
             close(merge.apply(columns), case[f"out_attn_pool{kind}"][:, head], 1e-5)
 
 
-@cases("mctf", "ops", lambda c: c.has("out_attn_map"))
+@cases("mctf", lambda c: c.has("out_attn_map"))
 def test_attention(case: Case):
     s = case.settings
     check_settings(s, "B", "N", "C", "heads")
@@ -71,7 +71,7 @@ def options(s, r):
     )  # fmt: skip
 
 
-@cases("mctf", "model")
+@cases("mctf", lambda c: c.has("out_logits"))
 def test_model(case: Case):
     s = case.settings
     check_settings(
@@ -79,7 +79,7 @@ def test_model(case: Case):
         "tau_info", "tau_size", "bidirection", "pooling_type",
     )  # fmt: skip
     x = case.input(case["out_logits"].shape[0])
-    model = fixture_model(case.fixture())
+    model = case.model()
     tokenzoo.patch_model(model, "mctf", **options(s, s["r_eval"] or s["r_student"]))
     with torch.no_grad():
         tokens = model.forward_tokens(x, trace=True)
@@ -95,7 +95,7 @@ def test_model(case: Case):
     assert case["out_tokens_per_block"].tolist() in (inside, [row.tokens_out for row in rows])
 
 
-@cases("mctf", "consistency")
+@cases("mctf", lambda c: c.has("out_loss_consistency"))
 def test_consistency(case: Case):
     s = case.settings
     check_settings(s, "activate", "r_student", "r_teacher_used", "threshold", "mctf_type", "note")
@@ -104,7 +104,7 @@ def test_consistency(case: Case):
     kind = s["mctf_type"]
     names = ("r", "r_teacher", "trace", "prop_attn", "one_step_ahead", "tau_sim", "tau_info", "tau_size", "bidirection",
              "pooling_type")  # fmt: skip
-    model = fixture_model(case.fixture()).train()
+    model = case.model().train()
     given = {**dict(zip(names, kind)), "activate": s["activate"]}
     tokenzoo.patch_model(model, "mctf", **options(given, s["r_student"]))
     student = model.forward_tokens(x)

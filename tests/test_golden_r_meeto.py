@@ -5,7 +5,7 @@ import re
 from types import SimpleNamespace
 
 import torch
-from goldens import Case, cases, check_settings, close, read
+from goldens import Case, cases, check_settings, close
 from test_golden_vision_mamba import build
 
 import tokenzoo
@@ -15,10 +15,10 @@ from tokenzoo.scan_order import from_scan, to_scan
 from tokenzoo.tokens import Layout, Tokens
 
 
-@cases("r_meeto", "merge")
+@cases("r_meeto", lambda c: c.has("metric"))
 def test_merge(case: Case):
     number = r"(\d+)"
-    text = read(case.file)[1][case.name]
+    text = case.words
     found = re.fullmatch(rf"tokens={number} class position={number} r={number} (\{{.*\}})", text)
     n, row, r = map(int, found.groups()[:3])
     s = ast.literal_eval(found.group(4))
@@ -62,15 +62,14 @@ def counts(s, target, length, depth):
     return removed
 
 
-@cases("r_meeto", "rmeeto_vim_micro")
+@cases("r_meeto", lambda c: c.has("output/logits"))
 def test_model(case: Case):
-    text = read(case.file)[1][case.name]
+    text = case.words
     found = re.fullmatch(r"(\{.*\}) target tokens at the last merging block = 197-11\*compare = (\d+)", text)
     s, target = ast.literal_eval(found.group(1)), int(found.group(2))
     check_settings(s, "num_prune", "metric", "merge_interval", "compare", "if_order", "if_prune")
     assert target == 197 - 11 * s["compare"]
-    weights = re.search(r"(\w+/\w+)\.safetensors", read(case.file)[1]["what"]).group(1)
-    model, x = build(weights), read(weights)[0]["input"]
+    model, x = build(case.fixture()), case.input(len(case["output/logits"]))
     depth = len(model.layers)
     removed = counts(s, target, model.pos_embed.shape[1], depth)
     method = RMeeTo(

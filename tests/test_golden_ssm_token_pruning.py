@@ -5,7 +5,7 @@ import math
 import re
 
 import torch
-from goldens import Case, cases, close, read
+from goldens import Case, cases, close
 from test_golden_vision_mamba import build
 
 import tokenzoo
@@ -31,24 +31,24 @@ ROWS = {
 
 def setting(case: Case):
     """Blocks to act after (0-based), share, options of the score, which images are right."""
-    text = read(case.file)[1][case.name]
+    text = case.words
     match = SETTING.fullmatch(text)
     assert match, f"the metadata holds settings that this test does not understand: {text}"
     mode, blocks, ratio, score, rows = match.groups()
     return mode, tuple(i - 1 for i in ast.literal_eval(blocks)), float(ratio), SCORES[score], ROWS[rows]
 
 
-def of_kind(kind: str):
-    return lambda case: case.name.startswith(kind)
+def of_kind(recorded: str):
+    """Cases that record what is kept, or masks, of every stage."""
+    return lambda case: bool(case.matching(rf"stage\d+/{recorded}"))
 
 
 @torch.no_grad()
-@cases("ssm_token_pruning", "top_vim_micro", of_kind("gather_"))
+@cases("ssm_token_pruning", of_kind("kept"))
 def test_gather(case: Case):
     mode, layers, ratio, score, rows = setting(case)
     assert mode == "gather"
-    model = build("vision_mamba/vim_micro")
-    x = read(case.file)[0]["input"]
+    model, x = build(case.fixture()), case.input(len(case["output/logits"]))
     tokenzoo.patch_model(model, "ssm_prune", layers=layers, keep_rate=ratio, **score)
     inside = [row.tokens_in for row in tokenzoo.report(model).rows if row.name.startswith("blocks")]
     assert inside == case["output/token_counts_after_block"].tolist()
@@ -69,13 +69,12 @@ def _class_row(run: Tokens, stage: int) -> int:
 
 
 @torch.no_grad()
-@cases("ssm_token_pruning", "top_vim_micro", of_kind("mask_"))
+@cases("ssm_token_pruning", of_kind("mask"))
 def test_mask(case: Case):
     """The released simulation at full length, which the library has no need of, with the library's importance."""
     mode, layers, ratio, score, rows = setting(case)
     assert mode == "mask" and rows == "batch"
-    model = build("vision_mamba/vim_micro")
-    x = read(case.file)[0]["input"]
+    model, x = build(case.fixture()), case.input(len(case["output/logits"]))
     h, res = model.embed_tokens(x), None
     batch, length, c = len(x), h.shape[1], (h.shape[1] - 1) // 2
     alive, counts = torch.ones(batch, length, dtype=torch.bool), []

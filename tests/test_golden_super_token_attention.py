@@ -1,21 +1,14 @@
 """Super token attention and its backbone against the published implementation."""
 
-import pytest
 import torch
 from cases import released_numbers
-from goldens import READ, Case, cases, check_settings, close, files, read, settings
+from goldens import Case, cases, check_settings, close, models, read, settings
 
 from tokenzoo.layers import SuperTokenAttention
 from tokenzoo.models import SViT
 
-backbones = [
-    pytest.param(name, id=name, marks=pytest.mark.golden)
-    for name in files("super_token_attention")
-    if any(key.startswith("output/") for key in read(name)[0])
-]
 
-
-@cases("super_token_attention", "layer")
+@cases("super_token_attention", lambda c: c.has("y"))
 def test_layer(case: Case):
     s = case.settings
     check_settings(s, "B", "C", "H", "W", "stoken_size", "heads", "n_iter", "qkv_bias", "refine")
@@ -35,7 +28,7 @@ def test_layer(case: Case):
             close(layer.stoken_refine(supers), case["stokens_out"], 1e-5)
 
 
-@pytest.mark.parametrize("file", backbones)
+@models("super_token_attention")
 def test_backbone(file: str):
     tensors, meta = read(file)
     s = settings(meta["config"])
@@ -59,4 +52,3 @@ def test_backbone(file: str):
     assert set(expected) <= set(seen)
     for name, value in expected.items():
         close(seen[name], value)
-    READ.update((file, name) for name in seen)

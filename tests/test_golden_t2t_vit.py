@@ -1,27 +1,20 @@
 """T2T-ViT against the published implementation."""
 
-import pytest
 import torch
 from cases import released_numbers
-from goldens import Case, cases, check_settings, close, files, read, settings
+from goldens import Case, cases, check_settings, close, models, read, settings
 
 from tokenzoo.models import T2TViT
 from tokenzoo.models.t2t_tokens import TokenPerformer, TokenTransformer
 from tokenzoo.models.t2t_vit import sinusoid_positions
 
-models = [
-    pytest.param(name, id=name, marks=pytest.mark.golden)
-    for name in files("t2t_vit")
-    if any(key.startswith("output/") for key in read(name)[0])
-]
 
-
-@cases("t2t_vit", "ops", lambda c: c.has("x"))
+@cases("t2t_vit", lambda c: c.has("x"))
 def test_layer(case: Case):
     s = case.settings
     check_settings(s, "B", "N", "dim", "in_dim", "heads", "kernel_ratio")
     assert s["heads"] == 1 and case["x"].shape == (s["B"], s["N"], s["dim"])
-    if case.name.startswith("performer"):
+    if "kqv.weight" in case.part("weights"):
         layer = TokenPerformer(s["dim"], s["in_dim"], s["kernel_ratio"])
     else:
         layer = TokenTransformer(s["dim"], s["in_dim"])
@@ -32,14 +25,14 @@ def test_layer(case: Case):
             close(layer.attend(case["x"]), case["attn_out"], 1e-5)
 
 
-@cases("t2t_vit", "ops", lambda c: c.name == "sinusoid")
+@cases("t2t_vit", lambda c: "n_position" in c.asks)
 def test_positions(case: Case):
     s = case.settings
     check_settings(s, "n_position", "d_hid")
     close(sinusoid_positions(s["n_position"], s["d_hid"]), read(case.file)[0][case.name], 1e-6)
 
 
-@pytest.mark.parametrize("file", models)
+@models("t2t_vit")
 def test_model(file: str):
     tensors, meta = read(file)
     s = settings(meta["config"])

@@ -3,7 +3,7 @@
 import ast
 
 import torch
-from goldens import Case, cases, check_settings, close, decode_reduced, fixture_model, micro_decoder, read
+from goldens import Case, cases, check_settings, close, decode_reduced, micro_decoder, read
 
 import tokenzoo
 from tokenzoo.maps import MergeMap
@@ -13,7 +13,7 @@ from tokenzoo.strided import cell_split, split_pairs
 from tokenzoo.tokens import Layout, Tokens
 
 
-@cases("tomesd", "ops")
+@cases("tomesd", lambda c: c.has("src_set"))
 def test_matching(case: Case):
     s = case.settings
     check_settings(s, "B", "h", "w", "sy", "sx", "r", "r_eff", "C", "no_rand")
@@ -47,7 +47,7 @@ def share(r: int, n: int) -> float:
     return min((r + 0.5) / n, 1 - 1e-9)
 
 
-@cases("dense_unmerge", "ops", lambda c: "h" in c.settings)
+@cases("dense_unmerge", lambda c: c.has("n_merged"))
 def test_cells(case: Case):
     s = case.settings
     check_settings(s, "h", "w", "r", "sx", "sy", "no_rand")
@@ -59,7 +59,7 @@ def test_cells(case: Case):
     close(merge.lift(merge.apply(x)), case["unmerged"], 1e-5)
 
 
-@cases("dense_unmerge", "ops", lambda c: "class_token" in c.settings)
+@cases("dense_unmerge", lambda c: c.has("merged"))
 def test_even_into_odd(case: Case):
     s = case.settings
     check_settings(s, "r", "class_token")
@@ -73,13 +73,13 @@ def test_even_into_odd(case: Case):
 
 def tome_dense(case: Case):
     """The encoder of a case with ToMe's dense form."""
-    ratio = ast.literal_eval(read(case.file)[1]["ratios"])[case.name]
-    model = fixture_model(case.fixture())
+    ratio = ast.literal_eval(read(case.file)[1]["ratios"])[case.short]
+    model = case.model()
     options = {"stride": None, "metric": "normed", "branches": ("attention", "mlp"), "clip": True}
     return tokenzoo.patch_model(model, "tomesd", ratio=ratio, **options)
 
 
-@cases("dense_unmerge", "tome_dense_micro")
+@cases("dense_unmerge", lambda c: c.has("branch_tokens"))
 def test_encoder(case: Case):
     model, inside = tome_dense(case), []
     for block in model.blocks:
@@ -90,7 +90,7 @@ def test_encoder(case: Case):
     assert inside == case["branch_tokens"].flatten().tolist()
 
 
-@cases("dense_unmerge", "tome_dense_micro")
+@cases("dense_unmerge", lambda c: c.has("branch_tokens"))
 def test_labels(case: Case):
     _, labels = decode_reduced(tome_dense(case), micro_decoder("mask"), case.input(case["labels"].shape[0]))
     assert torch.equal(labels, case["labels"].long())

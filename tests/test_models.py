@@ -1,6 +1,7 @@
 """Backbones that timm lacks: sizes and costs of the cards, timm's conventions, compilers, refusals."""
 
 import copy
+import inspect
 import pickle
 import re
 
@@ -10,7 +11,7 @@ import torch
 from cases import released_numbers
 from fvcore.nn import FlopCountAnalysis
 from svit_reference import ReferenceSViT
-from timm.models.vision_transformer import Attention, Block
+from timm.models.vision_transformer import Attention, Block, ParallelThingsBlock
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -542,3 +543,34 @@ def test_training_step():
     target = torch.rand(3, 7, 38).softmax(dim=1)
     TokenLabelLoss(ground_truth=True)(model.forward_train(image()), target).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- heads of their own width
+
+
+@pytest.mark.skipif("attn_head_dim" not in inspect.signature(Attention).parameters, reason="needs a newer timm")
+def test_head_dim():
+    model = build("lvvit", head_dim=10, qkv_bias=True, qk_norm=True)
+    attn = model.blocks[0].attn
+    assert type(attn) is Attention and (attn.num_heads, attn.head_dim, attn.scale) == (2, 10, 10**-0.5)
+    assert attn.qkv.weight.shape == (60, 32) and attn.proj.weight.shape == (32, 20)
+    x = torch.randn(2, 5, 32)
+    q, k, v = attn.qkv(x).unflatten(2, (3, 2, 10)).permute(2, 0, 3, 1, 4)
+    probs = (attn.q_norm(q) @ attn.k_norm(k).transpose(2, 3) * 10**-0.5).softmax(-1)
+    torch.testing.assert_close(attn(x), attn.proj((probs @ v).transpose(1, 2).flatten(2)))
+    expected = model(image())
+    with tokenzoo.patched(model, "tome", r=0):
+        torch.testing.assert_close(model(image()), expected)
+    with tokenzoo.patched(model, "evit", keep_rate=0.5, layers=(1,)):
+        assert model(image()).shape == (3, 7)
+        total = tokenzoo.report(model).total
+    wide = build("lvvit", qkv_bias=True, qk_norm=True)
+    with tokenzoo.patched(wide, "evit", keep_rate=0.5, layers=(1,)):
+        assert total < tokenzoo.report(wide).total
+    same = build("lvvit", head_dim=16)
+    same.load_state_dict(build("lvvit", seed=1).state_dict())
+    torch.testing.assert_close(same(image()), build("lvvit", seed=1)(image()))
+    with pytest.raises(ValueError, match="head_dim=0 is no width"):
+        build("lvvit", head_dim=0)
+    with pytest.raises(ValueError, match="leave attn_layer"):
+        build("lvvit", head_dim=8, block_fn=ParallelThingsBlock)

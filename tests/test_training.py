@@ -19,7 +19,7 @@ import timm.models.vision_transformer
 import torch
 import yaml
 from cases import METHODS, backbone_names, build, given, images, serves
-from goldens import Case, cases, check_settings, close, fixture_model, read
+from goldens import Case, cases, check_settings, close, read
 from PIL import Image
 from test_golden_mctf import options
 from test_train_imagenet import main, result_of, same, torchrun  # noqa: F401 (main is a fixture)
@@ -46,7 +46,7 @@ def defaults(**changes) -> argparse.Namespace:
 # ---- recorded numbers
 
 
-@cases("mctf", "consistency")
+@cases("mctf", lambda c: c.has("out_loss_consistency"))
 def test_consistency_of_a_training_step(case: Case, monkeypatch):
     """The loss of the script, tasks left out, and its gradients."""
     s = case.settings
@@ -54,7 +54,7 @@ def test_consistency_of_a_training_step(case: Case, monkeypatch):
     targets = case["targets"]
     names = ("r", "r_teacher", "trace", "prop_attn", "one_step_ahead", "tau_sim", "tau_info", "tau_size", "bidirection",
              "pooling_type")  # fmt: skip
-    model = fixture_model(case.fixture()).train()
+    model = case.model().train()
     setting = {**dict(zip(names, s["mctf_type"])), "activate": s["activate"]}
     tokenzoo.patch_model(model, "mctf", **options(setting, s["r_student"]))
     args = defaults(consistency=3.0, consistency_threshold=s["threshold"], consistency_task=0.0, smoothing=0.0)
@@ -71,9 +71,9 @@ def test_consistency_of_a_training_step(case: Case, monkeypatch):
         close(torch.zeros_like(expected) if grad is None else grad, expected)
 
 
-@cases("evit", "keep_rate_schedule")
+@cases("evit", lambda c: c.short.startswith("ipe"))
 def test_keep_rate_of_a_run(case: Case):
-    steps, start, length, target = re.fullmatch(r"ipe(\d+)_start(\d+)_shrink(\d+)_base([\d.]+)", case.name).groups()
+    steps, start, length, target = re.fullmatch(r"ipe(\d+)_start(\d+)_shrink(\d+)_base([\d.]+)", case.short).groups()
     model = build("deit")
     tokenzoo.patch_model(model, "evit", keep_rate=float(target))
     warmup = KeepRateWarmup(model, defaults(shrink_start_epoch=int(start), shrink_epochs=int(length)), int(steps))

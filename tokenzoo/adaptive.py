@@ -13,7 +13,7 @@ from torch import Tensor
 from .maps import TokenMap, group_map
 from .rows import split_dim, take_rows
 from .selection import raster_order
-from .tokens import Tokens
+from .tokens import Layout, Tokens
 
 
 def window_members(grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
@@ -160,19 +160,42 @@ def above_threshold(
     return above if hidden is None else above + hidden
 
 
-def raster_members(tokens: Tokens, template: Tensor) -> tuple[Tensor, Tensor | None]:
+def raster_members(tokens: Tokens, layout: Layout, window: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Windows as places in the sequence [B or 1, W, n], and which of them hold real tokens only [B, W] (None: all).
+
+    An image that has all its patches has the windows of the grid, whatever its batch mates have lost; any other one has
+    stretches of as many patches that follow each other in raster order.
 
     Args:
         tokens: the tokens, in any order.
-        template: windows as places in raster order of the remaining patches [W, n].
+        layout: layout of the whole image.
+        window: patches of a window (down, right).
     """
-    by_place = raster_order(tokens)
+    n, device = window[0] * window[1], tokens.x.device
+    by_place, whole = raster_order(tokens), tokens.num_patches == layout.num_patches
+    windows = window_members(layout.grid, window, device) if whole else None
+    if whole and tokens.valid is None:
+        return _at(by_place, windows), None
+    count = tokens.num_patches // n
+    stretches = torch.arange(count * n, device=device).view(count, n)
+    members = _at(by_place, stretches)
+    if tokens.valid is None:
+        return members, None
+    left = tokens.valid_patches.unsqueeze(1)
+    real = stretches.amax(1) < left if count else torch.zeros_like(left[:, :0], dtype=torch.bool)
+    if not whole:
+        return members, real
+    complete, spare = left == layout.num_patches, count - len(windows)
+    is_window = torch.arange(count, device=device) < len(windows)
+    windows = _at(by_place, F.pad(windows, (0, 0, 0, spare)))
+    return torch.where(complete.unsqueeze(2), windows, members), torch.where(complete, is_window, real)
+
+
+def _at(by_place: Tensor | None, template: Tensor) -> Tensor:
+    """Places in the sequence [B or 1, W, n] of places in raster order [W, n]; None where that is the sequence."""
     if by_place is None:
-        return template.unsqueeze(0), None
-    members = split_dim(by_place[:, template.flatten()], 1, *template.shape)
-    real = None if tokens.valid is None else template.amax(1) < tokens.valid_patches.unsqueeze(1)
-    return members, real
+        return template.unsqueeze(0)
+    return split_dim(by_place[:, template.flatten()], 1, *template.shape)
 
 
 def _real(tokens: Tokens) -> Tensor:

@@ -15,7 +15,6 @@ from ..adaptive import (
     merge_pairs,
     merge_windows,
     raster_members,
-    window_members,
     window_similarity,
 )
 from ..attention import full_precision
@@ -156,14 +155,9 @@ class ALGM(Method):
 
     def _windows_map(self, tokens: Tokens, step: Step) -> TokenMap | None:
         layout, prefix, size = tokens.layout, tokens.layout.num_prefix, self._window[0] * self._window[1]
-        if tokens.num_patches == layout.num_patches and tokens.valid is None:
-            template = window_members(layout.grid, self._window, tokens.x.device)
-        else:
-            stretches = tokens.num_patches // size
-            template = torch.arange(stretches * size, device=tokens.x.device).view(stretches, size)
-        if len(template) == 0:
+        members, real = raster_members(tokens, layout, self._window)
+        if members.shape[1] == 0:
             return None
-        members, real = raster_members(tokens, template)
         score = window_similarity(tokens.x[:, prefix:], members)
         if tokens.visible is not None:
             gone = step.strength.count is not None or self.threshold <= 1  # above 1, no window may merge
@@ -173,8 +167,8 @@ class ALGM(Method):
         count = step.strength.count
         if count is None:
             counts = (score >= self.threshold).sum(1, keepdim=True)
-            plan = self._settle(tokens, counts, size - 1)
-            return None if plan is None else merge_windows(tokens, members, score, *plan)
+            plan, merges = self._settle(tokens, counts, size - 1)
+            return merge_windows(tokens, members, score, *plan) if merges else None
         length = step.tokens_out(tokens.length, layout)
         counts = torch.full_like(score[:, :1], count, dtype=torch.int64)
         if real is not None:
@@ -192,14 +186,13 @@ class ALGM(Method):
         value, partner = best_odd(tokens.x, prefix, tokens.valid, tokens.visible)
         real = None if tokens.valid is None else tokens.valid[:, prefix + prefix % 2 :: 2]
         counts = above_threshold(value, real, step.block + 1, self.batch_min, tokens.visible is not None)
-        plan = self._settle(tokens, counts, 1)
-        if plan is None:
-            return None
+        # without a merge, too, tokens take their new places: the next step must not tell whether a batch mate merged
+        plan, _ = self._settle(tokens, counts, 1)
         src, dst = even_and_odd(tokens)
         return merge_pairs(tokens, src, dst, value, partner - prefix // 2, *plan, tokens.sizes())
 
-    def _settle(self, tokens: Tokens, counts: Tensor, removed: int) -> tuple[Tensor, int, bool] | None:
-        """Merges of each image, longest length, and whether lengths differ; None if nothing merges.
+    def _settle(self, tokens: Tokens, counts: Tensor, removed: int) -> tuple[tuple[Tensor, int, bool], bool]:
+        """(Merges of each image, longest length, whether lengths differ), and whether anything merges.
 
         Args:
             tokens: the tokens.
@@ -211,10 +204,8 @@ class ALGM(Method):
         real = tokens.valid_patches
         left = (tokens.num_patches if real is None else real.unsqueeze(1)) - counts * removed
         found = host_ranges(left, counts)  # the one look of the host at the data
-        if found is None or found[1][1] == 0:
-            return None
-        least, most = found[0]
-        return counts, tokens.layout.num_prefix + most, tokens.valid is not None or least != most
+        (least, most), (_, merges) = found if found is not None else ((tokens.num_patches,) * 2, (0, 0))
+        return (counts, tokens.layout.num_prefix + most, tokens.valid is not None or least != most), merges > 0
 
     # ---- cost and strength
 

@@ -93,14 +93,15 @@ class ATS(Method):
             attention = signals.class_attention.sum(1)[:, prefix:]
             norms = signals.values.float().flatten(2).norm(dim=2)[:, prefix:]
             scores = attention * norms
-            whole = torch.ones_like(scores[:, :1], dtype=torch.bool)
             if tokens.visible is not None:
                 scores = scores.masked_fill(~tokens.visible[:, prefix:], 0)
-            if tokens.valid is not None:
-                real = tokens.valid[:, prefix:]
-                scores = scores * real
-                # released: an image without padding loses its lowest token again, whatever was removed before
-                whole = torch.zeros_like(whole) if self.batch_invariant else real.all(1, keepdim=True)
+            # released: an image without padding loses its lowest token again, whatever was removed before
+            full = tokens.layout.num_patches if self.batch_invariant else tokens.num_patches
+            if tokens.valid is None:
+                whole = torch.full_like(scores[:, :1], tokens.num_patches == full, dtype=torch.bool)
+            else:
+                scores = scores * tokens.valid[:, prefix:]
+                whole = tokens.valid_patches.unsqueeze(1) == full
             picked, order = sample_heights(scores, self._heights(step, tokens.layout), whole)
             counts = picked.sum(1, keepdim=True)
             if step.strength is None:

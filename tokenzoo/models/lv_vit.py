@@ -8,13 +8,14 @@ Source: Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vis
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply, register_model
+from timm.models.vision_transformer import Attention, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,10 +71,11 @@ class LVViT(VisionTransformer):
         qkv_bias: bias of queries, keys and values.
         norm_layer: norm of the blocks, by default with the released models' epsilon of 1e-5.
         num_classes: classes; 0 has no classifiers.
+        head_dim: channels of a head; None for `embed_dim` over the heads. No released model sets it.
         vit_options: any other option of timm's VisionTransformer.
 
     Raises:
-        ValueError: an unknown stem.
+        ValueError: an unknown stem, or `head_dim` where it cannot be set.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class LVViT(VisionTransformer):
         qkv_bias: bool = False,
         norm_layer: Any = _NORM,
         num_classes: int = 1000,
+        head_dim: int | None = None,
         **vit_options: Any,
     ):
         if p_emb not in STEMS:
@@ -102,12 +105,36 @@ class LVViT(VisionTransformer):
             embed_layer=STEMS[p_emb],
             **vit_options,
         )
+        if head_dim is not None:
+            self._set_head_dim(head_dim, norm_layer, vit_options)
         self.return_dense = return_dense
         self.mix_token = mix_token
         if skip_lam != 1:
             for block in self.blocks:
                 block.ls1, block.ls2 = Divide(skip_lam), Divide(skip_lam)
         self._set_dense_head(num_classes)
+
+    def _set_head_dim(self, head_dim: int, norm_layer: Any, options: dict[str, Any]) -> None:
+        """Gives every block timm's attention anew, its heads of their own width."""
+        if head_dim < 1:
+            raise ValueError(f"LVViT: head_dim={head_dim} is no width; give at least 1, or None")
+        if "attn_head_dim" not in inspect.signature(Attention).parameters:
+            raise ValueError(f"LVViT: head_dim={head_dim} needs a newer timm, whose Attention takes attn_head_dim")
+        given = {"qk_norm": "qk_norm", "scale_attn_norm": "scale_norm", "proj_bias": "proj_bias"}
+        given |= {"attn_drop_rate": "attn_drop", "proj_drop_rate": "proj_drop", "device": "device", "dtype": "dtype"}
+        shared = {ours: options[name] for name, ours in given.items() if name in options}
+        for block in self.blocks:
+            old = getattr(block, "attn", None)
+            if type(old) is not Attention:
+                raise ValueError(
+                    f"LVViT: head_dim={head_dim} is for timm's Attention, not {type(old).__name__}; leave attn_layer "
+                    "and block_fn alone, or head_dim"
+                )
+            block.attn = Attention(
+                self.embed_dim, old.num_heads, attn_head_dim=head_dim, qkv_bias=old.qkv.bias is not None,
+                norm_layer=norm_layer, **shared,
+            )  # fmt: skip
+            named_apply(init_weights_vit_timm, block.attn)
 
     def _set_dense_head(self, num_classes: int) -> None:
         self.aux_head = None
