@@ -58,12 +58,14 @@ def linear_part(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
 def product_and_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """What a linear layer with a bias, or any module in its place, makes of x [..., C], apart: [..., D] and [D].
 
-    The sum is what the layer gives. The bias of a module that does more than its weight says is what it gives for
-    zeros, which is asked first: a hook that keeps the last call keeps that of x.
+    The sum is what the layer gives. The bias of a module that is no linear layer of torch's is what it gives for zeros;
+    these are asked for first, so that a hook that keeps the last call keeps that of x.
     """
-    if is_plain(layer) and layer.bias is not None:
-        return F.linear(x, layer.weight), layer.bias
-    bias = layer(x.new_zeros(1, 1, x.shape[-1])).flatten()
+    bias = layer.bias if isinstance(layer, nn.Linear) and "forward" not in layer.__dict__ else None
+    if bias is not None and is_plain(layer):
+        return F.linear(x, layer.weight), bias
+    if bias is None:
+        bias = layer(x.new_zeros(1, 1, x.shape[-1])).flatten()
     out = layer(x)
     wide = torch.promote_types(out.dtype, torch.float32)
     return (out.to(wide) - bias.to(wide)).to(out.dtype), bias

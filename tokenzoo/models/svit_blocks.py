@@ -41,6 +41,7 @@ class ConvFfn(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
+        self.hidden = hidden
         self.fc1 = PointwiseConv(dim, hidden)
         self.act = nn.GELU()
         self.conv = ResidualDepthwise(hidden)
@@ -48,7 +49,7 @@ class ConvFfn(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_images(self._run, x, x.shape[2] * x.shape[3] * self.fc1.out_channels, self.training)
+        return by_images(self._run, x, x.shape[2] * x.shape[3] * self.hidden, self.training)
 
     def _run(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.conv(self.act(self.fc1(x)))))
