@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, backbone_names, build, given, images, serves
+from cases import METHODS, VIT, backbone_names, build, given, images, serves
 from changed_layers import CHANGES, Around, linear_layers, merge
 from torch import nn
 
@@ -45,7 +45,8 @@ def test_zero_reduction_is_the_changed_model(backbone, change):
     bound = {"atol": 0.02 * float(features.abs().max()), "rtol": 0} if change == "quantised" else {"atol": 3e-5}
     bound = {"rtol": 1e-4, **bound}
     for method in METHODS:
-        if not serves(method, model) or (method == "ats" and model.global_pool != "token"):
+        reads_class = model.global_pool == "token" and getattr(model, "aux_head", None) is None  # all that ATS leaves
+        if not serves(method, model) or (method == "ats" and not reads_class):
             continue
         with tokenzoo.patched(model, given(method, "zero")):
             torch.testing.assert_close(model(x), plain, **bound, msg=lambda text, m=method: f"{m}: {text}")
@@ -78,9 +79,10 @@ def test_adapters_are_their_merged_weights_under_reduction(backbone):
 @blocks
 def test_costs_are_those_of_the_plain_model(backbone, change):
     attention = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "gate", "in_proj")
-    plain = tokenzoo.patch_model(build(backbone), "tome", flops=0.8)
+    options = {"r": 2} if backbone == "lv_vit" else {"flops": 0.8}  # its stem is nearly all that it costs
+    plain = tokenzoo.patch_model(build(backbone), "tome", **options)
     model = changed(backbone, change, attention if change == "around" else ())
-    tokenzoo.patch_model(model, "tome", flops=0.8)
+    tokenzoo.patch_model(model, "tome", **options)
     assert tokenzoo.recipe(model) == tokenzoo.recipe(plain)
     assert tokenzoo.report(model).rows == tokenzoo.report(plain).rows
 
@@ -141,17 +143,6 @@ def test_models_that_scan():
                             torch.testing.assert_close(model(x), merged(x), atol=1e-4, rtol=1e-4)
 
 
-def test_quantised_scanners_stay_close():
-    from scan_cases import CORE, build
-
-    for scanner in CORE:
-        model = build(scanner)
-        x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            near = CHANGES["quantised"](model, linear_layers(model))(x)
-            assert (near - model(x)).abs().max() < 0.1 * model(x).abs().max()
-
-
 def test_convolution_of_a_mixer_is_called():
     from scan_cases import build
 
@@ -183,12 +174,11 @@ def test_pointwise_convolutions_of_svit():
     out = model(x)
     assert (out - plain).abs().max() > 1e-3
     merged = merge(copy.deepcopy(model))
-    for recipe in ("tome", "mctf", "evit", "evo"):
-        zero = {"r": 0} if recipe in ("tome", "mctf") else {"keep_rate": 1.0}
-        with tokenzoo.patched(model, recipe, **zero):
+    for method in ("tome", "mctf", "evit", "evo"):
+        with tokenzoo.patched(model, given(method, "zero")):
             torch.testing.assert_close(model(x), out, atol=1e-4, rtol=1e-4)
             assert tokenzoo.report(model).unpatched == sum(row.macs for row in rows)
-        with tokenzoo.patched(model, recipe), tokenzoo.patched(merged, recipe):
+        with tokenzoo.patched(model, given(method)), tokenzoo.patched(merged, given(method)):
             torch.testing.assert_close(model(x), merged(x), atol=1e-3, rtol=1e-3)
 
 
@@ -263,7 +253,8 @@ def test_counters_count_the_part_that_is_used():
 
 def test_programs_hold_slices_of_plain_layers():
     """Exported and compiled, a method that projects values behind its merging still projects them alone."""
-    model = tokenzoo.patch_model(build("deit"), given("mctf"))
+    torch.manual_seed(0)
+    model = tokenzoo.patch_model(VIT(depth=1).eval(), given("mctf"))
     x = images(model, batch=2)
     graphs = []
 
