@@ -254,7 +254,7 @@ def test_counters_count_the_part_that_is_used():
 def test_programs_hold_slices_of_plain_layers():
     """Exported and compiled, a method that projects values behind its merging still projects them alone."""
     torch.manual_seed(0)
-    model = tokenzoo.patch_model(VIT(depth=1).eval(), given("mctf"))
+    model = tokenzoo.patch_model(VIT(depth=1, mlp_ratio=4).eval(), given("mctf", layers=0))
     x = images(model, batch=2)
     graphs = []
 
