@@ -189,7 +189,7 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
             u = self._first_half(z)
             return self._second_half(u + self._convolved(conv, u, tokens, through, places))
 
-        step = at_once(z, tokens.layout.num_patches * conv.in_channels, self.training)
+        step = at_once(z, tokens.layout.num_patches * self.mlp2.hidden, self.training)
         if places is None or step >= z.shape[0]:
             return run(z, places)
         starts = range(0, z.shape[0], step)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..layer_macs import conv_macs, linear_macs, unwrapped
+from ..layer_macs import conv_macs, linear_macs
 from ..methods.base import BlockShape, Step
 from ..models.svit_blocks import halved
 from ..recipes import Recipe
@@ -203,7 +203,7 @@ def read_svit_costs(model: nn.Module, grid: tuple[int, int]) -> SvitCosts:
     stages, full = [], tuple(grid)
     for stage in model.layers:
         blocks = tuple((Reducing.macs(b), Reducing.shape(b), Reducing.fused.fget(b)) for b in stage.blocks)
-        hidden = unwrapped(stage.blocks[0].mlp2.fc1).out_channels
+        hidden = stage.blocks[0].mlp2.hidden
         whole = sum(_super_token_block(block, grid) for block in stage.blocks)
         smaller = halved(grid)
         down = 0
@@ -227,4 +227,4 @@ def _super_token_block(block: nn.Module, grid: tuple[int, int]) -> int:
     # nine products a place and channel: to find its shares, to collect, once more to read back
     rounds = (2 * attn.n_iter + 1 if attn.n_iter else 2) * SLOTS * padded * dim
     among = cells * (macs.qk + macs.v + macs.out) + cells * cells * macs.pair
-    return rounds + among + places * (macs.mlp + _KERNEL * (dim + unwrapped(block.mlp2.fc1).out_channels))
+    return rounds + among + places * (macs.mlp + _KERNEL * (dim + block.mlp2.hidden))

@@ -43,6 +43,7 @@ class ConvFfn(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
+        self.hidden = hidden
         self.fc1 = PointwiseConv(dim, hidden)
         self.act = nn.GELU()
         self.conv = ResidualDepthwise(hidden)
@@ -52,7 +53,7 @@ class ConvFfn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._run(x)
-        return by_images(self._run, x, x.shape[2] * x.shape[3] * self.fc1.out_channels, self.training)
+        return by_images(self._run, x, x.shape[2] * x.shape[3] * self.hidden, self.training)
 
     def _run(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.conv(self.act(self.fc1(x)))))
