@@ -15,6 +15,7 @@ from ..signals import Signals
 from ..tokens import Layout, Tokens
 from .attending import Attending, join_heads
 from .merging import Merging
+from .swapping import hooked
 
 _SLICE = 1024  # tokens
 
@@ -165,9 +166,14 @@ class ReducingBlock:
         return tokens._replace(x=tokens.x + (y if merge is None else merge.lift(y)))
 
     def _mlp(self, z: Tensor) -> Tensor:
-        """The MLP, at inference in slices of long sequences: else its hidden layer is the largest thing in memory."""
+        """The MLP, at inference in slices of long sequences: else its hidden layer is the largest thing in memory.
+
+        Hooks see all tokens at once.
+        """
         whole = self.training or torch.is_grad_enabled() or not self.mlp_pointwise
         if whole or z.shape[1] <= 2 * _SLICE or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.mlp_branch(z)
+        if any(hooked(module) for module in self.modules() if module is not self):
             return self.mlp_branch(z)
         return torch.cat([self.mlp_branch(part) for part in z.split(_SLICE, dim=1)], dim=1)
 
