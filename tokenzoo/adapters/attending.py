@@ -177,7 +177,7 @@ class Attending:
         """Steps inside of attention act on the tokens that attend."""
         block = self.block
         ahead, queries = block.tokenzoo.at("ahead"), block.tokenzoo.at("queries")
-        parts = self._project(tokens, inputs, with_values=not ahead)
+        parts = self._project(tokens, inputs, with_values=len(ahead) == 0)
         bias = block._bias(tokens, self.mask)
         signals = Signals(join_heads(parts), bias, tokens, block.training)
         tokens = block._scored(tokens, signals)
