@@ -16,6 +16,7 @@ from ..tokens import Layout, Tokens
 from .attending import Attending, join_heads
 from .masks import four_dims, gather_mask, refuse_uneven, visible_tokens
 from .merging import Merging
+from .swapping import hooked
 
 _SLICE = 1024  # tokens
 OUTSIDE = ("embed", "norm")  # places that a model sees to, in front of its blocks and behind its final norm
@@ -172,10 +173,15 @@ class ReducingBlock:
         return tokens._replace(x=tokens.x + (y if merge is None else merge.lift(y)))
 
     def _mlp(self, z: Tensor) -> Tensor:
-        """The MLP, at inference in slices of long sequences: else its hidden layer is the largest thing in memory."""
+        """The MLP, at inference in slices of long sequences: else its hidden layer is the largest thing in memory.
+
+        Hooks see all tokens at once.
+        """
         # in a traced graph sizes are operations: none may depend on whether gradients were on
         whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or self.training or torch.is_grad_enabled()
         if whole or not self.mlp_pointwise or z.shape[1] <= 2 * _SLICE:
+            return self.mlp_branch(z)
+        if any(hooked(module) for module in self.modules() if module is not self):
             return self.mlp_branch(z)
         return torch.cat([self.mlp_branch(part) for part in z.split(_SLICE, dim=1)], dim=1)
 

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .family import Family
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from .swapping import hooked
 
 
 def reducing_modules(backbone: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, type, type]]:
@@ -44,7 +43,7 @@ def refuse_overrides(backbone: nn.Module, family: Family) -> None:
             )
     for name, module, instead in family.bypassed(backbone):
         found = "a forward of its own" if "forward" in vars(module) else None
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        if hooked(module):
             found = "hooks"
         if found is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which modules of a model change their class, and what stands on them that a change of class would drop."""
+"""Modules inside of blocks: the ones that change their class, and whether somebody looks at one."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def swap_attentions(block: nn.Module, classes: Mapping[type, type]) -> None:
     for module in block.modules():
         if type(module) in classes:
             module.__class__ = classes[type(module)]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks of any kind stand on a module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(kind) > 0 for kind in hooks)
