@@ -14,6 +14,7 @@ from ..methods.base import BlockShape, Step
 from ..signals import Signals, attend_through
 from ..tokens import Layout, Tokens
 from .merging import Merging, lifted_heads
+from .refusals import Unscriptable, refuse_symbols
 
 _SLICE = 1024  # tokens
 
@@ -58,7 +59,7 @@ class BlockMacs(NamedTuple):
     mlp: int
 
 
-class ReducingBlock:
+class ReducingBlock(Unscriptable):
     """Mixin that lets an attention block take and return `Tokens`.
 
     A family's subclass says how its halves are spelled: `attention_input`, `heads`, `query_keys`, `values`,
@@ -250,9 +251,11 @@ class ReducingBlock:
 
         A plain tensor (the blocks called without their model) is wrapped by the first block and unwrapped by the last.
         """
+        refuse_symbols(self, x)
         refuse_causal(self, is_causal)
         if not isinstance(x, Tokens):
             layout = self.tokenzoo.layout
+            layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
             layout = layout._replace(standalone=True, track_positions=layout.track_positions or attn_mask is not None)
             x = Tokens(x, layout, trace=() if layout.keep_values else None)
             _refuse_alone(self)

@@ -65,6 +65,7 @@ class _Rotary(ReducingBlock):
             layout = self.tokenzoo.layout
             rope = Rope.of(rope, layout.num_prefix)
             if not isinstance(x, Tokens):
+                layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
                 x = Tokens(x, layout._replace(standalone=True, track_positions=True))
         return self.call(x, rope, attn_mask, is_causal)
 
@@ -107,14 +108,14 @@ class ReducingEva(ReducingModel, Eva):
             return self.norm_pre(x), None
         waves = waves_of(self.rope, grid) if self.tokenzoo_recipe.merged_positions == "mean" else None
         # one table a block in mixed mode: those get their leading rows when their block comes
-        rope = Rope(table, waves) if self.rope_mixed else Rope.of(table, self.num_prefix_tokens, waves)
+        rope = Rope(table, waves) if self.rope_mixed else Rope.of(table, self.num_protected, waves)
         return self.norm_pre(x), rope
 
     def rope_of(self, rope: Any, index: int) -> Any:
         if rope is None or not self.rope_mixed:
             return rope
         waves = None if rope.waves is None else rope.waves._replace(freqs=rope.waves.freqs[:, index])
-        return Rope.of(rope.table[index], self.num_prefix_tokens, waves)
+        return Rope.of(rope.table[index], self.num_protected, waves)
 
     def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
         layout = super().layout(grid, rope)

@@ -16,6 +16,7 @@ from ..rows import stable_order
 from ..scan_order import Rows, natural_rows
 from ..tokens import Tokens
 from .block import BlockPlan
+from .refusals import Unscriptable
 
 PLACES = ("before", "ahead", "between", "after")  # "between" is behind the mixer too, the block's only half
 
@@ -32,7 +33,7 @@ class ScanContext(NamedTuple):
     gap_rule: str | None
 
 
-class ScanBlock:
+class ScanBlock(Unscriptable):
     """Mixin that lets a scanning block take and return `Tokens`.
 
     A family's subclass says how its parts are spelled: `mixer_input`, `mix`, `finish`, `shape` and `mixer_macs`.

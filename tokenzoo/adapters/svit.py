@@ -25,13 +25,14 @@ from ..recipes import Recipe
 from ..tokens import Tokens
 from .family import Family
 from .pooling import pool_plain
+from .refusals import Unscriptable, refuse_symbols, refuse_vmap
 from .svit_blocks import ReducingSuperTokenBlock, begin, from_map, full_map, to_map
 from .svit_checks import check, check_block, check_recipe, sequences
 from .svit_costs import read_svit_costs
 from .token_norm import norm_alike, norm_tokens
 
 
-class ReducingSViT(SViT):
+class ReducingSViT(Unscriptable, SViT):
     """`SViT` whose stages with plain attention reduce tokens."""
 
     tokenzoo_recipe: Recipe
@@ -46,6 +47,8 @@ class ReducingSViT(SViT):
             x: images [B, C, H, W].
             last: index of the last stage to run, None for all.
         """
+        refuse_symbols(self, x)
+        refuse_vmap(self.tokenzoo_recipe)
         x, scores = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), None
         for index, stage in enumerate(self.layers):
             if not stage.is_plain:

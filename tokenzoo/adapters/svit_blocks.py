@@ -27,6 +27,7 @@ from ..tokens import Layout, Tokens, TraceStep
 from .block import BlockMacs, BlockPlan, ReducingBlock
 from .merging import Merging
 from .places import Places, lost_tokens, places_of
+from .refusals import refuse_symbols
 from .token_norm import norm_alike, norm_tokens
 
 
@@ -67,6 +68,7 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
         """Tokens to tokens; a map (blocks called without their model) is taken by the first block of a stage, and
         handed back by the last one."""
         if not isinstance(x, Tokens):
+            refuse_symbols(self, x)
             x = begin(x, self.tokenzoo_recipe, standalone=True)
         tokens = self.run(x)
         if tokens.layout.standalone and self.tokenzoo.index == self.tokenzoo.depth - 1:

@@ -110,7 +110,7 @@ class VitModel(ReducingModel):
     def pool_tokens(self, tokens: Tokens, kind: str) -> Tensor:
         if self.attn_pool is None:
             return pool_plain(tokens, kind, self.pool_include_prefix, self.tokenzoo_recipe.mass_weighted_pool)
-        first = 0 if self.pool_include_prefix else tokens.layout.num_prefix
+        first = 0 if self.pool_include_prefix else tokens.layout.own_prefix
         x = tokens.x[:, first:]
         size = tokens.size[:, first:] if tokens.size is not None and self.tokenzoo_recipe.proportional else None
         valid = None if tokens.valid is None else tokens.valid[:, first:]

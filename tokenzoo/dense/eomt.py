@@ -152,7 +152,7 @@ class EoMT(nn.Module):
                     f"EoMT: {method.name} at {method.layers} comes after the queries have entered (block {entry}); "
                     "rebuild patches before that, or leave it out: they are restored after the final norm anyway"
                 )
-        prefix, count = backbone.num_prefix_tokens, self.num_q
+        prefix, count = backbone.num_protected, self.num_q
         for tokens in backbone.walk(images, last=entry - 1, dense=True):  # noqa: B007 (only the last one is wanted)
             pass
         before, tokens = tokens.trace, _with_queries(tokens, queries)
