@@ -13,8 +13,9 @@ from ..maps import TokenMap
 from ..methods.base import BlockShape, Step
 from ..signals import Signals, attend_through
 from ..tokens import Layout, Tokens
+from .hooked import Aside, HookedBlock
 from .merging import Merging, lifted_heads
-from .refusals import Unscriptable, refuse_symbols
+from .refusals import refuse_symbols
 
 _SLICE = 1024  # tokens
 
@@ -59,7 +60,7 @@ class BlockMacs(NamedTuple):
     mlp: int
 
 
-class ReducingBlock(Unscriptable):
+class ReducingBlock(HookedBlock):
     """Mixin that lets an attention block take and return `Tokens`.
 
     A family's subclass says how its halves are spelled: `attention_input`, `heads`, `query_keys`, `values`,
@@ -246,13 +247,18 @@ class ReducingBlock(Unscriptable):
         rows = _gather_mask(mask, tokens)
         return rows if bias is None else rows + bias
 
-    def call(self, x: Tensor | Tokens, rope: Any, attn_mask: Tensor | None, is_causal: bool) -> Tensor | Tokens:
+    def call(
+        self, x: Tensor | Tokens, rope: Any, attn_mask: Tensor | None, is_causal: bool, aside: Aside | None = None
+    ) -> Tensor | Tokens:
         """What a family's `forward` does: tokens to tokens.
 
-        A plain tensor (the blocks called without their model) is wrapped by the first block and unwrapped by the last.
+        A plain tensor (the blocks called without their model) is wrapped by the first block and unwrapped by the last;
+        with `aside` (the block has hooks) values come in and values go out.
         """
         refuse_symbols(self, x)
         refuse_causal(self, is_causal)
+        if aside is not None:
+            return aside.left(self.call(aside.given(x, self.tokenzoo.index), rope, attn_mask, is_causal))
         if not isinstance(x, Tokens):
             layout = self.tokenzoo.layout
             layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")

@@ -22,6 +22,7 @@ from ..tokens import Layout, Tokens
 from .block import BlockMacs, ReducingBlock
 from .eva_attention import ATTENTIONS, head_width, input_width, rotary_heads, rotary_macs, rotary_values
 from .family import Family, linear_macs
+from .hooked import Aside
 from .model import ReducingModel
 from .pooling import pool_plain
 from .rope import Rope, check_rebuild, waves_of
@@ -55,7 +56,15 @@ class _Rotary(ReducingBlock):
     def fused(self) -> bool:
         return self.attn.fused_attn
 
-    def forward(self, x: Any, rope: Any = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+    def forward(
+        self,
+        x: Any,
+        rope: Any = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        aside: Aside | None = None,
+    ) -> Any:
+        x = x if aside is None else aside.given(x, self.tokenzoo.index)
         if rope is not None and not isinstance(rope, Rope):  # called by hand, with timm's own table
             if rope.dim() > 3:
                 raise ValueError(
@@ -67,7 +76,8 @@ class _Rotary(ReducingBlock):
             if not isinstance(x, Tokens):
                 layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
                 x = Tokens(x, layout._replace(standalone=True, track_positions=True))
-        return self.call(x, rope, attn_mask, is_causal)
+        tokens = self.call(x, rope, attn_mask, is_causal)
+        return tokens if aside is None else aside.left(tokens)
 
 
 class ReducingEvaBlock(_Rotary, EvaBlock):

@@ -18,7 +18,8 @@ from ..methods.base import Step
 from ..misuse import refuse_attribute, refuse_function, refuse_operator, take_field
 from ..tokens import Tokens, TraceStep
 from .block import BlockPlan
-from .refusals import Unscriptable, refuse_symbols
+from .hooked import Aside, HookedBlock
+from .refusals import refuse_symbols
 
 
 class WindowedMap(NamedTuple):
@@ -62,12 +63,14 @@ def from_windows(windows: Tensor, size: tuple[int, int]) -> Tensor:
     return x.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
 
 
-class ReducingSamBlock(Unscriptable, Block):
+class ReducingSamBlock(HookedBlock, Block):
     """SAM block on a `WindowedMap`; called with a plain map [B, H, W, C] it does what the model would."""
 
     tokenzoo: BlockPlan
 
-    def forward(self, x: Tensor | WindowedMap) -> Any:
+    def forward(self, x: Tensor | WindowedMap, aside: Aside | None = None) -> Any:
+        if aside is not None:
+            return aside.left(self.forward(aside.given(x, self.tokenzoo.index)))
         plan = self.tokenzoo
         state = x
         if not isinstance(x, WindowedMap):

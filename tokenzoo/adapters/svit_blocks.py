@@ -25,6 +25,7 @@ from ..recipes import Recipe
 from ..rows import take_rows
 from ..tokens import Layout, Tokens, TraceStep
 from .block import BlockMacs, BlockPlan, ReducingBlock
+from .hooked import Aside
 from .merging import Merging
 from .places import Places, lost_tokens, places_of
 from .refusals import refuse_symbols
@@ -64,9 +65,11 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
     tokenzoo: BlockPlan
     tokenzoo_recipe: Recipe
 
-    def forward(self, x: Tensor | Tokens) -> Any:
+    def forward(self, x: Tensor | Tokens, aside: Aside | None = None) -> Any:
         """Tokens to tokens; a map (blocks called without their model) is taken by the first block of a stage, and
         handed back by the last one."""
+        if aside is not None:
+            return aside.left(self.forward(aside.given(x, self.tokenzoo.index)))
         if not isinstance(x, Tokens):
             refuse_symbols(self, x)
             x = begin(x, self.tokenzoo_recipe, standalone=True)

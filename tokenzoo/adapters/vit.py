@@ -25,6 +25,7 @@ from ..methods.base import BlockShape
 from ..tokens import Tokens
 from .block import BlockMacs, ReducingBlock
 from .family import Family, linear_macs
+from .hooked import Aside
 from .model import ReducingModel
 from .pooling import pool_plain
 from .vit_attention import (
@@ -71,8 +72,15 @@ class _OneAttention(ReducingBlock):
     def fused(self) -> bool:
         return self.attn.fused_attn
 
-    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Any = None) -> Any:
-        return self.call(x, rope, attn_mask, is_causal)
+    def forward(
+        self,
+        x: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Any = None,
+        aside: Aside | None = None,
+    ) -> Any:
+        return self.call(x, rope, attn_mask, is_causal, aside)
 
 
 class ReducingVitBlock(_OneAttention, Block):

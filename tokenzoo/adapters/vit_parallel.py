@@ -17,6 +17,7 @@ from ..methods.base import BlockShape
 from ..tokens import Tokens
 from .block import BlockMacs, ReducingBlock
 from .family import linear_macs
+from .hooked import Aside
 from .vit_attention import (
     attention_heads,
     attention_macs,
@@ -101,8 +102,15 @@ class _ParallelScaling(ReducingBlock):
     def fused(self) -> bool:
         return self.fused_attn
 
-    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Any = None) -> Any:
-        return self.call(x, rope, attn_mask, is_causal)
+    def forward(
+        self,
+        x: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Any = None,
+        aside: Aside | None = None,
+    ) -> Any:
+        return self.call(x, rope, attn_mask, is_causal, aside)
 
 
 class ReducingParallelScalingBlock(_ParallelScaling, ParallelScalingBlock):
@@ -163,8 +171,15 @@ class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
     def fused(self) -> bool:
         return self.attns[0].attn.fused_attn
 
-    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Any = None) -> Any:
-        return self.call(x, rope, attn_mask, is_causal)
+    def forward(
+        self,
+        x: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Any = None,
+        aside: Aside | None = None,
+    ) -> Any:
+        return self.call(x, rope, attn_mask, is_causal, aside)
 
 
 ReducingDiffParallelScalingBlock: type | None = None

@@ -157,7 +157,7 @@ class EoMT(nn.Module):
             pass
         before, tokens = tokens.trace, _with_queries(tokens, queries)
         for block in backbone.blocks[entry:]:
-            tokens = block.run(tokens)
+            tokens = block(tokens)
         x = lift(backbone.norm(tokens.x), recipe.lift_trace(tokens.trace), recipe.fill, backbone.norm)
         queries, x = x[:, prefix : prefix + count], torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1)
         return queries, lift(x, recipe.lift_trace(before), recipe.fill, backbone.norm)[:, prefix:]
