@@ -59,5 +59,3 @@ def _shown(index: Any) -> str:
     parts = index if isinstance(index, tuple) else (index,)
     names = [type(part).__name__ if isinstance(part, Tensor) else repr(part) for part in parts]
     return f"[{', '.join(names)}]"
-
-

@@ -54,4 +54,3 @@ def refuse_vmap(recipe: Recipe) -> None:
             f"{method.name} keeps as many tokens as the images ask for, which torch.func.vmap cannot look at; set a "
             f"fixed budget, such as {method.static_option}"
         )
-
