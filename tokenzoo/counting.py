@@ -128,9 +128,9 @@ def read_costs(backbone: nn.Module, family: Family, layout: Layout, grid: tuple[
         blocks.append((cls.macs(block), cls.shape(block), cls.fused.fget(block)))
     head, per_token, per_pair = _head_costs(backbone)
     sees_all = backbone.attn_pool is None or getattr(backbone, "pool_include_prefix", True)
-    skips = 0 if sees_all else layout.num_prefix
+    skips = 0 if sees_all else layout.own_prefix
     if getattr(backbone, "aux_head", None) is not None:  # a second classifier that reads every patch token
-        per_token, skips = per_token + linear_macs(backbone.aux_head), layout.num_prefix
+        per_token, skips = per_token + linear_macs(backbone.aux_head), layout.own_prefix
     return Costs(tuple(blocks), _embed_macs(backbone, layout), head, per_token, per_pair, skips)
 
 

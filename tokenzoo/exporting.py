@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from .patching import backbone_of, is_patched
+from .patching import backbone_of
 
 SUFFIXES = (".pt2", ".onnx")
 _ONNX_LIMIT = 2**31  # bytes that one ONNX file can hold
@@ -57,7 +57,8 @@ def export(
 
     Raises:
         ValueError: another suffix, a folder that does not exist, a model in training mode, token counts that depend on
-            the images, a model too large for one ONNX file, or outputs that differ.
+            the images (of a patched model anywhere inside of `model`), bfloat16 in ONNX, a model too large for one ONNX
+            file, or outputs that differ.
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     path = Path(path)
@@ -117,13 +118,20 @@ def _check_model(model: nn.Module, path: Path, example_input: Tensor) -> None:
         raise ValueError(f"example_input has shape {tuple(example_input.shape)}; give images [B, C, H, W]")
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode; call model.eval() before exporting it")
-    methods = backbone_of(model).tokenzoo_recipe.methods if is_patched(model) else ()
-    for method in methods:
+    backbone_of(model)  # wrappers that have to be put on after patching are refused
+    recipes = [module.tokenzoo_recipe for module in model.modules() if hasattr(module, "tokenzoo_recipe")]
+    for method in (method for recipe in recipes for method in recipe.methods):
         if method.data_dependent:
             raise ValueError(
                 f"{method.name} keeps as many tokens as the images ask for, which has no static shape to export; set "
                 f"a fixed budget, such as {method.static_option}"
             )
+    kept = (example_input, *model.parameters(), *model.buffers())
+    if path.suffix == ".onnx" and any(t.dtype == torch.bfloat16 for t in kept):
+        raise ValueError(
+            f"{type(model).__name__} or its images are bfloat16, which ONNX Runtime cannot run; call model.float() or "
+            "model.half() and give images of that type, or export to .pt2"
+        )
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if path.suffix == ".onnx" and size >= _ONNX_LIMIT:
         raise ValueError(

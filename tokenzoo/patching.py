@@ -57,9 +57,9 @@ def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Reci
     size = recipe is not None and recipe.track_size
     positions = recipe is not None and recipe.track_positions
     keep = recipe is not None and recipe.keeps_trace
-    layout = Layout(
-        model.num_prefix_tokens, model.cls_token is not None, tuple(grid), size, positions, keep_values=keep
-    )
+    added = 0 if recipe is None else recipe.protect
+    prefix = model.num_prefix_tokens + added
+    layout = Layout(prefix, model.cls_token is not None, tuple(grid), size, positions, keep_values=keep, added=added)
     return BackboneInfo(len(model.blocks), model.embed_dim, layout)
 
 
@@ -71,8 +71,9 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
-        **options: options of the method, and `merged_positions`, `dense` (forward_features gives all tokens back) and
-            `fill` (what dropped tokens get then), see `tokenzoo.recipes.Recipe`.
+        **options: options of the method, and `merged_positions`, `dense` (forward_features gives all tokens back),
+            `fill` (what dropped tokens get then) and `protect` (tokens added behind the prefix, such as prompts), see
+            `tokenzoo.recipes.Recipe`.
 
     Returns:
         The same model.
@@ -142,6 +143,11 @@ def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: Bac
     name = type(backbone).__name__
     if not recipe.steps(total) and all(m.layers in ((), "others") for m in recipe.methods):
         raise ValueError(f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers from 0 to {total - 1}")
+    if recipe.protect and (family.layout is not None or family.sequences is not None):
+        raise ValueError(
+            f"protect={recipe.protect}: the sequence of {name} has no place for added tokens, since its blocks see "
+            "windows, stages or a scan; leave protect out"
+        )
     for method in recipe.methods:
         _check_mixing(method, name, family)
         for layout in (info.layout, *(info.restarts or {}).values()):

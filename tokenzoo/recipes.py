@@ -30,12 +30,15 @@ class Recipe:
         dense: `forward_features` gives all tokens back, for dense heads.
         fill: what dropped tokens get on the way back to the full grid: a name ("stash", "nearest", "zero"), the options
             of `tokenzoo.lifting.Fill` as a dict, or a Fill.
+        protect: tokens that are added behind the model's own prefix by a hook or by hand (prompts), which no method
+            touches; every sequence has to hold that many more.
     """
 
     methods: tuple[Method, ...]
     merged_positions: str = "destination"
     dense: bool = False
     fill: Fill = Fill()
+    protect: int = 0
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -44,12 +47,21 @@ class Recipe:
             raise ValueError(f"merged_positions={self.merged_positions!r}; use one of {MERGED_POSITIONS}")
         if not isinstance(self.dense, bool):
             raise TypeError(f"dense={self.dense!r}; give True (all tokens come back) or False")
+        if type(self.protect) is not int:
+            raise TypeError(f"protect={self.protect!r}; give the number of tokens added behind the prefix")
+        if self.protect < 0:
+            raise ValueError(f"protect={self.protect} is negative; give the number of tokens added behind the prefix")
         object.__setattr__(self, "fill", Fill.parse(self.fill))
 
     @property
     def keeps_trace(self) -> bool:
         """Whether every forward pass has to remember its maps."""
         return any(m.keeps_trace for m in self.methods)
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether token counts depend on the images."""
+        return any(m.data_dependent for m in self.methods)
 
     @property
     def restores_maps(self) -> bool:
@@ -172,6 +184,8 @@ class Recipe:
             extra["dense"] = True
         if self.fill != Fill():
             extra["fill"] = self.fill.to_plain()
+        if self.protect:
+            extra["protect"] = self.protect
         if len(self.methods) == 1:
             return {**self.methods[0].to_dict(), **extra}
         return {"method": [m.to_dict() for m in self.methods], **extra}
@@ -182,12 +196,13 @@ class Recipe:
 
         Args:
             method: "tome", ToMe(r=8), ["evit", ToMe(r=8)], {"method": "tome", "r": 8}, "recipe.yaml" or a Recipe.
-            **options: options of the method when it is given by name, and `merged_positions`, `dense`, `fill`.
+            **options: options of the method when it is given by name, and `merged_positions`, `dense`, `fill`,
+                `protect`.
 
         Raises:
             ValueError, TypeError: with the offending name, value or line.
         """
-        common = {k: options.pop(k) for k in ("merged_positions", "dense", "fill") if k in options}
+        common = {k: options.pop(k) for k in ("merged_positions", "dense", "fill", "protect") if k in options}
         if isinstance(method, Recipe):
             _no_options(options, "a Recipe")
             return replace(method, **common)

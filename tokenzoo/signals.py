@@ -157,7 +157,12 @@ class EmbedSignals:
     @property
     def half(self) -> Tensor:
         """Tokens of the image at half resolution [B, H / 2 * W / 2, C], ready for block 0."""
-        return self._model.norm_pre(self._model.embed_half(self.image))
+        half, model = self._model.embed_half(self.image), self._model
+        if not model.tokenzoo_recipe.protect:
+            return model.norm_pre(half)
+        # a hook there may put tokens behind the prefix
+        front = half.new_zeros(half.shape[0], model.num_prefix_tokens, half.shape[2])
+        return model.norm_pre(torch.cat([front, half], dim=1))[:, -half.shape[1] :]
 
 
 def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kept: list[TokenMap]) -> Tensor:

@@ -14,8 +14,10 @@ from ..methods.base import BlockShape, Step
 from ..signals import Signals
 from ..tokens import Layout, Tokens
 from .attending import Attending, join_heads
+from .hooked import Aside, HookedBlock
 from .masks import four_dims, gather_mask, refuse_uneven, visible_tokens
 from .merging import Merging
+from .refusals import refuse_symbols
 from .swapping import hooked
 
 _SLICE = 1024  # tokens
@@ -67,7 +69,7 @@ class BlockMacs(NamedTuple):
     mlp: int
 
 
-class ReducingBlock:
+class ReducingBlock(HookedBlock):
     """Mixin that lets an attention block take and return `Tokens`.
 
     A family's subclass says how its halves are spelled: `attention_input`, `attention_layers`, `attention_branch`,
@@ -241,14 +243,21 @@ class ReducingBlock:
         rows = gather_mask(mask, tokens)
         return rows if bias is None else rows + bias
 
-    def call(self, x: Tensor | Tokens, rope: Any, attn_mask: Tensor | None, is_causal: bool) -> Tensor | Tokens:
+    def call(
+        self, x: Tensor | Tokens, rope: Any, attn_mask: Tensor | None, is_causal: bool, aside: Aside | None = None
+    ) -> Tensor | Tokens:
         """What a family's `forward` does: tokens to tokens.
 
-        A plain tensor (the blocks called without their model) is wrapped by the first block and unwrapped by the last.
+        A plain tensor (the blocks called without their model) is wrapped by the first block and unwrapped by the last;
+        with `aside` (the block has hooks) values come in and values go out.
         """
+        refuse_symbols(self, x)
         refuse_causal(self, is_causal)
+        if aside is not None:
+            return aside.left(self.call(aside.given(x, self.tokenzoo.index), rope, attn_mask, is_causal))
         if not isinstance(x, Tokens):
             layout = self.tokenzoo.layout
+            layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
             layout = layout._replace(standalone=True, track_positions=layout.track_positions or attn_mask is not None)
             x = Tokens(x, layout, trace=() if layout.keep_values else None)
             refuse_alone(self.tokenzoo)

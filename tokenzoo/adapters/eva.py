@@ -24,6 +24,7 @@ from .block import BlockMacs, ReducingBlock
 from .eva_attention import ATTENTIONS, REDUCING_ATTENTIONS, head_width, input_width, rotary_macs
 from .family import Family
 from .features import Reads
+from .hooked import Aside
 from .model import ReducingModel
 from .pooling import pool_plain
 from .rope import Rope, check_rebuild, waves_of
@@ -45,7 +46,15 @@ class _Rotary(ReducingBlock):
     def fused(self) -> bool:
         return self.attn.fused_attn
 
-    def forward(self, x: Any, rope: Any = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+    def forward(
+        self,
+        x: Any,
+        rope: Any = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        aside: Aside | None = None,
+    ) -> Any:
+        x = x if aside is None else aside.given(x, self.tokenzoo.index)
         if rope is not None and not isinstance(rope, Rope):  # called by hand, with timm's own table
             if rope.dim() > 3:
                 raise ValueError(
@@ -55,8 +64,10 @@ class _Rotary(ReducingBlock):
             layout = self.tokenzoo.layout
             rope = Rope.of(rope, layout.num_prefix)
             if not isinstance(x, Tokens):
+                layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
                 x = Tokens(x, layout._replace(standalone=True, track_positions=True))
-        return self.call(x, rope, attn_mask, is_causal)
+        tokens = self.call(x, rope, attn_mask, is_causal)
+        return tokens if aside is None else aside.left(tokens)
 
 
 class ReducingEvaBlock(_Rotary, EvaBlock):
@@ -97,14 +108,14 @@ class ReducingEva(ReducingModel, Eva):
             return self.norm_pre(x), None
         waves = waves_of(self.rope, grid) if self.tokenzoo_recipe.merged_positions == "mean" else None
         # one table a block in mixed mode: those get their leading rows when their block comes
-        rope = Rope(table, waves) if self.rope_mixed else Rope.of(table, self.num_prefix_tokens, waves)
+        rope = Rope(table, waves) if self.rope_mixed else Rope.of(table, self.num_protected, waves)
         return self.norm_pre(x), rope
 
     def rope_of(self, rope: Any, index: int) -> Any:
         if rope is None or not self.rope_mixed:
             return rope
         waves = None if rope.waves is None else rope.waves._replace(freqs=rope.waves.freqs[:, index])
-        return Rope.of(rope.table[index], self.num_prefix_tokens, waves)
+        return Rope.of(rope.table[index], self.num_protected, waves)
 
     def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
         layout = super().layout(grid, rope)

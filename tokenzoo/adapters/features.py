@@ -81,7 +81,7 @@ def encode(tokens: Tokens, reads: Reads, recipe: Recipe) -> Tensor:
         absent = torch.zeros_like(tokens.x[:, :1]) if reads.attends else _mean(tokens, reads, recipe)
         return torch.where((assign >= 0).unsqueeze(-1), take_rows(tokens.x, assign.clamp(min=0)), absent)
     if reads.mean and not reads.attends and not reads.greatest:
-        x = tokens.x.float()[:, 0 if reads.include_prefix else tokens.layout.num_prefix :]
+        x = tokens.x.float()[:, 0 if reads.include_prefix else tokens.layout.own_prefix :]
         rest = (x.shape[1] + 1) * _mean(tokens, reads, recipe).float() - x.sum(1, keepdim=True)
         return torch.cat([tokens.x, rest.to(tokens.x.dtype)], dim=1)
     return _with_sizes(tokens)

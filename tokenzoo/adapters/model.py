@@ -21,6 +21,7 @@ from ..tokens import Layout, Tokens
 from .block import refuse_causal
 from .features import Reads, decode, encode
 from .masks import four_dims, refuse_uneven, visible_tokens
+from .refusals import Unscriptable, refuse_symbols, refuse_vmap
 
 
 class BackboneInfo(NamedTuple):
@@ -46,7 +47,7 @@ class BackboneInfo(NamedTuple):
         return self.layout if first == 0 else self.restarts[first], stop
 
 
-class ReducingModel:
+class ReducingModel(Unscriptable):
     """Mixin that owns the loop over the blocks, for features, intermediates and logits alike.
 
     A family's subclass gives `embed` (image to tokens and a rotary table) and `rope_of` (the table of one block).
@@ -72,12 +73,26 @@ class ReducingModel:
         """Facts about the sequence at a patch grid."""
         recipe = self.tokenzoo_recipe
         return Layout(
-            self.num_prefix_tokens,
+            self.num_protected,
             self.cls_token is not None,
             grid,
             recipe.track_size,
             recipe.track_positions or rope is not None,
+            added=recipe.protect,
         )
+
+    @property
+    def num_protected(self) -> int:
+        """Prefix tokens, those included that the recipe says are added behind the model's own."""
+        return self.num_prefix_tokens + self.tokenzoo_recipe.protect
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """The model's own `set_input_size`; blocks that are called without the model follow."""
+        super().set_input_size(*args, **kwargs)
+        layout = self.layout(tuple(self.patch_embed.grid_size))
+        for block in self.blocks:
+            own = block.tokenzoo.layout._replace(grid=layout.grid, scan_rows=layout.scan_rows)
+            block.tokenzoo = block.tokenzoo._replace(layout=own)
 
     def embed_half(self, images: Tensor) -> Tensor:
         """Embedding of the images at half resolution: a token for every 2 x 2 patches [B, H / 2 * W / 2, C].
@@ -106,7 +121,7 @@ class ReducingModel:
         zeros = zeros if getattr(embed, "output_fmt", "NLC") == "NHWC" or not embed.flatten else zeros.flatten(1, 2)
         placed = self._pos_embed(zeros)
         placed = placed[0] if isinstance(placed, tuple) else placed
-        places = placed[:, self.num_prefix_tokens :].transpose(1, 2)
+        places = placed[:, -high * wide :].transpose(1, 2)
         places = split_dim(places, 2, high, wide)
         return half + F.avg_pool2d(places.float(), 2).to(half.dtype).flatten(2).transpose(1, 2)
 
@@ -129,8 +144,10 @@ class ReducingModel:
             trace: keep the maps.
             dense: also keep the values that dropped tokens had.
         """
-        refuse_open_sizes(self, x)
         recipe, images = self.tokenzoo_recipe, x
+        refuse_symbols(self, x)
+        refuse_open_sizes(self, x)
+        refuse_vmap(recipe)
         dense = dense or self.pools_all or recipe.keeps_trace
         trace = trace or dense
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
@@ -138,6 +155,7 @@ class ReducingModel:
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
             grid = tuple(int(side) for side in grid)
         layout = self.layout(tuple(grid), rope)._replace(keep_values=dense)
+        layout.check_length(x.shape[1], type(self).__name__)
         visible = None
         if mask is not None:
             layout = layout._replace(track_positions=True)
@@ -184,6 +202,7 @@ class ReducingModel:
         Returns:
             The remaining tokens with their side data; padding rows are zero.
         """
+        refuse_symbols(self, x)
         refuse_causal(self, is_causal)
         for tokens in self.walk(x, attn_mask, trace=trace, dense=dense):  # noqa: B007 (only the last one is wanted)
             pass
@@ -254,7 +273,7 @@ class ReducingModel:
         """
         if not isinstance(x, Tensor):
             return Tokens(self.lift_features(x), x.layout) if self.pools_all and x.trace else x
-        layout = self.layout((1, x.shape[1] - self.num_prefix_tokens))
+        layout = self.layout((1, x.shape[1] - self.num_protected))
         return decode(x, self.head_reads(), self.tokenzoo_recipe, layout)
 
     def pool(self, x: Tensor | Tokens, pool_type: str | None = None) -> Tensor:
@@ -323,9 +342,10 @@ class ReducingModel:
 
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}; use 'NCHW' or 'NLC'")
+        refuse_symbols(self, x)
         refuse_causal(self, is_causal)
         take, max_index = feature_take_indices(len(self.blocks), indices)
-        dense, prefix = output_fmt == "NCHW", self.num_prefix_tokens
+        dense, prefix = output_fmt == "NCHW", self.num_protected
         spatial: list[Tensor] = []
         prefixes: list[Tensor] = []
         last = max_index if stop_early else None

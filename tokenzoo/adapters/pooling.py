@@ -21,7 +21,7 @@ def pool_plain(tokens: Tokens, kind: str, include_prefix: bool, mass_weighted: b
         return tokens.x
     if kind == "token":
         return tokens.x[:, 0]
-    first = 0 if include_prefix else tokens.layout.num_prefix
+    first = 0 if include_prefix else tokens.layout.own_prefix
     x = tokens.x[:, first:]
     valid = None if tokens.valid is None else tokens.valid[:, first:].unsqueeze(-1)
     mean = greatest = None

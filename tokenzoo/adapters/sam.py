@@ -21,12 +21,13 @@ from ..recipes import Recipe
 from ..registry import declaring
 from ..tokens import Layout, Tokens
 from .family import Family
+from .refusals import Unscriptable, refuse_symbols, refuse_vmap
 from .sam_blocks import ReducingSamBlock, WindowedMap, restored
 from .sam_costs import read_sam_costs
 from .sam_tokens import as_tokens
 
 
-class ReducingVisionTransformerSAM(VisionTransformerSAM):
+class ReducingVisionTransformerSAM(Unscriptable, VisionTransformerSAM):
     """`VisionTransformerSAM` whose blocks shrink the attention windows."""
 
     tokenzoo_recipe: Recipe
@@ -38,7 +39,9 @@ class ReducingVisionTransformerSAM(VisionTransformerSAM):
             x: images [B, C, H, W].
             last: index of the last block to run, None for all.
         """
+        refuse_symbols(self, x)
         refuse_open_sizes(self, x)
+        refuse_vmap(self.tokenzoo_recipe)
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + resample_abs_pos_embed_nhwc(self.pos_embed, x.shape[1:3])

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from ..maps import ClusterMap, RestoreMap
 from ..methods.base import Step
+from ..misuse import refuse_attribute, refuse_function, refuse_operator, take_field
 from ..rows import split_dim
 from ..tokens import Tokens, TraceStep
 from .block import BlockPlan
+from .hooked import Aside, HookedBlock
+from .refusals import refuse_symbols
 
 
 class WindowedMap(NamedTuple):
@@ -37,6 +40,13 @@ class WindowedMap(NamedTuple):
     trace: tuple[TraceStep, ...] = ()
     standalone: bool = False
 
+    # code that takes it for a tensor gets one sentence
+    __getattr__ = refuse_attribute
+    __getitem__ = take_field
+    __torch_function__ = classmethod(refuse_function)
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = refuse_operator
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = refuse_operator
+
 
 def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """Cuts a map into windows, zeros filling up the last ones: [B, H, W, C] -> [B * windows, down, right, C]."""
@@ -54,15 +64,18 @@ def from_windows(windows: Tensor, size: tuple[int, int]) -> Tensor:
     return x.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
 
 
-class ReducingSamBlock(Block):
+class ReducingSamBlock(HookedBlock, Block):
     """SAM block on a `WindowedMap`; called with a plain map [B, H, W, C] it does what the model would."""
 
     tokenzoo: BlockPlan
 
-    def forward(self, x: Tensor | WindowedMap) -> Any:
+    def forward(self, x: Tensor | WindowedMap, aside: Aside | None = None) -> Any:
+        if aside is not None:
+            return aside.left(self.forward(aside.given(x, self.tokenzoo.index)))
         plan = self.tokenzoo
         state = x
         if not isinstance(x, WindowedMap):
+            refuse_symbols(self, x)
             state = WindowedMap(x, (int(x.shape[1]), int(x.shape[2])), standalone=True)
         for step in plan.at("before"):
             state = self._act(step, state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..rows import stable_order
 from ..scan_order import Rows, natural_rows
 from ..tokens import Tokens
 from .block import BlockPlan
+from .hooked import Aside, HookedBlock
 
 PLACES = ("before", "ahead", "between", "after")  # "between" is behind the mixer too, the block's only half
 
@@ -32,7 +33,7 @@ class ScanContext(NamedTuple):
     gap_rule: str | None
 
 
-class ScanBlock:
+class ScanBlock(HookedBlock):
     """Mixin that lets a scanning block take and return `Tokens`.
 
     A family's subclass says how its parts are spelled: `mixer_input`, `mix`, `finish`, `shape` and `mixer_macs`.
@@ -96,21 +97,30 @@ class ScanBlock:
             rows = natural_rows(patches, layout.scan_rows, layout.num_patches)
         return tokens._replace(rows=rows), signals.after(token_map), token_map
 
-    def forward(self, x: Tokens, rope: ScanContext | None = None, attn_mask: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        x: Tokens,
+        rope: ScanContext | None = None,
+        attn_mask: Tensor | None = None,
+        aside: Aside | None = None,
+    ) -> Any:
         """Tokens to tokens.
 
         Args:
             x: tokens.
             rope: what the block needs besides.
             attn_mask: refused, there is no attention.
+            aside: what goes past the hooks of the block, where it has some; then values come in and go out.
         """
+        x = x if aside is None else aside.given(x, self.tokenzoo.index)
         if not isinstance(x, Tokens):
             raise TypeError(
                 f"{type(self).__name__} reduces tokens and was called without its model; call the model, or unpatch it"
             )
         if attn_mask is not None:
             raise ValueError(f"{type(self).__name__} has no attention that an attn_mask could act on; leave it out")
-        return self.run(x, rope)
+        tokens = self.run(x, rope)
+        return tokens if aside is None else aside.left(tokens)
 
 
 def in_order(token_map: TokenMap, tokens: Tokens) -> TokenMap:

@@ -28,13 +28,14 @@ from ..tokens import Tokens
 from .family import Family
 from .features import Reads, decode, encode
 from .pooling import pool_plain
+from .refusals import Unscriptable, refuse_symbols, refuse_vmap
 from .svit_blocks import REDUCING_ATTENTIONS, ReducingSuperTokenBlock, begin, from_map, full_map, to_map
 from .svit_checks import bypassed, check, check_block, check_recipe, sequences
 from .svit_costs import read_svit_costs
 from .token_norm import norm_alike, norm_tokens
 
 
-class ReducingSViT(SViT):
+class ReducingSViT(Unscriptable, SViT):
     """`SViT` whose stages with plain attention reduce tokens."""
 
     tokenzoo_recipe: Recipe
@@ -49,7 +50,9 @@ class ReducingSViT(SViT):
             x: images [B, C, H, W].
             last: index of the last stage to run, None for all.
         """
+        refuse_symbols(self, x)
         refuse_open_sizes(self, x)
+        refuse_vmap(self.tokenzoo_recipe)
         x, scores = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), (None,)
         for index, stage in enumerate(self.layers):
             if not stage.is_plain:

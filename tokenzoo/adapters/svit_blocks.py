@@ -29,8 +29,10 @@ from ..rows import split_dim, take_rows
 from ..tokens import Layout, Tokens, TraceStep
 from .attending import AttentionLayer
 from .block import BlockMacs, BlockPlan, ReducingBlock, refuse_alone
+from .hooked import Aside
 from .merging import Merging
 from .places import Places, lost_tokens, places_of
+from .refusals import refuse_symbols
 from .token_norm import norm_alike, norm_tokens
 
 
@@ -121,10 +123,13 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
     tokenzoo: BlockPlan
     tokenzoo_recipe: Recipe
 
-    def forward(self, x: Tensor | Tokens) -> Any:
+    def forward(self, x: Tensor | Tokens, aside: Aside | None = None) -> Any:
         """Tokens to tokens; a map (blocks called without their model) is taken by the first block of a stage, and
         handed back by the last one."""
+        if aside is not None:
+            return aside.left(self.forward(aside.given(x, self.tokenzoo.index)))
         if not isinstance(x, Tokens):
+            refuse_symbols(self, x)
             refuse_alone(self.tokenzoo)
             x = begin(x, self.tokenzoo_recipe, standalone=True)
         tokens = self.run(x)

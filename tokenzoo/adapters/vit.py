@@ -27,6 +27,7 @@ from ..tokens import Tokens
 from .block import BlockMacs, ReducingBlock
 from .family import Family
 from .features import Reads
+from .hooked import Aside
 from .model import ReducingModel
 from .pooling import pool_plain
 from .vit_attention import (
@@ -59,8 +60,15 @@ class _OneAttention(ReducingBlock):
     def fused(self) -> bool:
         return self.attn.fused_attn
 
-    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Any = None) -> Any:
-        return self.call(x, rope, attn_mask, is_causal)
+    def forward(
+        self,
+        x: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Any = None,
+        aside: Aside | None = None,
+    ) -> Any:
+        return self.call(x, rope, attn_mask, is_causal, aside)
 
 
 class ReducingVitBlock(_OneAttention, Block):
@@ -104,7 +112,7 @@ class VitModel(ReducingModel):
     def pool_tokens(self, tokens: Tokens, kind: str) -> Tensor:
         if self.attn_pool is None:
             return pool_plain(tokens, kind, self.pool_include_prefix, self.tokenzoo_recipe.mass_weighted_pool)
-        first = 0 if self.pool_include_prefix else tokens.layout.num_prefix
+        first = 0 if self.pool_include_prefix else tokens.layout.own_prefix
         x = tokens.x[:, first:]
         size = tokens.size[:, first:] if tokens.size is not None and self.tokenzoo_recipe.proportional else None
         valid = None if tokens.valid is None else tokens.valid[:, first:]

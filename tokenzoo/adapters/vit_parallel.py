@@ -18,6 +18,7 @@ from ..methods.base import BlockShape
 from ..projections import linear_part
 from ..rows import split_dim
 from .block import BlockMacs, ReducingBlock
+from .hooked import Aside
 from .vit_attention import (
     attention_macs,
     differential_lambda,
@@ -100,8 +101,15 @@ class _ParallelScaling(ReducingBlock):
     def fused(self) -> bool:
         return self.fused_attn
 
-    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Any = None) -> Any:
-        return self.call(x, rope, attn_mask, is_causal)
+    def forward(
+        self,
+        x: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Any = None,
+        aside: Aside | None = None,
+    ) -> Any:
+        return self.call(x, rope, attn_mask, is_causal, aside)
 
 
 class ReducingParallelScalingBlock(_ParallelScaling, ParallelScalingBlock):
@@ -139,8 +147,15 @@ class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
     def fused(self) -> bool:
         return self.attns[0].attn.fused_attn
 
-    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Any = None) -> Any:
-        return self.call(x, rope, attn_mask, is_causal)
+    def forward(
+        self,
+        x: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Any = None,
+        aside: Aside | None = None,
+    ) -> Any:
+        return self.call(x, rope, attn_mask, is_causal, aside)
 
 
 ReducingDiffParallelScalingBlock: type | None = None

@@ -154,12 +154,12 @@ class EoMT(nn.Module):
                     f"EoMT: {method.name} at {method.layers} comes after the queries have entered (block {entry}); "
                     "rebuild patches before that, or leave it out: they are restored after the final norm anyway"
                 )
-        prefix, count = backbone.num_prefix_tokens, self.num_q
+        prefix, count = backbone.num_protected, self.num_q
         for tokens in backbone.walk(images, last=entry - 1, dense=True):  # noqa: B007 (only the last one is wanted)
             pass
         before, tokens = tokens.trace, _with_queries(tokens, queries)
         for block in backbone.blocks[entry:]:
-            tokens = block.run(tokens)
+            tokens = block(tokens)
         x = lift(backbone.norm(tokens.x), recipe.lift_trace(tokens.trace), recipe.fill, backbone.norm)
         queries, x = x[:, prefix : prefix + count], torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1)
         return queries, lift(x, recipe.lift_trace(before), recipe.fill, backbone.norm)[:, prefix:]

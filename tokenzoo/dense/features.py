@@ -52,6 +52,7 @@ def encode(backbone: nn.Module, images: Tensor) -> Encoded:
         x = from_scan(backbone.forward_features(images), _prefix_rows(backbone, grid))
         return Encoded(x, prefix, grid, lambda y: y[:, prefix:], lambda y: y[:, prefix:])
     recipe = backbone.tokenzoo_recipe
+    prefix += recipe.protect
     tokens = backbone.forward_tokens(images, dense=True)
     trace = recipe.lift_trace(tokens.trace)
 

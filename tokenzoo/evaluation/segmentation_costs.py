@@ -76,6 +76,7 @@ def dense_macs(model: nn.Module, crops: Tensor, traced: int = 4) -> DenseMacs | 
         encoder = sum(_traced(backbone, image) for image in padded.split(1)) / len(padded)
         tokens = sum(counts) / len(counts)
     restores = is_patched(model) and backbone.tokenzoo_recipe.restores_maps
+    prefix += backbone.tokenzoo_recipe.protect if restores else 0
     seen = round(tokens) - prefix if restores else grid[0] * grid[1]
     if hasattr(model, "head_macs"):
         decoder = model.head_macs(seen, grid)

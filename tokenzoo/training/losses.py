@@ -196,7 +196,7 @@ def _answer(
         x = tokens = model.forward_tokens(images, trace=places is not None)
     else:
         x = model.forward_features(images)
-        tokens = Tokens(patch_tokens(x, layout), layout._replace(num_prefix=0))
+        tokens = Tokens(patch_tokens(x, layout), layout._replace(num_prefix=0, added=0))
     apart = None if places is None else token_distillation(tokens, places)
     return model.forward_head(x), tokens.x[:, 0] if with_token else None, apart
 

@@ -1,0 +1,57 @@
+"""Hooks on a patched block see the values of its tokens, a tensor, as on a plain one.
+
+Explainers, feature extractors and prompt tuning hang hooks on blocks and expect tensors [B, N, C]. While a block has
+hooks, its call hands it the values and takes values from it; what else tokens carry goes past the hooks in an object of
+that one call. A hook may change values, not their number. Without hooks nothing is different.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .refusals import Unscriptable
+
+
+class Aside:
+    """What goes past the hooks of one call.
+
+    Args:
+        state: `Tokens` (or whatever tuple with values `x` the family hands on), None for blocks called with a tensor.
+    """
+
+    def __init__(self, state: Any = None) -> None:
+        self.state = state
+
+    def given(self, x: Tensor, block: int) -> Any:
+        """What the block gets, with the values that the hooks in front of it left."""
+        return x if self.state is None else self._with(x, f"in front of blocks.{block}")
+
+    def left(self, out: Any) -> Tensor:
+        """What the hooks behind the block see of what it leaves."""
+        self.state = None if isinstance(out, Tensor) else out
+        return out if self.state is None else out.x
+
+    def result(self, x: Tensor) -> Any:
+        """What the block hands on, with the values that the hooks behind it left."""
+        return x if self.state is None else self._with(x, "behind a block")
+
+    def _with(self, x: Any, where: str) -> Any:
+        if not isinstance(x, Tensor) or x.shape != self.state.x.shape:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"a hook {where} turned values {tuple(self.state.x.shape)} into {got}; hooks may change values, not "
+                "their number: add prompts in front of block 0 (model.norm_pre) and patch with protect=n"
+            )
+        return self.state._replace(x=x)
+
+
+class HookedBlock(Unscriptable):
+    """Mixin of patched blocks; `forward` takes an `Aside` where there are hooks."""
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks):
+            return super().__call__(x, *args, **kwargs)
+        aside = Aside(None if isinstance(x, Tensor) else x)
+        return aside.result(super().__call__(x if aside.state is None else x.x, *args, aside=aside, **kwargs))
