@@ -7,37 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..graphs import why_counts_are_unknown
 from ..maps import TokenMap
 from ..signals import Signals
 from ..tokens import Layout, Tokens, TraceStep
+from .resolved import Resolved
 
 # in the order in which they act; "embed" before block 0, "norm" after the final norm and "maps" on a decoder's output
 # are outside of the blocks
 PLACES = ("embed", "before", "around", "ahead", "queries", "between", "after", "norm", "maps")
-
-
-class Resolved(NamedTuple):
-    """What the strength of a step comes to where the model's own image size leads, as plain integers.
-
-    Compiled code is guarded by what it reads: by these numbers, not by the rate that they follow from.
-
-    Attributes:
-        n: tokens that enter, prefix included.
-        grid: patches (high, wide) of the image.
-        n_out: tokens that leave.
-        count: what `Method.count` says of n tokens.
-        fewer: the same of 0 to n - 1 tokens, for images with padding; empty where no method of the recipe pads.
-    """
-
-    n: int
-    grid: tuple[int, int]
-    n_out: int
-    count: Any
-    fewer: tuple[Any, ...] = ()
 
 
 class Step(NamedTuple):
@@ -61,7 +41,7 @@ class Step(NamedTuple):
 
     def tokens_out(self, n: int, layout: Layout) -> int:
         """Tokens after the step when `n` come in, prefix included; raises ValueError if the strength is unreachable."""
-        if self._knows(layout) and n == self.known.n:
+        if self.known is not None and self.known.holds(layout) and n == self.known.n:
             return self.known.n_out
         return self.method.tokens_out(n, self, layout)
 
@@ -85,7 +65,7 @@ class Step(NamedTuple):
 
     def count(self, n: int, layout: Layout) -> Any:
         """`Method.count` of n tokens, prefix included."""
-        if self._knows(layout):
+        if self.known is not None and self.known.holds(layout):
             if n == self.known.n:
                 return self.known.count
             if n < len(self.known.fewer):
@@ -106,16 +86,9 @@ class Step(NamedTuple):
         known = Resolved(n, tuple(layout.grid), n_out, self.method.count(n, plain, layout), fewer)
         return self._replace(known=known)
 
-    def _knows(self, layout: Layout) -> bool:
-        # an exported program with open height and width must keep the rule
-        return self.known is not None and not _exporting() and tuple(layout.grid) == self.known.grid
-
     def error(self, message: str) -> ValueError:
         """A ValueError that names the method and the block."""
         return ValueError(f"{self.method.name} at block {self.block}: {message}")
-
-
-_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 lacks it
 
 
 class BlockShape(NamedTuple):
