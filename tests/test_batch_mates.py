@@ -80,6 +80,33 @@ def test_every_method(method: str, backbone: str):
             torch.testing.assert_close(model(x[index : index + 1]), together[index : index + 1], atol=2e-5, rtol=1e-4)
 
 
+ALL_IN_PLACE = ("cluster", "reconstruct", "sta", "cts")  # methods that serve no sequence that was reduced
+SERVED_AFTER = [method for method in METHODS if method not in ("random", "algm", *ALL_IN_PLACE)]
+
+
+@pytest.mark.parametrize("backbone", ["deit", "gap", "dinov3"])
+@pytest.mark.parametrize("method", SERVED_AFTER)
+@torch.no_grad()
+def test_every_method_after_images_lost_tokens_of_their_own(method: str, backbone: str):
+    """An image that has lost nothing keeps its grid, one that has lost some its own counts."""
+    model = build(backbone)
+    if not serves(method, model):
+        pytest.skip("refused by name")
+    with torch.no_grad():
+        if getattr(model, "pos_embed", None) is not None:
+            model.pos_embed.mul_(0.1)
+    first = {"method": "algm", "threshold": 0.9, "layers": (0,)}
+    second = {"layers": (2,), **given(method), **({"clip": True} if method == "mctf" else {})}
+    x, lost = mixed(model, 7), set()
+    with tokenzoo.patched(model, [first, second]):
+        together = model(x)
+        for index in range(len(x)):
+            alone = model.forward_tokens(x[index : index + 1], trace=True)
+            lost.add(next((step.map.n_out for step in alone.trace if step.block == 0), 0))
+            torch.testing.assert_close(model(x[index : index + 1]), together[index : index + 1], atol=2e-5, rtol=1e-4)
+    assert 0 in lost and len(lost) > 1  # some images whole, some not
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 def test_empty_pair_step_takes_the_new_order(prefix: int):
     """No pair stands out: the tokens are those of before, even ones in front; so a batch mate's merges change nothing.

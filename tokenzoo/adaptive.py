@@ -92,6 +92,7 @@ def merge_pairs(
     length: int,
     uneven: bool,
     weight: Tensor | None,
+    may_receive: Tensor | None = None,
 ) -> TokenMap:
     """Merges the best sources of each image into their partners, as many as the image says.
 
@@ -107,18 +108,21 @@ def merge_pairs(
         length: tokens after it: of every image, or of the one with the most.
         uneven: whether images may be left with different numbers of real tokens.
         weight: weight of every token in the means [B, N, 1], or None.
+        may_receive: [B, N] bool, where `src` and `dst` overlap: which tokens are destinations, as for
+            `strided.best_destination`; None where they do not.
     """
     prefix, real = tokens.layout.num_prefix, _real(tokens)
+    sources, targets = (real, real) if may_receive is None else (real & ~may_receive, real & may_receive)
     rank = value.argsort(dim=1, descending=True).argsort(dim=1)
     merges = rank < counts
-    stays = real.gather(1, src) & ~merges
+    stays = sources.gather(1, src) & ~merges
     place = stays.long().cumsum(1) - 1 if prefix else rank - counts
-    receives = real.gather(1, dst)
+    receives = targets.gather(1, dst)
     dst_slot = torch.where(receives, prefix + stays.sum(1, keepdim=True) + receives.long().cumsum(1) - 1, -1)
     src_slot = torch.where(merges, dst_slot.gather(1, partner), torch.where(stays, prefix + place, -1))
     unset = torch.full((value.shape[0], tokens.length), -1, dtype=rank.dtype, device=rank.device)
-    assign = unset.scatter(1, src, src_slot).scatter(1, dst, dst_slot)
-    is_head = real.scatter(1, src, stays)
+    assign = torch.maximum(unset.scatter(1, src, src_slot), unset.scatter(1, dst, dst_slot))
+    is_head = real & ~torch.zeros_like(real).scatter(1, src, merges)
     return _grouped(tokens, assign, is_head, counts, length, uneven, weight)
 
 

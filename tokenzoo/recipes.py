@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +245,8 @@ class Placed(Recipe):
     @classmethod
     def of(cls, recipe: Recipe, steps: Mapping[int, tuple[Step, ...]]) -> Placed:
         """The recipe with its steps."""
-        return cls(recipe.methods, recipe.merged_positions, recipe.dense, recipe.fill, steps)
+        options = {each.name: getattr(recipe, each.name) for each in fields(Recipe)}
+        return cls(**options, placed=steps)
 
 
 def _pinned(method: Method, steps: Sequence[Step], depth: int) -> Method:

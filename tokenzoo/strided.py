@@ -50,7 +50,12 @@ def stretch_split(patches: int, length: int, device: torch.device) -> tuple[Tens
 
 
 def best_destination(
-    metric: Tensor, src: Tensor, dst: Tensor, valid: Tensor | None = None, visible: Tensor | None = None
+    metric: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    valid: Tensor | None = None,
+    visible: Tensor | None = None,
+    receives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The most similar destination of every source.
 
@@ -60,6 +65,8 @@ def best_destination(
         dst: tokens that may receive [B, D].
         valid: [B, N] bool, False for padding: such sources score -inf, such destinations lose to every real one.
         visible: [B, N] bool: hidden sources score inf, hidden destinations lose to every visible one.
+        receives: [B, N] bool, where `src` and `dst` overlap since images have different numbers of destinations: which
+            tokens these are. Others count as padding in `dst`, these as padding in `src`.
 
     Returns:
         Cosine [B, S] and place in `dst` [B, S].
@@ -68,10 +75,11 @@ def best_destination(
     a, b = take_rows(metric, src), take_rows(metric, dst)
     if valid is None and visible is None:
         return best_partner(a, b)
-    value, partner = best_partner(*with_rank(a, b, partner_rank(valid, visible).gather(1, dst)))
+    may_receive = valid if receives is None else valid & receives
+    value, partner = best_partner(*with_rank(a, b, partner_rank(may_receive, visible).gather(1, dst)))
     if visible is not None:
         value, partner = without_hidden(value, partner, dst.shape[1])
-    return ranked_first(value, valid, visible, src), partner
+    return ranked_first(value, valid if receives is None else valid & ~receives, visible, src), partner
 
 
 def split_pairs(

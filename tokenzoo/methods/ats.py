@@ -98,7 +98,8 @@ class ATS(Method):
             # released: an image without padding loses its lowest token again, whatever was removed before
             full = tokens.layout.num_patches if self.batch_invariant else tokens.num_patches
             if tokens.valid is None:
-                whole = torch.full_like(scores[:, :1], tokens.num_patches == full, dtype=torch.bool)
+                kind = torch.ones_like if tokens.num_patches == full else torch.zeros_like
+                whole = kind(scores[:, :1], dtype=torch.bool)
             else:
                 scores = scores * tokens.valid[:, prefix:]
                 whole = tokens.valid_patches.unsqueeze(1) == full

@@ -52,6 +52,7 @@ class Cluster(Method):
     name: ClassVar[str] = "cluster"
     source: ClassVar[str] = "Liang et al., NeurIPS 2022"
     kind: ClassVar[str] = "merge"
+    uses_positions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +126,8 @@ class Cluster(Method):
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         step.tokens_out(tokens.length, tokens.layout)  # grids of other images than the model's own
+        if tokens.positions is not None:  # as many tokens as patches, but not in their places
+            raise step.error("needs the patches in their grid, but tokens were reduced before; cluster before that")
         cells = step.count(tokens.length, tokens.layout)
         if cells == tokens.layout.grid:
             return None  # nothing to reduce

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..maps import MergeMap, TokenMap
 from ..registry import register
 from ..rows import stable_order
-from ..selection import own_counts, real_rows
+from ..selection import own_counts, raster_order, real_rows
 from ..signals import Signals
 from ..tokens import Layout, Tokens
 from .base import BlockShape, Method, Step
@@ -101,11 +101,18 @@ class Pool(Method):
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         layout, batch = tokens.layout, tokens.x.shape[0]
-        if tokens.num_patches == layout.num_patches and tokens.valid is None:
+        if tokens.num_patches != layout.num_patches:
+            heads, assign, valid = self._stretch_plan(tokens)
+        else:  # an image that has all its patches has the cells of the grid, whatever its batch mates have lost
             heads, assign = _cell_plan(layout.grid, self._cells(*layout.grid, step), tokens.x.device)
             heads, assign, valid = heads.expand(batch, -1), assign.expand(batch, -1), None
-        else:
-            heads, assign, valid = self._stretch_plan(tokens)
+            by_place = raster_order(tokens)
+            if by_place is not None:
+                heads, assign = by_place.gather(1, heads), assign.gather(1, stable_order(by_place))
+            if tokens.valid is not None:
+                whole = tokens.valid_patches.unsqueeze(1) == layout.num_patches
+                own_heads, own_assign, valid = self._stretch_plan(tokens)
+                heads, assign = torch.where(whole, heads, own_heads), torch.where(whole, assign, own_assign)
         prefix = torch.arange(layout.num_prefix, device=tokens.x.device).expand(batch, -1)
         order = torch.cat([prefix, heads + layout.num_prefix], dim=1)
         slots = torch.where(assign >= 0, assign + layout.num_prefix, -1)

@@ -13,6 +13,7 @@ from ..attention import full_precision
 from ..maps import MergeMap, TokenMap
 from ..matching import best_odd, bipartite_pairs
 from ..registry import register
+from ..rows import stable_order
 from ..selection import own_counts, raster_order
 from ..signals import Signals
 from ..strided import best_destination, cell_split, split_pairs, stretch_split
@@ -174,8 +175,8 @@ class ToMeSD(Method):
 
     def _padded_map(self, metric: Tensor, tokens: Tokens, length: int, step: Step) -> TokenMap:
         """Images with padding merge as many tokens as they would alone."""
-        layout = tokens.layout
-        rule = lambda m: m - min(step.count(layout.num_prefix + m, layout), self._in_row(m))  # noqa: E731
+        layout, receives = tokens.layout, None
+        rule = lambda m: m - min(step.count(layout.num_prefix + m, layout), self._sources(m, layout))  # noqa: E731
         counts = (tokens.valid_patches.unsqueeze(1) - own_counts(rule, tokens)).clamp(min=0)
         if self.stride is None:
             src, dst = even_and_odd(tokens)
@@ -183,9 +184,23 @@ class ToMeSD(Method):
             partner = partner - layout.num_prefix // 2
         else:
             src, dst = self._split(tokens, step)
-            value, partner = best_destination(metric, src, dst, tokens.valid, tokens.visible)
-        length = layout.num_prefix + rule(tokens.num_patches)
-        return merge_pairs(tokens, src, dst, value, partner, counts, length, True, None)
+            if tokens.num_patches == layout.num_patches:  # some images may have all their patches
+                src, dst, receives = self._split_by_image(tokens, step, src, dst)
+            value, partner = best_destination(metric, src, dst, tokens.valid, tokens.visible, receives)
+        length = layout.num_prefix + max(rule(tokens.num_patches), rule(tokens.num_patches - 1))
+        return merge_pairs(tokens, src, dst, value, partner, counts, length, True, None, receives)
+
+    def _split_by_image(self, tokens: Tokens, step: Step, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cells for images that have all their patches, the given stretches for others; which tokens receive [B, N]."""
+        whole = tokens.valid_patches.unsqueeze(1) == tokens.layout.num_patches
+        cells = self._split(tokens._replace(valid=None), step)[1].expand(tokens.x.shape[0], -1)
+        unset = torch.zeros_like(tokens.valid)
+        receives = torch.where(whole, unset.scatter(1, cells, True), unset.scatter(1, dst, True))
+        prefix, patches = tokens.layout.num_prefix, tokens.num_patches
+        place = stable_order(raster_order(tokens))  # of every patch in raster order
+        order = stable_order(receives[:, prefix:].long() * patches + place) + prefix
+        most, least = max(cells.shape[1], dst.shape[1]), min(cells.shape[1], dst.shape[1])
+        return order[:, : patches - least], order[:, patches - most :], receives
 
     # ---- cost and strength
 
