@@ -169,15 +169,19 @@ def slow_block(block, x, ratio, branches, metric, prefix, grid):
 
 @pytest.mark.parametrize("ratio", [0.5, 0.95])
 def test_a_full_image_beside_a_shorter_one(ratio):
-    """On a grid that cells do not divide, all patches of one image are there and some of the other: rows, not cells."""
+    """One image has all its patches, and cells of a grid that they do not divide; the other has lost some, and rows.
+
+    So neither depends on its batch mate.
+    """
     x, count = torch.randn(2, 35, 6, generator=torch.Generator().manual_seed(0)), 33
     valid = torch.arange(35) < torch.tensor([[35], [count]])
     place = torch.where(valid, torch.arange(35), -1)
     tokens = Tokens(x, Layout(0, False, (5, 7), track_positions=True), valid=valid, positions=place)
     together = decide(ToMeSD(ratio=ratio, clip=True), tokens)
     for image, own in enumerate((35, count)):
-        dst = list(range(0, own, 4))
-        src = [i for i in range(own) if i % 4]
+        cells = [7 * row + column for row in (0, 2) for column in (0, 2, 4)]
+        dst = cells if own == 35 else list(range(0, own, 4))
+        src = [i for i in range(own) if i not in dst]
         into, _ = slow_merge(x[image].double(), src, dst, min(int(own * ratio), len(src)))
         assert groups_of(together, image) == slow_groups(into, range(own))
         assert together.valid[image].sum() == own - len(into)

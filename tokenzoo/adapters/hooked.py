@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .refusals import Unscriptable
 
@@ -51,7 +51,9 @@ class HookedBlock(Unscriptable):
     """Mixin of patched blocks; `forward` takes an `Aside` where there are hooks."""
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks):
-            return super().__call__(x, *args, **kwargs)
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        # a compiler around the block holds this function, also once the block is a plain one again
+        if not hooks or not isinstance(self, HookedBlock):
+            return nn.Module.__call__(self, x, *args, **kwargs)
         aside = Aside(None if isinstance(x, Tensor) else x)
-        return aside.result(super().__call__(x if aside.state is None else x.x, *args, aside=aside, **kwargs))
+        return aside.result(nn.Module.__call__(self, x if aside.state is None else x.x, *args, aside=aside, **kwargs))

@@ -46,7 +46,8 @@ def refuse_vmap(recipe: Recipe) -> None:
     Raises:
         ValueError: names the method and the option that fixes its counts.
     """
-    if not recipe.data_dependent or torch.compiler.is_compiling():
+    # asked for in this order, a compiled graph does not depend on the options that `data_dependent` looks at
+    if torch.compiler.is_compiling() or not recipe.data_dependent:
         return
     if any(level.key() == TransformType.Vmap for level in retrieve_all_functorch_interpreters()):
         method = next(m for m in recipe.methods if m.data_dependent)
