@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import tokenzoo
 from tokenzoo.evaluation import Run, bench, environment, evaluate, write_results
-from tokenzoo.visualize import draw_token_maps, plot_curves, token_maps
+from tokenzoo.view.maps import draw_token_maps, plot_curves, token_maps
 
 SHARES = (0.8, 0.6, 0.4)  # of the unpatched model's multiply-adds
 MAPPED = ("tome", "evit", "ats")

@@ -15,11 +15,11 @@ from PIL import Image
 import tokenzoo
 from tokenzoo.dense import Segmenter, load_segmenter
 from tokenzoo.evaluation import Run, environment, write_results
-from tokenzoo.evaluation.inference import Predictor
-from tokenzoo.evaluation.overlay import class_colours, overlay, side_by_side, with_legend
-from tokenzoo.evaluation.segmentation import evaluate_segmentation
-from tokenzoo.evaluation.segmentation_data import SegmentationDataset, open_dataset
-from tokenzoo.visualize import plot_curves
+from tokenzoo.evaluation.segmentation.data import SegmentationDataset, open_dataset
+from tokenzoo.evaluation.segmentation.evaluate import evaluate_segmentation
+from tokenzoo.evaluation.segmentation.inference import Predictor
+from tokenzoo.evaluation.segmentation.overlay import class_colours, overlay, side_by_side, with_legend
+from tokenzoo.view.maps import plot_curves
 
 SHARES = (0.75, 0.55)  # of the encoder's multiply-adds
 TEMPERATURE = 0.3  # of clustering, for features of this model's scale

@@ -18,9 +18,9 @@ from digits import ARCHITECTURE, load_checkpoint
 from timm.layers import resample_abs_pos_embed
 
 from tokenzoo.dense import Segmenter, create_segmenter
-from tokenzoo.evaluation.segmentation_data import open_dataset
-from tokenzoo.training.segmentation import SegmentTraining, train_segmenter
-from tokenzoo.training.segmentation_augment import Gallery, Views
+from tokenzoo.evaluation.segmentation.data import open_dataset
+from tokenzoo.training.segmentation.augment import Gallery, Views
+from tokenzoo.training.segmentation.train import SegmentTraining, train_segmenter
 
 
 def build(seed: int = 0) -> Segmenter:

@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenzoo.layers import scan_blocked, scan_blocked_backward, selective_scan
-from tokenzoo.layers.scan_call import ScanCall
+from tokenzoo.layers.scan import blocked as scan_blocked
+from tokenzoo.layers.scan import blocked_backward as scan_blocked_backward
+from tokenzoo.layers.scan import selective_scan
+from tokenzoo.layers.scan.call import ScanCall
 
 LENGTHS = (197, 400, 785, 1569, 3137)
 FORMS = ("blocked", "loop", "chunked", "reference")
@@ -185,7 +187,7 @@ def whole_model(name: str, batch: int) -> dict[str, Callable[[], object]]:
     import timm
 
     import tokenzoo  # noqa: F401  (registers the model)
-    from tokenzoo.models import vim_mixer
+    from tokenzoo.models.vim import mixer as vim_mixer
 
     model, own = timm.create_model(name).eval(), vim_mixer.selective_scan
     images = torch.randn(batch, *model.pretrained_cfg["input_size"])

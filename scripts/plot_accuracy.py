@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokenzoo.visualize import plot_curves
+from tokenzoo.view.maps import plot_curves
 
 NUMBERS = ("top1", "gmacs", "diff_se", "share", "free_top1", "diff_free_se")
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokenzoo
-from tokenzoo.adapters.family import Family, families
+from tokenzoo.adapters.backbone import Family
+from tokenzoo.adapters.registry import families
 from tokenzoo.cli.list_command import describe_method
 
 README = Path(__file__).parents[1] / "README.md"

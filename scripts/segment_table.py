@@ -23,13 +23,13 @@ from PIL import Image
 import tokenzoo
 from tokenzoo.dense import load_segmenter
 from tokenzoo.evaluation import Run, environment, write_results
-from tokenzoo.evaluation.inference import Predictor
-from tokenzoo.evaluation.overlay import class_colours, overlay, side_by_side, with_legend
 from tokenzoo.evaluation.results import table
-from tokenzoo.evaluation.segmentation import evaluate_segmentation
-from tokenzoo.evaluation.segmentation_data import open_dataset
-from tokenzoo.evaluation.segmentation_results import SEGMENT_COLUMNS
-from tokenzoo.visualize import plot_curves
+from tokenzoo.evaluation.segmentation.data import open_dataset
+from tokenzoo.evaluation.segmentation.evaluate import evaluate_segmentation
+from tokenzoo.evaluation.segmentation.inference import Predictor
+from tokenzoo.evaluation.segmentation.overlay import class_colours, overlay, side_by_side, with_legend
+from tokenzoo.evaluation.segmentation.results import SEGMENT_COLUMNS
+from tokenzoo.view.maps import plot_curves
 
 THRESHOLDS = (0.97, 0.9, 0.8)  # of algm, whose counts follow the pictures
 SHOWN = ("setting", "miou", "miou_se", "diff_miou", "diff_miou_se", "pixel_acc", "diff_pixel_acc", "diff_pixel_acc_se",

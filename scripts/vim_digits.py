@@ -29,7 +29,7 @@ import tokenzoo
 from tokenzoo.evaluation import environment, write_results
 from tokenzoo.evaluation.results import table
 from tokenzoo.models import VisionMamba
-from tokenzoo.visualize import plot_curves
+from tokenzoo.view.maps import plot_curves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import digits  # noqa: E402

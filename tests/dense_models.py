@@ -34,7 +34,7 @@ def traced(module: nn.Module, *args: torch.Tensor) -> dict[str, float]:
     """fvcore's count by operator, with fused attention."""
     from fvcore.nn import FlopCountAnalysis
 
-    from tokenzoo.tracing import _handlers
+    from tokenzoo.cost.trace import _handlers
 
     analysis = FlopCountAnalysis(module, args).set_op_handle(**_handlers()).unsupported_ops_warnings(False)
     return dict(analysis.uncalled_modules_warnings(False).tracer_warnings("none").by_operator())

@@ -381,9 +381,9 @@ def small_block(weights: dict[str, Tensor], heads: int, method: Any, layout: Any
     from timm.models.vision_transformer import Block
 
     from tokenzoo.adapters.block import BlockPlan
-    from tokenzoo.adapters.vit import ReducingVitBlock
-    from tokenzoo.adapters.vit_attention import ReducingAttention
-    from tokenzoo.methods.base import Step
+    from tokenzoo.adapters.vit.attention import ReducingAttention
+    from tokenzoo.adapters.vit.model import ReducingVitBlock
+    from tokenzoo.core.method import Step
 
     dim = weights["norm1.weight"].shape[0]
     ratio = weights["mlp.fc1.weight"].shape[0] / dim

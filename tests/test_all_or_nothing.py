@@ -14,8 +14,8 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 import tokenzoo
-from tokenzoo import registry
-from tokenzoo.methods.base import Method, Step
+from tokenzoo.core import registry
+from tokenzoo.core.method import Method, Step
 from tokenzoo.models import SViT
 
 
@@ -162,7 +162,7 @@ class Faulty(Method):
         return nn.Linear(dim, 1) if self.learned else None
 
     def map(self, tokens, signals, step: Step):
-        from tokenzoo.selection import keep_best
+        from tokenzoo.core.selection import keep_best
 
         return keep_best(-tokens.x.norm(dim=2), tokens, lambda n: min(n, step.strength))
 

@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenzoo
 from tokenzoo.adapters import block
+from tokenzoo.core.selection import host_ranges
 from tokenzoo.dense import DToP, DToPHead, EoMT, LinearHead, MaskTransformer, Segmenter
 from tokenzoo.layers import chunks
-from tokenzoo.rows import split_dim
-from tokenzoo.selection import host_ranges
+from tokenzoo.ops.rows import split_dim
 
 FIXED = partial(TINY, dynamic_img_size=False)  # timm alone fails without images where sizes are dynamic
 DENSE: dict[str, Callable[[], torch.nn.Module]] = {

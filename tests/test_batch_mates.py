@@ -7,9 +7,9 @@ import torch
 from cases import METHODS, build, given, images, serves
 
 import tokenzoo
+from tokenzoo.core.method import Step
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.methods.algm import ALGM, Stage
-from tokenzoo.methods.base import Step
-from tokenzoo.tokens import Layout, Tokens
 
 # name -> recipe whose token counts the image decides, several steps each
 BY_IMAGE = {

@@ -206,7 +206,7 @@ def test_layers_of_dense_heads():
 
 
 def test_plain_layers_alone_are_sliced():
-    from tokenzoo.projections import is_plain, linear_part
+    from tokenzoo.ops.projections import is_plain, linear_part
 
     x = torch.randn(2, 3, 8)
     layer = nn.Linear(8, 6)
@@ -244,7 +244,7 @@ def test_plain_layers_alone_are_sliced():
 def test_counters_count_the_part_that_is_used():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from tokenzoo.projections import linear_part
+    from tokenzoo.ops.projections import linear_part
 
     with FlopCounterMode(display=False) as counter:
         linear_part(nn.Linear(8, 6), torch.randn(1, 3, 8), 2, 5)

@@ -52,7 +52,7 @@ def test_list(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     for name in tokenzoo.list_methods():
-        cls = tokenzoo.registry.method_class(name)
+        cls = tokenzoo.core.registry.method_class(name)
         assert any(line.split()[:1] == [name] and cls.kind in line for line in out.splitlines())
         assert cls.source in out
     for family, classes in tokenzoo.list_backbones().items():
@@ -72,7 +72,7 @@ def test_list_json(capsys):
 def test_list_one_method(name, capsys):
     assert main(["list", name]) == 0
     out = capsys.readouterr().out
-    cls = tokenzoo.registry.method_class(name)
+    cls = tokenzoo.core.registry.method_class(name)
     assert cls.__doc__.splitlines()[0] in out
     assert main(["list", name, "--json"]) == 0
     described = json.loads(capsys.readouterr().out)

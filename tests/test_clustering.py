@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenzoo import cells as assignment
-from tokenzoo import cutting, tiling
-from tokenzoo.clustering import cluster, cluster_macs, hard_labels
 from tokenzoo.maps import ClusterMap
-from tokenzoo.reconstruction import copy_back, reconstruct
+from tokenzoo.ops.cells import axis as cutting
+from tokenzoo.ops.cells import soft as assignment
+from tokenzoo.ops.cells import tiles as tiling
+from tokenzoo.ops.cells.kmeans import cluster, cluster_macs, hard_labels
+from tokenzoo.ops.cells.reconstruct import copy_back, reconstruct
 
 few = settings(max_examples=40, deadline=None)
 sides = st.integers(1, 9)

@@ -16,7 +16,7 @@ from torch import nn
 
 import tokenzoo
 from tokenzoo.adapters.classes import unwrapped
-from tokenzoo.methods.resolved import Resolved
+from tokenzoo.core.resolved import Resolved
 
 LESS = 1e-6  # a change of a rate that no count of these few patches follows
 VIT_TWO, SCAN_ONE = partial(VIT, depth=2), partial(VIM, depth=1)
@@ -147,5 +147,5 @@ def test_the_counts_are_read_but_not_by_an_exported_program(monkeypatch):
     other = step._replace(known=step.known._replace(count=3, n_out=4))
     assert (other.count(17, layout), other.tokens_out(17, layout)) == (3, 4)
     assert (other.count(16, layout), other.count(17, layout._replace(grid=(2, 8)))) == (8, 8)
-    monkeypatch.setattr(tokenzoo.methods.resolved, "_exporting", lambda: True)
+    monkeypatch.setattr(tokenzoo.core.resolved, "_exporting", lambda: True)
     assert (other.count(17, layout), other.tokens_out(17, layout)) == (8, 9)

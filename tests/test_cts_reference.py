@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenzoo
+from tokenzoo.core.sharing import colour_variance, share_groups
+from tokenzoo.core.tokens import Layout, Tokens
+from tokenzoo.layers.cts_policy import PolicyNetwork, load_policy, macs_per_group
 from tokenzoo.maps import ReplaceMap
-from tokenzoo.policy import PolicyNetwork, load_policy, macs_per_group
-from tokenzoo.sharing import colour_variance, share_groups
-from tokenzoo.tokens import Layout, Tokens
 
 
 def members_of(group, grid):

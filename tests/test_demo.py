@@ -135,9 +135,9 @@ def test_scenes_come_from_their_digits(demo, data):
 
 def test_scenes_model_is_as_accurate_as_its_card_says(demo, tmp_path):
     from tokenzoo.dense import load_segmenter
-    from tokenzoo.evaluation.segmentation_data import open_dataset
-    from tokenzoo.training.segmentation import evaluate_whole
-    from tokenzoo.training.segmentation_augment import Gallery
+    from tokenzoo.evaluation.segmentation.data import open_dataset
+    from tokenzoo.training.segmentation.augment import Gallery
+    from tokenzoo.training.segmentation.train import evaluate_whole
 
     scenes = importlib.import_module("scenes")
     assert scenes.CHECKPOINT.stat().st_size <= 1_000_000

@@ -5,8 +5,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import tokenzoo
+from tokenzoo.apply.export import export
 from tokenzoo.dense import LinearHead, Segmenter
-from tokenzoo.exporting import export
 
 # centres that nearly coincide (too low a temperature) make the k-th nearest one a matter of rounding
 CLUSTER = {"method": "cluster", "layers": 0, "grid": [3, 4], "temperature": 1.0}

@@ -19,11 +19,11 @@ from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
 from torch import Tensor
 
 import tokenzoo
-from tokenzoo.adapters import eva
-from tokenzoo.adapters.rope import Rope, check_rebuild, rotations, waves_of
+from tokenzoo.adapters.eva import model as eva
+from tokenzoo.adapters.eva.rope import Rope, check_rebuild, rotations, waves_of
+from tokenzoo.core.method import Method
+from tokenzoo.core.tokens import Layout, Tokens, trace_assign
 from tokenzoo.maps import FuseMap, KeepMap, MergeMap
-from tokenzoo.methods.base import Method
-from tokenzoo.tokens import Layout, Tokens, trace_assign
 
 try:  # timm >= 1.0.20
     from timm.layers.pos_embed_sincos import make_coords_dinov3

@@ -5,8 +5,8 @@ import torch
 from cases import METHODS, VIT, build, given, images
 
 import tokenzoo
-from tokenzoo import exporting
-from tokenzoo.exporting import export
+from tokenzoo.apply import export as exporting
+from tokenzoo.apply.export import export
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

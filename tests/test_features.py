@@ -160,7 +160,7 @@ def test_tokens_that_are_left_stay_what_features_are():
             if count is None:
                 assert torch.equal(features, tokens.x)
             else:  # every patch reads its token, in its place
-                assign = tokenzoo.tokens.trace_assign(tokens.trace, len(x), count, x.device)
+                assign = tokenzoo.core.tokens.trace_assign(tokens.trace, len(x), count, x.device)
                 assert torch.equal(features, tokens.x.gather(1, assign.unsqueeze(2).expand(-1, -1, 32)))
 
 

@@ -6,9 +6,9 @@ import torch
 from goldens import Case, cases, check_settings, close, decode_reduced, micro_decoder
 
 import tokenzoo
+from tokenzoo.core.method import Step
+from tokenzoo.core.tokens import Layout, Tokens, trace_assign
 from tokenzoo.methods.algm import ALGM, Stage
-from tokenzoo.methods.base import Step
-from tokenzoo.tokens import Layout, Tokens, trace_assign
 
 
 def step_on(case: Case, method: ALGM, block: int, local: bool, grid: tuple[int, int]):

@@ -4,8 +4,8 @@ import torch
 from goldens import Case, cases, check_settings, close, small_block
 
 import tokenzoo
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.methods.ats import ATS, sample_heights
-from tokenzoo.tokens import Layout, Tokens
 
 
 @cases("ats", lambda c: c.has("out_sorted_scores"))
@@ -42,7 +42,7 @@ def test_block(case: Case):
     method = ATS(batch_invariant=False, max_tokens=None if s["drop_tokens"] else s["n_tokens"])
     strength = method.max_tokens
     block = small_block(case.part("weights"), s["heads"], method, layout, strength)
-    block.tokenzoo = block.tokenzoo._replace(steps=(tokenzoo.methods.base.Step(method, 0, strength),))
+    block.tokenzoo = block.tokenzoo._replace(steps=(tokenzoo.core.method.Step(method, 0, strength),))
     seen = {}
     block.norm2.register_forward_hook(lambda module, args, out: seen.update(tokens=args[0]))
     policy = case["policy"].bool()

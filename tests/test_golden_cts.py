@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from goldens import Case, cases, check_settings, close, decode_reduced, micro_decoder
 
 import tokenzoo
-from tokenzoo.sharing import share_groups
-from tokenzoo.tokens import Layout, Tokens
+from tokenzoo.core.sharing import share_groups
+from tokenzoo.core.tokens import Layout, Tokens
 
 
 class Recorded(torch.nn.Module):

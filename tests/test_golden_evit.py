@@ -6,10 +6,10 @@ import torch
 from goldens import Case, cases, check_settings, close, read, small_block
 
 import tokenzoo
+from tokenzoo.core.schedule import cosine_keep_rate
+from tokenzoo.core.signals import Signals
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.methods.evit import EViT
-from tokenzoo.schedules import cosine_keep_rate
-from tokenzoo.signals import Signals
-from tokenzoo.tokens import Layout, Tokens
 
 
 @cases("evit", lambda c: c.has("out_block"))

@@ -3,9 +3,9 @@
 import torch
 from goldens import Case, cases, check_settings, close
 
-from tokenzoo.clustering import cluster, hard_labels
 from tokenzoo.maps import ClusterMap
-from tokenzoo.reconstruction import reconstruct
+from tokenzoo.ops.cells.kmeans import cluster, hard_labels
+from tokenzoo.ops.cells.reconstruct import reconstruct
 
 
 @cases("expedit", lambda c: c.has("hard_labels") and "n_iters" in c.asks)

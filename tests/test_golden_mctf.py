@@ -5,11 +5,11 @@ import torch
 from goldens import Case, cases, check_settings, close
 
 import tokenzoo
-from tokenzoo.adapters.vit_attention import attention_heads, attention_output, attention_values
-from tokenzoo.attention import attend, attention_rows, key_bias
-from tokenzoo.fusion import fusion_pairs
+from tokenzoo.adapters.vit.attention import attention_heads, attention_output, attention_values
+from tokenzoo.core.tokens import trace_assign
 from tokenzoo.maps import MergeMap
-from tokenzoo.tokens import trace_assign
+from tokenzoo.ops.attention import attend, attention_rows, key_bias
+from tokenzoo.ops.matching.two_way import fusion_pairs
 from tokenzoo.training import token_consistency
 
 POOLINGS = {0: "size", 1: "attention", 2: "max", 3: "mean"}

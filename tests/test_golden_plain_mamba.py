@@ -5,9 +5,9 @@ from goldens import MODEL, Case, cases, check_settings, close, models, read, set
 
 from tokenzoo.models import PlainMamba
 from tokenzoo.models._scan_signals import ScanSignals
-from tokenzoo.models.plain_mamba_checkpoint import load_official
-from tokenzoo.models.plain_mamba_mixer import PATHS, PlainMambaMixer
-from tokenzoo.models.plain_mamba_orders import scan_paths
+from tokenzoo.models.plain_mamba.checkpoint import load_official
+from tokenzoo.models.plain_mamba.mixer import PATHS, PlainMambaMixer
+from tokenzoo.models.plain_mamba.orders import scan_paths
 
 
 def part(file: str, start: str) -> dict[str, torch.Tensor]:

@@ -9,10 +9,10 @@ from goldens import Case, cases, check_settings, close
 from test_golden_vision_mamba import build
 
 import tokenzoo
-from tokenzoo.methods.base import Step
+from tokenzoo.core.method import Step
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.methods.rmeeto import RMeeTo
-from tokenzoo.scan_order import from_scan, to_scan
-from tokenzoo.tokens import Layout, Tokens
+from tokenzoo.ops.scan_order import from_scan, to_scan
 
 
 @cases("r_meeto", lambda c: c.has("metric"))

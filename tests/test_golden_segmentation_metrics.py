@@ -12,9 +12,9 @@ from goldens import READ as NOTED
 from goldens import Case, case_names, check_settings, close, files, fixture_model, read, settings
 from torch import Tensor, nn
 
-from tokenzoo.evaluation.confusion import areas, confusion_matrix, reduce_zero_label, scores
-from tokenzoo.evaluation.inference import labels_at, probabilities_at
-from tokenzoo.evaluation.windows import slide_mmseg, slide_segmenter
+from tokenzoo.evaluation.segmentation.confusion import areas, confusion_matrix, reduce_zero_label, scores
+from tokenzoo.evaluation.segmentation.inference import labels_at, probabilities_at
+from tokenzoo.evaluation.segmentation.windows import slide_mmseg, slide_segmenter
 
 
 def parts(kind: str):

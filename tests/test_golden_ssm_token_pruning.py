@@ -9,11 +9,11 @@ from goldens import Case, cases, close
 from test_golden_vision_mamba import build
 
 import tokenzoo
+from tokenzoo.core.mixer_signals import MixerSignals
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.methods.ssm_prune import SSMPrune
-from tokenzoo.mixer_signals import MixerSignals
 from tokenzoo.models._scan_signals import ScanSignals
-from tokenzoo.models.vim_block import add_residual
-from tokenzoo.tokens import Layout, Tokens
+from tokenzoo.models.vim.block import add_residual
 
 SETTING = re.compile(r"mode=(\w+) prune_after_block\(1-based\)=(\[.*?\]) keep_ratio=([\d.]+) score=(\w+) rows=(.*)")
 SCORES = {

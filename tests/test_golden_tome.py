@@ -9,11 +9,11 @@ import torch
 from goldens import Case, cases, check_settings, close, read
 
 import tokenzoo
-from tokenzoo.attention import attend, key_bias
+from tokenzoo.core.schedule import removed_per_layer
+from tokenzoo.core.tokens import trace_assign
 from tokenzoo.maps import MergeMap
-from tokenzoo.matching import bipartite_pairs, kth_pairs, set_pairs
-from tokenzoo.schedules import removed_per_layer
-from tokenzoo.tokens import trace_assign
+from tokenzoo.ops.attention import attend, key_bias
+from tokenzoo.ops.matching.bipartite import bipartite_pairs, kth_pairs, set_pairs
 
 
 def merges(pairs, n, weight=None, reduce="mean"):
@@ -88,7 +88,7 @@ def test_given_sets(case: Case):
 
 @cases("tome", lambda c: c.has("out_metric"))
 def test_proportional_attention(case: Case):
-    from tokenzoo.adapters.vit_attention import attention_heads, attention_output
+    from tokenzoo.adapters.vit.attention import attention_heads, attention_output
 
     s = case.settings
     check_settings(s, "B", "N", "C", "heads", "size_given")

@@ -6,11 +6,11 @@ import torch
 from goldens import Case, cases, check_settings, close, decode_reduced, micro_decoder, read
 
 import tokenzoo
+from tokenzoo.core.signals import Signals
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import MergeMap
 from tokenzoo.methods.tomesd import ToMeSD
-from tokenzoo.signals import Signals
-from tokenzoo.strided import cell_split, split_pairs
-from tokenzoo.tokens import Layout, Tokens
+from tokenzoo.ops.matching.strided import cell_split, split_pairs
 
 
 @cases("tomesd", lambda c: c.has("src_set"))

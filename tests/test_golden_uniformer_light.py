@@ -11,11 +11,11 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from tokenzoo.adapters.block import BlockPlan
-from tokenzoo.adapters.vit import ReducingVitBlock
-from tokenzoo.adapters.vit_attention import ReducingAttention
-from tokenzoo.methods.base import Step
+from tokenzoo.adapters.vit.attention import ReducingAttention
+from tokenzoo.adapters.vit.model import ReducingVitBlock
+from tokenzoo.core.method import Step
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.methods.evo import Evo
-from tokenzoo.tokens import Layout, Tokens
 
 FILES = [pytest.param(name, id=name, marks=pytest.mark.golden) for name in files("uniformer_light")]
 for param in FILES:

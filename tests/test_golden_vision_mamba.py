@@ -7,8 +7,8 @@ from goldens import Case, below, cases, check_settings, close, models, read, set
 
 from tokenzoo.models import VisionMamba
 from tokenzoo.models._scan_signals import ScanSignals
-from tokenzoo.models.vim_embed import class_rows
-from tokenzoo.models.vim_mixer import VimMixer
+from tokenzoo.models.vim.embed import class_rows
+from tokenzoo.models.vim.mixer import VimMixer
 
 FLAGS = {
     "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "final_pool_type": "mean",

@@ -6,7 +6,7 @@ from cases import METHODS, VIT, build, given
 from timm.models.vision_transformer import VisionTransformer
 
 import tokenzoo
-from tokenzoo.lifting import Fill, lift
+from tokenzoo.core.lift import Fill, lift
 
 FILLS = ("stash", "nearest", "zero")
 
@@ -74,7 +74,7 @@ def test_a_token_that_stands_for_itself_comes_back_unchanged(method):
     back = lift(tokens.x, tokens.trace, "zero")
     single = 0
     for image in range(2):
-        assign = tokenzoo.tokens.trace_assign(tokens.trace, 2, 301, x.device)[image]
+        assign = tokenzoo.core.tokens.trace_assign(tokens.trace, 2, 301, x.device)[image]
         members = torch.bincount(assign[assign >= 0], minlength=tokens.length)
         own = (assign >= 0) & (members[assign.clamp(min=0)] == 1)
         single += int(own.sum())

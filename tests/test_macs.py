@@ -79,7 +79,7 @@ def test_formula_is_what_tracing_counts(method, backbone):
 def test_budgets(method, size):
     """Within 1 % of the share asked for, or no neighbour on the method's dial is nearer."""
     model = deit_small(img_size=size)
-    info = tokenzoo.patching.describe(model)
+    info = tokenzoo.apply.patch.describe(model)
     wanted = tokenzoo.Recipe.parse([COMPANION[method], method] if method in COMPANION else method)
     if method == "cts" and any(side % 2 for side in info.layout.grid):
         pytest.raises(ValueError, tokenzoo.patch_model, model, wanted, flops=0.6)

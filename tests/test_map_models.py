@@ -11,7 +11,7 @@ import tokenzoo
 from tokenzoo.cli import main
 from tokenzoo.evaluation import Run, bench, evaluate
 from tokenzoo.models import SViT
-from tokenzoo.visualize import token_maps
+from tokenzoo.view.maps import token_maps
 
 RECIPES = ([CLUSTER], [CLUSTER, {"method": "reconstruct", "k": 4, "layers": 2}], [CLUSTER, "reconstruct"])
 # tiny, by its registered name

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenzoo.lifting import lift
+from tokenzoo.core.lift import lift
+from tokenzoo.core.tokens import Layout, Tokens, trace_assign
 from tokenzoo.maps import ChainMap, FuseMap, KeepMap, MergeMap, MixMap
-from tokenzoo.tokens import Layout, Tokens, trace_assign
 
 FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_sum", "merge_assign", "merge_dropped", "fuse", "mix",
          "chain")  # fmt: skip

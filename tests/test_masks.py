@@ -8,8 +8,8 @@ from cases import METHODS, VIT, ZOO, backbone_names, build, given, images, serve
 from torch import Tensor
 
 import tokenzoo
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import MergeMap
-from tokenzoo.tokens import Layout, Tokens
 
 FOLLOW = [name for name in METHODS if tokenzoo.method_class(name).kind != "attention"]
 MIX = [name for name in FOLLOW if tokenzoo.create_method(name).mixes]
@@ -346,7 +346,7 @@ def tome_by_loop(metric: Tensor, x: Tensor, size: Tensor, visible: Tensor, r: in
 
 @pytest.mark.parametrize("seed", range(6))
 def test_tome_with_hidden_tokens_is_the_loop(seed):
-    from tokenzoo.matching import bipartite_pairs
+    from tokenzoo.ops.matching.bipartite import bipartite_pairs
 
     g = torch.Generator().manual_seed(seed)
     n, r = 12, (seed % 3) + 2

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenzoo import fusion, matching
 from tokenzoo.maps import MergeMap
 from tokenzoo.methods.ats import sample_heights
+from tokenzoo.ops.matching import bipartite as matching
+from tokenzoo.ops.matching import two_way as fusion
 
 
 def cosine(a, b):

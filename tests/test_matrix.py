@@ -10,7 +10,7 @@ from cases import KEEPS_LENGTH, METHODS, backbone_names, build, given, images, s
 from scan_cases import SCAN_METHODS
 
 import tokenzoo
-from tokenzoo.patching import backbone_of
+from tokenzoo.adapters.wrappers import backbone_of
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_lower_precision_runs(method):
 @torch.no_grad()
 def test_choices_do_not_follow_autocast(method):
     """Scores are computed in float32 from the heads: under autocast they agree with a float32 computation."""
-    from tokenzoo.attention import Heads, attention_received, attention_rows
+    from tokenzoo.ops.attention import Heads, attention_received, attention_rows
 
     torch.manual_seed(0)
     heads = Heads(*(torch.randn(2, 2, 9, 16) for _ in range(3)), 0.25)

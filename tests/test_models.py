@@ -16,8 +16,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import tokenzoo
-from tokenzoo.models import LVViT, SViT, T2TViT, lv_vit, svit, t2t_vit
+from tokenzoo.models import LVViT, SViT, T2TViT, lv_vit, t2t_vit
 from tokenzoo.models.lv_vit_mix import box_mask, random_box
+from tokenzoo.models.svit import model as svit
 from tokenzoo.models.t2t_tokens import TokenPerformer, TokensToToken, TokenTransformer
 from tokenzoo.training.token_label import TokenLabelLoss
 

@@ -14,9 +14,9 @@ from torch import fx, nn
 from torch.func import functional_call, grad, vmap
 
 import tokenzoo
-from tokenzoo.adapters.sam_blocks import WindowedMap
-from tokenzoo.exporting import export
-from tokenzoo.tokens import Tokens
+from tokenzoo.adapters.sam.blocks import WindowedMap
+from tokenzoo.apply.export import export
+from tokenzoo.core.tokens import Tokens
 
 methods = pytest.mark.parametrize("method", METHODS)
 DEPENDENT = [name for name in METHODS if tokenzoo.method_class(name)().data_dependent]

@@ -16,11 +16,11 @@ from cases import build, images
 from torch import nn
 
 import tokenzoo
-from tokenzoo import registry
+from tokenzoo.core import registry
+from tokenzoo.core.method import Method, Step
+from tokenzoo.core.signals import Signals
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import MixMap, TokenMap
-from tokenzoo.methods.base import Method, Step
-from tokenzoo.signals import Signals
-from tokenzoo.tokens import Layout, Tokens
 
 
 class Predictor(nn.Module):

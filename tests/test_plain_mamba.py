@@ -13,13 +13,13 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from tokenzoo.models import PlainMamba
-from tokenzoo.models import plain_mamba_orders as orders
 from tokenzoo.models._scan_signals import ScanSignals
-from tokenzoo.models.plain_mamba import PlainMambaBlock
-from tokenzoo.models.plain_mamba_checkpoint import fit_weights, load_official, official_names
-from tokenzoo.models.plain_mamba_costs import block_macs, macs, scan_macs
-from tokenzoo.models.plain_mamba_mixer import PlainMambaMixer
-from tokenzoo.models.plain_mamba_orders import build_paths, kept_paths, scan_paths
+from tokenzoo.models.plain_mamba import orders as orders
+from tokenzoo.models.plain_mamba.checkpoint import fit_weights, load_official, official_names
+from tokenzoo.models.plain_mamba.costs import block_macs, macs, scan_macs
+from tokenzoo.models.plain_mamba.mixer import PlainMambaMixer
+from tokenzoo.models.plain_mamba.model import PlainMambaBlock
+from tokenzoo.models.plain_mamba.orders import build_paths, kept_paths, scan_paths
 
 # name -> parameters in millions without and with classifier, GMACs at 224 with four scans
 PUBLISHED = {

@@ -10,9 +10,9 @@ import torch
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 import tokenzoo
-from tokenzoo.adapters.sam_blocks import from_windows, to_windows
-from tokenzoo.clustering import cluster
-from tokenzoo.reconstruction import reconstruct
+from tokenzoo.adapters.sam.blocks import from_windows, to_windows
+from tokenzoo.ops.cells.kmeans import cluster
+from tokenzoo.ops.cells.reconstruct import reconstruct
 
 CLUSTER = {"method": "cluster", "layers": 1, "grid": (3, 3), "temperature": 0.5}
 

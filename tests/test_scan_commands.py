@@ -13,13 +13,13 @@ from scan_cases import SCAN_METHODS, given
 import tokenzoo
 from tokenzoo.cli import main
 from tokenzoo.cli.segment_predict import _clusters
+from tokenzoo.core.lift import lift
 from tokenzoo.dense import create_segmenter, load_segmenter, save_segmenter
 from tokenzoo.dense.features import encode
-from tokenzoo.evaluation.inference import Inference, Predictor
-from tokenzoo.evaluation.segmentation_costs import dense_macs
-from tokenzoo.lifting import lift
-from tokenzoo.scan_order import from_scan
-from tokenzoo.visualize import draw_token_maps, token_maps
+from tokenzoo.evaluation.segmentation.costs import dense_macs
+from tokenzoo.evaluation.segmentation.inference import Inference, Predictor
+from tokenzoo.ops.scan_order import from_scan
+from tokenzoo.view.maps import draw_token_maps, token_maps
 
 SMALL = "img_size=32 patch_size=8 depth=3 embed_dim=24 d_state=4"
 MODELS = {
@@ -382,7 +382,7 @@ def test_features_keep_their_places(name):
     x = torch.randn(1, 3, 32, 40)
     plain = encode(model, x)
     high, wide = plain.grid
-    rows = tokenzoo.patching.describe(model, plain.grid).layout.scan_rows
+    rows = tokenzoo.apply.patch.describe(model, plain.grid).layout.scan_rows
     sequence = model.forward_features(x)
     assert torch.equal(from_scan(sequence, rows)[:, len(rows) :], plain.features())
     assert plain.features().shape[1] == high * wide == sequence.shape[1] - len(rows)

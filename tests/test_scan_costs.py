@@ -8,7 +8,9 @@ import torch
 from scan_cases import CORE, SCAN_METHODS, SCANNERS, build, given
 
 import tokenzoo
-from tokenzoo.models import VisionMamba, plain_mamba_costs, vim_costs
+from tokenzoo.models import VisionMamba
+from tokenzoo.models.plain_mamba import costs as plain_mamba_costs
+from tokenzoo.models.vim import costs as vim_costs
 
 
 def formula(model, tokens=None, directions=None):
@@ -113,7 +115,7 @@ def test_published_counts(name, published):
 def test_budgets(method, name):
     """Within 1 % of the share asked for, or no neighbour on the method's dial is nearer; what is too low is refused."""
     model = timm.create_model(name, depth=6, embed_dim=96, img_size=112).eval()
-    info = tokenzoo.patching.describe(model)
+    info = tokenzoo.apply.patch.describe(model)
     wanted = tokenzoo.Recipe.parse(given(method))
     lowest = _ratio(model, wanted.dial(1.0, info.depth, info.layout))
     met = 0

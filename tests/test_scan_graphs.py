@@ -9,7 +9,7 @@ from test_distributed import free_ports
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenzoo
-from tokenzoo.exporting import export
+from tokenzoo.apply.export import export
 
 # what a method does to a graph does not depend on the family; what the family does, one that merges shows
 PAIRS = [*(("vim", method) for method in SCAN_METHODS), ("plain_mamba_depthwise", "tome")]

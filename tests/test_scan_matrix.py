@@ -14,8 +14,8 @@ from scan_cases import CORE, SCAN_KEEPS_LENGTH, SCAN_METHODS, SCANNERS, build, g
 
 import tokenzoo
 from tokenzoo.models import VisionMamba
-from tokenzoo.models.plain_mamba_mixer import on_grid
-from tokenzoo.scan_order import from_scan, to_scan
+from tokenzoo.models.plain_mamba.mixer import on_grid
+from tokenzoo.ops.scan_order import from_scan, to_scan
 
 pairs = pytest.mark.parametrize("method", SCAN_METHODS)
 scanners = pytest.mark.parametrize("scanner", SCANNERS)
@@ -86,7 +86,7 @@ def test_reduction(models, method, scanner):
     finally:
         tokenzoo.unpatch_model(model)
     assert torch.equal(model(x), plain)
-    assert type(model) in tokenzoo.patching.find_family(model).models
+    assert type(model) in tokenzoo.apply.patch.find_family(model).models
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any("tokenzoo" in key for module in model.modules() for key in vars(module))
 
@@ -306,7 +306,7 @@ def test_tokens_that_stand_for_themselves_come_back_unchanged(models, method, sc
     with tokenzoo.patched(model, given(method)):
         tokens = model.forward_tokens(x, dense=True)
         back = model.lift_features(tokens)
-    assign = tokenzoo.tokens.trace_assign(tokens.trace, len(x), total(model), x.device)
+    assign = tokenzoo.core.tokens.trace_assign(tokens.trace, len(x), total(model), x.device)
     single = 0
     for image in range(len(x)):
         members = torch.bincount(assign[image][assign[image] >= 0], minlength=tokens.length)
@@ -405,7 +405,7 @@ def test_methods_that_look_at_attention_are_refused_by_name(models, method, scan
         assert torch.equal(model(x), plain)
     message = str(refusal.value)
     assert method in message and type(model).__name__ in message and "uniform" in message
-    assert not tokenzoo.patching.is_patched(model)
+    assert not tokenzoo.apply.patch.is_patched(model)
 
 
 @pairs

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from scan_cases import build, images
 
 import tokenzoo
-from tokenzoo.grouping_by_step import group_by_score
+from tokenzoo.core.method import Step
+from tokenzoo.core.tokens import Layout, Tokens, trace_assign
 from tokenzoo.maps import KeepMap, MergeMap
-from tokenzoo.methods.base import Step
 from tokenzoo.methods.famba import FambaV
 from tokenzoo.methods.mtr import MTR
 from tokenzoo.methods.rmeeto import RMeeTo
-from tokenzoo.ordered_matching import alternate_pairs, sort_pairs
-from tokenzoo.scan_order import to_scan
-from tokenzoo.tokens import Layout, Tokens, trace_assign
+from tokenzoo.ops.matching.by_step import group_by_score
+from tokenzoo.ops.matching.ordered import alternate_pairs, sort_pairs
+from tokenzoo.ops.scan_order import to_scan
 
 REDUCE = {"famba": {"r": 3}, "mtr": {"r": 4, "layers": (0, 1)}, "rmeeto": {"r": 3, "interval": 1}}
 SCANNERS = ("vim", "vim_first", "vim_both", "vim_none", "vim_stride", "vim_v1", "vim_forward", "plain_mamba_depthwise")
@@ -135,7 +135,7 @@ def test_groups_stand_in_the_order_of_their_scores(n, seed, data):
 def test_far_pairs_agree_with_and_without_a_kernel(monkeypatch):
     metric = torch.randn(2, 31, 8, generator=torch.Generator().manual_seed(0))
     plain = alternate_pairs(metric, 9, 1, "l1")
-    monkeypatch.setattr("tokenzoo.ordered_matching._ELEMENTS", 500)  # several slices
+    monkeypatch.setattr("tokenzoo.ops.matching.ordered._ELEMENTS", 500)  # several slices
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     for one, other in zip(plain[:3], alternate_pairs(metric, 9, 1, "l1")[:3]):
         assert torch.equal(one, other)
@@ -436,7 +436,7 @@ def test_mtr_budget_by_rate():
 
 
 def test_costs():
-    from tokenzoo.methods.base import BlockShape
+    from tokenzoo.core.method import BlockShape
 
     shape, layout = BlockShape(24, 1, 24), Layout(1, True, (4, 4))
     step = Step(MTR(), 0, (None, 4))

@@ -12,9 +12,9 @@ from cases import build, images
 from test_all_or_nothing import _svit
 
 import tokenzoo
-from tokenzoo import registry
-from tokenzoo.methods.base import Method
-from tokenzoo.selection import keep_best
+from tokenzoo.core import registry
+from tokenzoo.core.method import Method
+from tokenzoo.core.selection import keep_best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def test_decisions_are_those_of_each_alone():
     x = images(model)
     for recipe in ([EVO, OTHERS["another method"]], [OTHERS["another method"], EVO]):
         tokenzoo.patch_model(model, recipe)
-        kept = tokenzoo.tokens.trace_assign(model.forward_tokens(x, trace=True).trace, 3, 17, x.device)
+        kept = tokenzoo.core.tokens.trace_assign(model.forward_tokens(x, trace=True).trace, 3, 17, x.device)
         assert (kept >= 0).nonzero()[:, 1].view(3, 9).tolist() == [[0, *range(9, 17)]] * 3
         with torch.no_grad():
             evo = model.blocks[2].tokenzoo.steps[0]

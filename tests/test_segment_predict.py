@@ -10,11 +10,11 @@ from tokenzoo.cli import main
 from tokenzoo.cli.segment_predict import _clusters
 from tokenzoo.dense import create_segmenter, save_segmenter
 from tokenzoo.dense.segmenter import pad_to_patches
-from tokenzoo.evaluation.inference import Predictor
-from tokenzoo.evaluation.overlay import class_colours, differences, overlay, with_legend
 from tokenzoo.evaluation.runs import shared_copy
-from tokenzoo.evaluation.segmentation_classes import ADE20K, CITYSCAPES, CITYSCAPES_COLOURS
-from tokenzoo.evaluation.segmentation_kinds import KINDS
+from tokenzoo.evaluation.segmentation.classes import ADE20K, CITYSCAPES, CITYSCAPES_COLOURS
+from tokenzoo.evaluation.segmentation.inference import Predictor
+from tokenzoo.evaluation.segmentation.kinds import KINDS
+from tokenzoo.evaluation.segmentation.overlay import class_colours, differences, overlay, with_legend
 
 CLASSES = ["sky", "road", "car"]
 

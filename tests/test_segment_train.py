@@ -9,9 +9,9 @@ from timm.models.vision_transformer import VisionTransformer
 import tokenzoo
 from tokenzoo.cli import main
 from tokenzoo.dense import LinearHead, Segmenter, create_segmenter, load_segmenter
-from tokenzoo.evaluation.segmentation_data import open_dataset
-from tokenzoo.training.segmentation import SegmentTraining, _class_weights, evaluate_whole, train_segmenter
-from tokenzoo.training.segmentation_augment import Gallery, Views
+from tokenzoo.evaluation.segmentation.data import open_dataset
+from tokenzoo.training.segmentation.augment import Gallery, Views
+from tokenzoo.training.segmentation.train import SegmentTraining, _class_weights, evaluate_whole, train_segmenter
 
 OPTIONS = dict(img_size=[32, 48], patch_size=8, embed_dim=32, depth=2, num_heads=2, drop_path_rate=0.2)
 

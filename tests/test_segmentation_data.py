@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenzoo.evaluation.segmentation_classes import colours, read_classes
-from tokenzoo.evaluation.segmentation_data import KINDS, BrokenSample, open_dataset
+from tokenzoo.evaluation.segmentation.classes import colours, read_classes
+from tokenzoo.evaluation.segmentation.data import KINDS, BrokenSample, open_dataset
 
 SIZE = (6, 9)  # height, width
 

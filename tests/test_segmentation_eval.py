@@ -19,15 +19,15 @@ from torch import nn
 
 import tokenzoo
 from tokenzoo.cli import main
+from tokenzoo.cost.trace import count_macs
 from tokenzoo.dense import create_segmenter, save_segmenter
-from tokenzoo.evaluation import inference as inference_module
-from tokenzoo.evaluation.inference import Inference, Predictor
 from tokenzoo.evaluation.runs import Precision, Run
-from tokenzoo.evaluation.segmentation import default_inference, evaluate_segmentation
-from tokenzoo.evaluation.segmentation_costs import _Encoder, dense_macs
-from tokenzoo.evaluation.segmentation_data import open_dataset
-from tokenzoo.evaluation.segmentation_results import SEGMENT_COLUMNS
-from tokenzoo.tracing import count_macs
+from tokenzoo.evaluation.segmentation import inference as inference_module
+from tokenzoo.evaluation.segmentation.costs import _Encoder, dense_macs
+from tokenzoo.evaluation.segmentation.data import open_dataset
+from tokenzoo.evaluation.segmentation.evaluate import default_inference, evaluate_segmentation
+from tokenzoo.evaluation.segmentation.inference import Inference, Predictor
+from tokenzoo.evaluation.segmentation.results import SEGMENT_COLUMNS
 
 K = 4
 RUNS = [Run("tome", {"r": 4}), Run("topk", {"keep_rate": 0.4, "layers": [0]})]
@@ -130,7 +130,7 @@ def test_equals_a_loop_by_hand(model, folder):
         assert result.diff_pixel_acc.mean == pytest.approx(differences.mean())
         assert result.diff_pixel_acc.se == pytest.approx(differences.std(ddof=1) / math.sqrt(7))
         assert result.agreement < 100 and result.diff_miou.se > 0
-    assert not tokenzoo.patching.is_patched(model)
+    assert not tokenzoo.apply.patch.is_patched(model)
 
 
 def test_differences_are_paired(model, folder):

@@ -11,10 +11,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from tokenzoo.evaluation.confusion import areas, confusion_matrix, reduce_zero_label, scores
-from tokenzoo.evaluation.inference import Inference, Predictor, keep_ratio_size, labels_at, resize_bilinear
-from tokenzoo.evaluation.paired import bootstrap_miou, standard_error
-from tokenzoo.evaluation.windows import average_windows, slide_even, slide_mmseg, slide_segmenter, spans_even
+from tokenzoo.evaluation.segmentation.confusion import areas, confusion_matrix, reduce_zero_label, scores
+from tokenzoo.evaluation.segmentation.inference import Inference, Predictor, keep_ratio_size, labels_at, resize_bilinear
+from tokenzoo.evaluation.segmentation.paired import bootstrap_miou, standard_error
+from tokenzoo.evaluation.segmentation.windows import (
+    average_windows,
+    slide_even,
+    slide_mmseg,
+    slide_segmenter,
+    spans_even,
+)
 
 K = 4
 

@@ -13,17 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenzoo.layers import (
-    RMSNorm,
-    causal_conv1d,
-    choose_backend,
-    gaps_of,
-    scan_backend,
-    selective_scan,
-    stretch,
-)
-from tokenzoo.layers.scan_backends import BACKENDS
-from tokenzoo.layers.scan_tiles import PANEL
+from tokenzoo.layers import RMSNorm, causal_conv1d, choose_backend, gaps_of, scan_backend, stretch
+from tokenzoo.layers.scan import selective_scan
+from tokenzoo.layers.scan.backends import BACKENDS
+from tokenzoo.layers.scan.tiles import PANEL
 
 CPU = ("blocked", "chunked", "loop")
 LENGTHS = (1, 2, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 5)
@@ -152,7 +145,7 @@ def test_gradients_across_tiles(monkeypatch):
     expected = run(values, "loop")
     wanted = torch.autograd.grad(expected[0].square().sum() + expected[1].sum(), tensors)
     for states in (48, 3 * 8 * 6, 3 * 16 * 12):  # part of a group, one group, several rows
-        monkeypatch.setattr("tokenzoo.layers.scan_tiles._STATES", states)
+        monkeypatch.setattr("tokenzoo.layers.scan.tiles._STATES", states)
         out = run(values, "blocked")
         found = torch.autograd.grad(out[0].square().sum() + out[1].sum(), tensors)
         torch.testing.assert_close(out, expected)
@@ -291,7 +284,7 @@ def test_traces_at_another_batch():
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_the_kernel_of_mamba_ssm_gets_what_it_takes(monkeypatch, constant):
-    from tokenzoo.layers.scan_mamba_ssm import mamba_ssm_scan
+    from tokenzoo.layers.scan.mamba_ssm import mamba_ssm_scan
 
     def kernel(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
         assert u.dtype == delta.dtype == z.dtype == torch.bfloat16 and return_last_state
@@ -424,8 +417,8 @@ def test_compiles_to_one_graph(dynamic):
 
 
 def test_the_operator_is_registered_as_torch_wants_it():
-    from tokenzoo.layers.scan_call import ScanCall
-    from tokenzoo.layers.scan_grad import scan
+    from tokenzoo.layers.scan.call import ScanCall
+    from tokenzoo.layers.scan.grad import scan
 
     values = arguments(groups=2, length=5, dtype=torch.float32)
     values["delta_bias"].requires_grad_(), values["u"].requires_grad_()

@@ -13,8 +13,8 @@ from test_svit_adapter import micro as svit
 from torch import nn
 
 import tokenzoo
-from tokenzoo.recipes import Recipe
-from tokenzoo.tokens import Tokens
+from tokenzoo.core.recipe import Recipe
+from tokenzoo.core.tokens import Tokens
 
 PROMPTS = 5
 EMBED = {"cts"}  # acts on the image, in front of the blocks

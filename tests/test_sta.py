@@ -10,7 +10,7 @@ from cases import VIT, build, images
 
 import tokenzoo
 from tokenzoo.maps import SuperTokenMap
-from tokenzoo.super_tokens import associate, to_cells
+from tokenzoo.ops.cells.super_tokens import associate, to_cells
 
 GRIDS = [((4, 4), (2, 2)), ((5, 7), (2, 3)), ((3, 4), (4, 1)), ((6, 6), (3, 3))]
 

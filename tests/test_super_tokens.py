@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenzoo.layers import SuperTokenAttention
 from tokenzoo.models import SViT
-from tokenzoo.super_tokens import associate, from_cells, gather_around, gather_back, to_cells
+from tokenzoo.ops.cells.super_tokens import associate, from_cells, gather_around, gather_back, to_cells
 
 GRIDS = [((8, 8), (4, 4)), ((14, 14), (4, 4)), ((15, 20), (4, 3)), ((7, 5), (2, 5)), ((3, 3), (3, 3)), ((9, 2), (1, 2))]
 grids = pytest.mark.parametrize("size,cell", GRIDS)

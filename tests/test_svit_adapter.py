@@ -14,13 +14,13 @@ from torch import nn
 
 import tokenzoo
 from tokenzoo.adapters.places import places_of
-from tokenzoo.adapters.svit_blocks import ReducingSuperTokenBlock
-from tokenzoo.adapters.token_norm import norm_alike, norm_tokens
-from tokenzoo.dialling import dial_in_parts
-from tokenzoo.lifting import Fill, lift
+from tokenzoo.adapters.svit.blocks import ReducingSuperTokenBlock
+from tokenzoo.adapters.svit.token_norm import norm_alike, norm_tokens
+from tokenzoo.core.dial import dial_in_parts
+from tokenzoo.core.lift import Fill, lift
+from tokenzoo.core.tokens import Layout
 from tokenzoo.models import SViT
-from tokenzoo.tokens import Layout
-from tokenzoo.visualize import token_maps
+from tokenzoo.view.maps import token_maps
 
 REFUSED = {"ats": "class token", "cts": "half the size"}
 SERVED = [method for method in METHODS if method not in REFUSED]
@@ -302,7 +302,7 @@ def test_features_and_pooling():
         features = project(before.x)
         got = model.forward_features(x)
         if weighted:  # every place reads its token, which the model's own mean then weighs by size
-            assign = tokenzoo.tokens.trace_assign(before.trace, 3, 16, x.device)
+            assign = tokenzoo.core.tokens.trace_assign(before.trace, 3, 16, x.device)
             places = features.gather(1, assign.unsqueeze(2).expand(-1, -1, 32)).unflatten(1, (4, 4))
             torch.testing.assert_close(got, places.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
         else:

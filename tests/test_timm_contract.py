@@ -16,7 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import tokenzoo.models
-from tokenzoo.models import lv_vit, plain_mamba, svit, t2t_vit, vim_sizes
+from tokenzoo.models import lv_vit, t2t_vit
+from tokenzoo.models.plain_mamba import model as plain_mamba
+from tokenzoo.models.svit import model as svit
+from tokenzoo.models.vim import sizes as vim_sizes
 
 SIZE = 48  # pixels
 CLASSES = 5

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from training_data import words
 
 import tokenzoo
+from tokenzoo.core.tokens import Layout, SideData, Tokens, TraceStep, trace_assign
 from tokenzoo.maps import ChainMap, FuseMap, KeepMap, MergeMap, ReplaceMap
-from tokenzoo.tokens import Layout, SideData, Tokens, TraceStep, trace_assign
 from tokenzoo.training import TrainStep, token_distillation
 from tokenzoo.training.checkpoints import Checkpoints
 from tokenzoo.training.losses import PARTS, unused_parameters
@@ -164,7 +164,7 @@ def test_models_that_scan(name):
             loss = learning(scan_cases.build(name), scan_cases.given(method, kind))(x, TARGET)["token_distillation"]
             assert (loss.item() == 0) == (kind == "zero") and loss.isfinite(), (method, kind)
     model, teacher = scan_cases.build(name).double(), scan_cases.build(name, seed=3).double()
-    x, rows = x.double(), tokenzoo.patching.describe(model).layout.scan_rows
+    x, rows = x.double(), tokenzoo.apply.patch.describe(model).layout.scan_rows
     there = teacher.forward_features(x)
     there = there[:, [i for i in range(there.shape[1]) if i not in rows]]
     loss = learning(model, "uniform", teacher, kd_weight=0.0)(x, TARGET)["token_distillation"]

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenzoo
+from tokenzoo.core.signals import Signals
+from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.methods.tomesd import ToMeSD
-from tokenzoo.signals import Signals
-from tokenzoo.strided import cell_split, split_pairs, stretch_split
-from tokenzoo.tokens import Layout, Tokens
+from tokenzoo.ops.matching.strided import cell_split, split_pairs, stretch_split
 
 
 def cosine(a, b):

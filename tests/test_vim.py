@@ -14,13 +14,14 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tokenzoo.layers.causal_conv import causal_conv1d
-from tokenzoo.models import VisionMamba, vim_mixer
+from tokenzoo.models import VisionMamba
 from tokenzoo.models._scan_signals import ScanSignals
-from tokenzoo.models.vim_costs import macs, mixer_macs
-from tokenzoo.models.vim_embed import class_rows, fit_positions, insert_rows, split_rows, take_rows
-from tokenzoo.models.vim_mixer import VimMixer
-from tokenzoo.models.vim_sizes import default_cfgs
-from tokenzoo.models.vim_weights import checkpoint_filter_fn, load_official
+from tokenzoo.models.vim import mixer as vim_mixer
+from tokenzoo.models.vim.costs import macs, mixer_macs
+from tokenzoo.models.vim.embed import class_rows, fit_positions, insert_rows, split_rows, take_rows
+from tokenzoo.models.vim.mixer import VimMixer
+from tokenzoo.models.vim.sizes import default_cfgs
+from tokenzoo.models.vim.weights import checkpoint_filter_fn, load_official
 
 # size -> parameters, multiply-adds in billions at 224: one direction as published, both; both at stride 8
 PUBLISHED = {

@@ -11,9 +11,9 @@ from cases import METHODS, build, given, images, serves
 from PIL import Image
 
 import tokenzoo
-from tokenzoo.panels import DROPPED, FUSED, KEPT, MERGED, compose, paint, patch_kinds, pixel_labels, token_colors
-from tokenzoo.tokens import trace_assign
-from tokenzoo.visualize import draw_token_maps, group_picture, plot_curves, token_maps
+from tokenzoo.core.tokens import trace_assign
+from tokenzoo.view.maps import draw_token_maps, group_picture, plot_curves, token_maps
+from tokenzoo.view.panels import DROPPED, FUSED, KEPT, MERGED, compose, paint, patch_kinds, pixel_labels, token_colors
 
 
 def _recorded():

@@ -1,22 +1,17 @@
 """tokenzoo: token reduction for vision backbones, one call on the model you have."""
 
 from . import methods, models
-from .counting import Report, report
-from .methods.base import Method
-from .patching import (
-    is_patched,
-    list_backbones,
-    patch_model,
-    patched,
-    recipe,
-    unpatch_model,
-    update_method,
-)
-from .recipes import Recipe
-from .registry import create_method, list_methods, method_class, register
-from .tracing import MacReport, count_macs
+from .adapters import builtin  # noqa: F401 (registers the families)
+from .adapters.inspect import is_patched, list_backbones
+from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
+from .core.method import Method
+from .core.recipe import Recipe
+from .core.registry import create_method, list_methods, method_class, register
+from .cost.report import Report, report
+from .cost.trace import MacReport, count_macs
 
 __version__ = "0.1.0"
+__path__ += [f"{__path__[0]}/kept"]  # where modules stood that have moved
 
 # every registered class is a public name: tokenzoo.ToMe, tokenzoo.EViT, ...
 _CLASSES = {method_class(name).__name__: method_class(name) for name in list_methods()}

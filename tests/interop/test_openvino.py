@@ -6,7 +6,7 @@ import torch
 from cases import VIT, given, images
 
 import tokenzoo
-from tokenzoo.exporting import export
+from tokenzoo.apply.export import export
 
 openvino = pytest.importorskip("openvino")
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import Heads
+from ..core.method import Step
+from ..core.signals import Signals, attend_through
+from ..core.tokens import Tokens
 from ..maps import TokenMap
-from ..methods.base import Step
-from ..signals import Signals, attend_through
-from ..tokens import Tokens
+from ..ops.attention import Heads
 from .merging import Merging, lifted_heads
 
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import Heads, key_bias
+from ..core.method import BlockShape, Step
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import TokenMap
-from ..methods.base import BlockShape, Step
-from ..signals import Signals
-from ..tokens import Layout, Tokens
+from ..ops.attention import Heads, key_bias
 from .attending import Attending, join_heads
 from .hooked import Aside, HookedBlock
 from .masks import four_dims, gather_mask, refuse_uneven, visible_tokens

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..recipes import Recipe
-from ..rows import take_rows
-from ..tokens import Layout, Tokens, trace_assign
+from ..core.recipe import Recipe
+from ..core.tokens import Layout, Tokens, trace_assign
+from ..ops.rows import take_rows
 from .pooling import pool_plain
 
 

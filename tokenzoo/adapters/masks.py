@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import Step
-from ..tokens import Tokens
+from ..core.method import Step
+from ..core.tokens import Tokens
 
 _HIDES = -1e4  # additive entries from here down hide, -inf or not: exp of them is zero beside any usual logit
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..attention import Heads
+from ..core.method import Step
+from ..core.signals import Signals
+from ..core.tokens import Inside, Tokens
 from ..maps import ChainMap, TokenMap
-from ..methods.base import Step
-from ..rows import split_dim
-from ..signals import Signals
-from ..tokens import Inside, Tokens
+from ..ops.attention import Heads
+from ..ops.rows import split_dim
 
 
 class Merging:

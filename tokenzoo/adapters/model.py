@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..graphs import refuse_open_sizes
-from ..layer_macs import unwrapped
-from ..lifting import lift
-from ..recipes import Recipe
-from ..rows import split_dim
-from ..signals import EmbedSignals
-from ..tokens import Layout, Tokens
+from ..core.graphs import refuse_open_sizes
+from ..core.lift import lift
+from ..core.recipe import Recipe
+from ..core.signals import EmbedSignals
+from ..core.tokens import Layout, Tokens
+from ..ops.layer_macs import unwrapped
+from ..ops.rows import split_dim
 from .block import refuse_causal
 from .features import Reads, decode, encode
 from .masks import four_dims, refuse_uneven, visible_tokens
 from .refusals import Unscriptable, refuse_symbols, refuse_vmap
-
-
-class BackboneInfo(NamedTuple):
-    """What patching needs to know about a model.
-
-    Attributes:
-        depth: number of blocks.
-        dim: channels of the residual stream.
-        layout: token layout at the model's own image size.
-        restarts: blocks after block 0 that a new sequence begins at, with its layout; None where one runs through.
-    """
-
-    depth: int
-    dim: int
-    layout: Layout
-    restarts: Mapping[int, Layout] | None = None
-
-    def sequence(self, block: int) -> tuple[Layout, int]:
-        """Layout of the sequence that a block sees, and the block behind the last one that sees it."""
-        firsts = sorted({0, *(self.restarts or {})})
-        first = max(i for i in firsts if i <= block)
-        stop = min((i for i in firsts if i > block), default=self.depth)
-        return self.layout if first == 0 else self.restarts[first], stop
 
 
 class ReducingModel(Unscriptable):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .family import Family
+from .backbone import Family
 from .swapping import hooked
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..lifting import Fill
+from ..core.lift import Fill
+from ..core.tokens import TraceStep
 from ..maps import AssignMap, ChainMap, FuseMap, KeepMap, MergeMap, TokenMap
-from ..rows import add_rows, scatter_values, stable_order, take_rows
-from ..tokens import TraceStep
+from ..ops.rows import add_rows, scatter_values, stable_order, take_rows
 
 
 class Places(NamedTuple):

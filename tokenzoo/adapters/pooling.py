@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..attention import full_precision
-from ..tokens import Tokens
+from ..core.tokens import Tokens
+from ..ops.attention import full_precision
 
 
 def pool_plain(tokens: Tokens, kind: str, include_prefix: bool, mass_weighted: bool) -> Tensor:

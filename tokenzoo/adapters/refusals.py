@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._functorch.pyfunctorch import TransformType, retrieve_all_functorch_interpreters
 
-from ..recipes import Recipe
+from ..core.recipe import Recipe
 
 
 class Unscriptable:
@@ -17,7 +17,7 @@ class Unscriptable:
     def __prepare_scriptable__(self) -> NoReturn:
         raise TypeError(
             f"torch.jit.script cannot compile {type(self).__name__}, which tokenzoo has patched: tokens travel with "
-            "data that TorchScript has no types for; use tokenzoo.exporting.export(model, 'model.pt2', images), "
+            "data that TorchScript has no types for; use tokenzoo.apply.export.export(model, 'model.pt2', images), "
             "torch.export or torch.jit.trace, or call tokenzoo.unpatch_model first"
         )
 

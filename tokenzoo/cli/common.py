@@ -10,10 +10,10 @@ import torch
 import yaml
 from torch import nn
 
-from ..counting import report
+from ..adapters.wrappers import backbone_of
+from ..core.registry import list_methods
+from ..cost.report import report
 from ..evaluation.runs import Precision, Run, is_served
-from ..patching import backbone_of
-from ..registry import list_methods
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..apply.export import check_target, export
+from ..apply.patch import patch_model
 from ..evaluation.runs import image_size
-from ..exporting import check_target, export
-from ..patching import patch_model
 from .common import add_method_arguments, add_model_arguments, load_model, runs_of, say
 
 HELP = "writes a torch.export program or an ONNX file and checks it against the model"

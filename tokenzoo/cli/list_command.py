@@ -8,9 +8,9 @@ import json
 import re
 from typing import Any
 
-from ..adapters.family import families
-from ..methods.base import plain
-from ..registry import list_methods, method_class
+from ..adapters.registry import families
+from ..core.method import plain
+from ..core.registry import list_methods, method_class
 from .common import say
 
 HELP = "the methods and backbones of the zoo, or one method with its options"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluation.inference import MODES, Inference
-from ..evaluation.segmentation import default_inference
+from ..evaluation.segmentation.evaluate import default_inference
+from ..evaluation.segmentation.inference import MODES, Inference
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from ..evaluation.classification import Estimate
 from ..evaluation.environment import environment
 from ..evaluation.results import check_file, number, result_line, table, write_results
-from ..evaluation.segmentation import evaluate_segmentation
-from ..evaluation.segmentation_data import KINDS, open_dataset
-from ..evaluation.segmentation_results import SEGMENT_COLUMNS, SegmentationReport
+from ..evaluation.segmentation.data import KINDS, open_dataset
+from ..evaluation.segmentation.evaluate import evaluate_segmentation
+from ..evaluation.segmentation.results import SEGMENT_COLUMNS, SegmentationReport
 from ..evaluation.timing import Spread
 from .common import add_method_arguments, add_precision_arguments, argv_of, precision_of, runs_of, say, say_scans
 from .segment_common import add_checkpoint_arguments, add_inference_arguments, inference_of, load_checkpoint

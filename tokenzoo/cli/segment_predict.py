@@ -9,12 +9,19 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ..apply.patch import patch_model
 from ..dense.segmenter import pad_to_patches
-from ..evaluation.inference import Predictor
-from ..evaluation.overlay import class_colours, differences, overlay, save_indices, side_by_side, with_legend
 from ..evaluation.runs import shared_copy
-from ..patching import patch_model
-from ..visualize import group_picture, token_maps
+from ..evaluation.segmentation.inference import Predictor
+from ..evaluation.segmentation.overlay import (
+    class_colours,
+    differences,
+    overlay,
+    save_indices,
+    side_by_side,
+    with_legend,
+)
+from ..view.maps import group_picture, token_maps
 from .common import add_method_arguments, runs_of, say
 from .segment_common import add_checkpoint_arguments, add_inference_arguments, inference_of, load_checkpoint
 

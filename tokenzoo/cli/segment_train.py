@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import yaml
 
+from ..apply.patch import patch_model
 from ..dense import HEADS, create_segmenter, load_segmenter
 from ..dense.checkpoints import load_state
-from ..evaluation.segmentation_data import open_dataset
-from ..patching import patch_model
-from ..training.segmentation import SegmentTraining, train_segmenter
-from ..training.segmentation_augment import Gallery, Views
+from ..evaluation.segmentation.data import open_dataset
+from ..training.segmentation.augment import Gallery, Views
+from ..training.segmentation.train import SegmentTraining, train_segmenter
 from .common import key_values, say
 
 HELP = "train a segmentation head, or the whole model, on images/ and masks/"

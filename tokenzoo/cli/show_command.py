@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..apply.patch import patch_model
 from ..evaluation.loading import data_config
-from ..patching import patch_model
-from ..visualize import draw_token_maps, token_maps
+from ..view.maps import draw_token_maps, token_maps
 from .common import add_method_arguments, add_model_arguments, load_model, runs_of, say
 
 HELP = "draws which patches each remaining token stands for, block by block, over pictures"

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..graphs import why_counts_are_unknown
-from ..patching import is_patched
-from ..rows import split_dim, stable_order, take_rows
-from ..selection import host_ranges
+from ..adapters.inspect import is_patched
+from ..core.graphs import why_counts_are_unknown
+from ..core.selection import host_ranges
+from ..ops.rows import split_dim, stable_order, take_rows
 from .dtop_head import DToPHead
 from .segmenter import pad_to_patches
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rows import split_dim
+from ..ops.rows import split_dim
 
 
 class MaskAttention(nn.Module):

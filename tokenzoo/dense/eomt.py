@@ -12,12 +12,12 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..counting import report
-from ..layer_macs import conv_macs, linear_macs
-from ..lifting import lift
-from ..patching import is_patched
-from ..rows import split_dim
-from ..tokens import Tokens
+from ..adapters.inspect import is_patched
+from ..core.lift import lift
+from ..core.tokens import Tokens
+from ..cost.report import report
+from ..ops.layer_macs import conv_macs, linear_macs
+from ..ops.rows import split_dim
 from .segmenter import pad_to_patches
 
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..adapters.family import family_of
-from ..lifting import lift
-from ..patching import describe, is_patched
-from ..scan_order import from_scan
+from ..adapters.inspect import describe, is_patched
+from ..adapters.registry import family_of
+from ..core.lift import lift
+from ..ops.scan_order import from_scan
 
 
 class Encoded(NamedTuple):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..layer_macs import conv_macs, linear_macs
-from ..projections import is_plain
+from ..ops.layer_macs import conv_macs, linear_macs
+from ..ops.projections import is_plain
 
 
 class LinearHead(nn.Module):

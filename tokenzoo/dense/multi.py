@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rows import split_dim
+from ..ops.rows import split_dim
 from .segmenter import Segmenter
 
 

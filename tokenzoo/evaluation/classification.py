@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..patching import is_patched, recipe
+from ..adapters.inspect import is_patched
+from ..apply.patch import recipe
 from .memory import Pieces
 from .runs import Candidate, Precision, Run, forward_counted, image_size, param_count, prepare
 

@@ -6,11 +6,14 @@ import logging
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+
+from .broken import Broken, reason_of
+from .streams import StreamWatch
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = {  # what is imported, and what is installed
@@ -19,26 +22,6 @@ _LIBRARIES = {  # what is imported, and what is installed
     "tfds": [("tensorflow", "tensorflow"), ("tensorflow_datasets", "tensorflow-datasets")],
     "wds": [("webdataset", "'tokenzoo[wds]'")],
 }
-
-
-class Broken(NamedTuple):
-    """A picture that could not be read.
-
-    Attributes:
-        name: file, archive member or index.
-        reason: what the decoder said.
-    """
-
-    name: str
-    reason: str
-
-
-def reason_of(error: Exception) -> str:
-    """What a decoder said, without the objects that it names or that readers of shards append."""
-    if isinstance(error, UnidentifiedImageError):  # its text names a file object
-        return "not a picture in a format that Pillow knows"
-    text = error.args[0] if error.args and not isinstance(error, OSError) else error
-    return f"{type(error).__name__}: {text}"
 
 
 class Pictures(Dataset):
@@ -93,8 +76,6 @@ class PictureStream(IterableDataset):
         self.transform: Callable[[Image.Image], Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, int] | Broken]:
-        from .streams import StreamWatch
-
         watch = StreamWatch()
         stream, done = iter(watch.watch(self.source.reader)), 0
         while True:

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from .data import Broken, Pictures, PictureStream
+from .broken import Broken
+from .data import Pictures, PictureStream
 from .runs import image_size
 
 _log = logging.getLogger(__name__)

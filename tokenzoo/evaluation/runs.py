@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters.family import Family, families
-from ..counting import report
-from ..layer_macs import unwrapped
-from ..patching import describe, is_patched, patch_model
-from ..recipes import Recipe, take_flops
-from ..registry import list_methods
-from ..tracing import count_macs
+from ..adapters.backbone import Family
+from ..adapters.inspect import describe, is_patched
+from ..adapters.registry import families
+from ..apply.patch import patch_model
+from ..core.recipe import Recipe, take_flops
+from ..core.registry import list_methods
+from ..cost.report import report
+from ..cost.trace import count_macs
+from ..ops.layer_macs import unwrapped
 
 
 class Run(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from .data import Broken, reason_of
+from .broken import Broken, reason_of
 
 IN_A_ROW = 50
 

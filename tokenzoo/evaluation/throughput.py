@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching import is_patched, recipe
+from ..adapters.inspect import is_patched
+from ..apply.patch import recipe
 from .runs import Precision, Run, forward_counted, image_size, param_count, prepare
 from .timing import Spread, clock_for, compiled, interleave, room_for_graphs, warm_up
 

@@ -10,8 +10,8 @@ from timm.layers import use_fused_attn
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..attention import Heads, attend
-from ..super_tokens import SLOTS, Association, associate, collect, from_cells, spread, to_cells
+from ..ops.attention import Heads, attend
+from ..ops.cells.super_tokens import SLOTS, Association, associate, collect, from_cells, spread, to_cells
 from .pointwise import PointwiseConv
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import add_rows, scatter_values, take_rows
+from ..ops.rows import add_rows, scatter_values, take_rows
 from .base import TokenMap
 from .merge import MergeMap, visible_groups
 

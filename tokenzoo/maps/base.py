@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import take_rows
+from ..ops.rows import take_rows
 
 
 class TokenMap(ABC):

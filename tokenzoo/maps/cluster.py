@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..clustering import Clusters, cluster, hard_labels
-from ..cutting import home_cells
-from ..reconstruction import copy_back, reconstruct
+from ..ops.cells.axis import home_cells
+from ..ops.cells.kmeans import Clusters, cluster, hard_labels
+from ..ops.cells.reconstruct import copy_back, reconstruct
 from .base import TokenMap
 
 
@@ -15,7 +15,7 @@ class ClusterMap(TokenMap):
     """Prefix tokens stay, patches become the centres of soft clusters on a grid.
 
     The way back gives every patch a mix of the centres near it, by the distances at clustering time (see
-    `tokenzoo.reconstruction`).
+    `tokenzoo.ops.cells.reconstruct`).
 
     Args:
         x: the tokens before [B, P + N, C], prefix first; the way back measures distances from them.
@@ -62,7 +62,7 @@ class ClusterMap(TokenMap):
         k: int = 20,
         norm: str = "l1",
     ) -> ClusterMap:
-        """Clusters the patches of x; see `tokenzoo.clustering.cluster` for the options."""
+        """Clusters the patches of x; see `tokenzoo.ops.cells.kmeans.cluster` for the options."""
         clusters = cluster(x[:, num_prefix:], size, grid, iterations, window, temperature)
         return cls(x, clusters, size, grid, num_prefix, k, temperature, norm)
 

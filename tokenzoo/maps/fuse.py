@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import take_rows
+from ..ops.rows import take_rows
 from .base import TokenMap
 from .keep import KeepMap
 

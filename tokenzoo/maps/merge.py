@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import add_rows, max_rows, scatter_values, stable_order, take_rows
+from ..ops.rows import add_rows, max_rows, scatter_values, stable_order, take_rows
 from .base import TokenMap
 
 

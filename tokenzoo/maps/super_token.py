@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..rows import split_dim
-from ..super_tokens import Association, from_cells, gather_back, to_cells
+from ..ops.cells.super_tokens import Association, from_cells, gather_back, to_cells
+from ..ops.rows import split_dim
 from .base import TokenMap
 
 _BEYOND = -1

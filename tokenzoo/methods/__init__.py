@@ -4,5 +4,6 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 for _module in iter_modules(__path__):
-    if not _module.name.startswith("_") and _module.name != "base":
-        import_module(f"{__name__}.{_module.name}")
+    import_module(f"{__name__}.{_module.name}")
+
+__path__ += [f"{__path__[0]}/../kept/methods"]  # where modules stood that have moved

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adaptive import (
+from ..core.adaptive import (
     above_threshold,
     even_and_odd,
     hidden_windows,
@@ -17,15 +17,15 @@ from ..adaptive import (
     raster_members,
     window_similarity,
 )
-from ..attention import full_precision
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.schedule import spread
+from ..core.selection import host_ranges
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import MergeMap, TokenMap
-from ..matching import best_odd, bipartite_pairs
-from ..registry import register
-from ..schedules import spread
-from ..selection import host_ranges
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.attention import full_precision
+from ..ops.matching.bipartite import best_odd, bipartite_pairs
 
 
 class Stage(NamedTuple):

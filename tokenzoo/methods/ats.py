@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.schedule import spread
+from ..core.selection import host_ranges, real_rows, with_prefix
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import KeepMap, TokenMap
-from ..registry import register
-from ..rows import stable_order
-from ..schedules import spread
-from ..selection import host_ranges, real_rows, with_prefix
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.rows import stable_order
 
 
 @register

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ..clustering import cluster, cluster_macs
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import ClusterMap, TokenMap
-from ..registry import register
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.cells.kmeans import cluster, cluster_macs
 
 
 @register

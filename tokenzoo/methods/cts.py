@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import full_precision
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.schedule import keep_count
+from ..core.sharing import colour_variance, share_groups
+from ..core.signals import EmbedSignals
+from ..core.tokens import Layout, Tokens
+from ..layers.cts_policy import PolicyNetwork, macs_per_group
 from ..maps import TokenMap
-from ..policy import PolicyNetwork, macs_per_group
-from ..registry import register
-from ..schedules import keep_count
-from ..sharing import colour_variance, share_groups
-from ..signals import EmbedSignals
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.attention import full_precision
 
 SCORES = ("variance", "policy")
 
@@ -33,7 +33,7 @@ class CTS(Method):
     Args:
         shared: groups to share: a count, or their share (0.4 of them, rounded up).
         score: "variance" (least variance of colours first) or "policy" (a network with weights of its own, untrained
-            until `tokenzoo.policy.load_policy` or training).
+            until `tokenzoo.layers.cts_policy.load_policy` or training).
         mean: mean that the images were normalised with, for the policy network.
         std: standard deviation that the images were normalised with, for the policy network.
         prop_attn: add the log size of a token to its attention logit (off as released).

@@ -7,14 +7,13 @@ from typing import ClassVar
 
 import torch
 
+from ..core.keep_rate import KeepRate
+from ..core.method import BlockShape, Step
+from ..core.registry import register
+from ..core.selection import compact, importance_macs, keep_best
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import ChainMap, FuseMap, TokenMap
-from ..registry import register
-from ..selection import compact, keep_best
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from ._keep_rate import KeepRate
-from .base import BlockShape, Step
-from .topk import importance_macs
 
 
 @register
@@ -24,7 +23,7 @@ class EViT(KeepRate):
 
     A fused token is an ordinary candidate at later layers. Without a class token, patches are ranked and weighted by
     the mean attention they receive. The keep rate can be changed between steps with `tokenzoo.update_method`; the
-    authors' warm-up is `tokenzoo.schedules.cosine_keep_rate`.
+    authors' warm-up is `tokenzoo.core.schedule.cosine_keep_rate`.
 
     Args:
         keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.

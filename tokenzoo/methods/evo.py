@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.schedule import spread
+from ..core.selection import compact, importance_macs, keep_best
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import ChainMap, FuseMap, TokenMap
-from ..registry import register
-from ..schedules import spread
-from ..selection import compact, keep_best
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
-from .topk import importance_macs
 
 _LEAST = 1e-12
 

@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..core.method import BlockShape, Step
+from ..core.mixer_signals import MixerSignals
+from ..core.registry import register
+from ..core.remove_count import RemoveCount
+from ..core.tokens import Layout, Tokens
 from ..maps import MergeMap, TokenMap
-from ..matching import bipartite_pairs
-from ..mixer_signals import MixerSignals
-from ..ordered_matching import sort_pairs
-from ..registry import register
-from ..tokens import Layout, Tokens
-from ._remove_count import RemoveCount
-from .base import BlockShape, Step
+from ..ops.matching.bipartite import bipartite_pairs
+from ..ops.matching.ordered import sort_pairs
 
 STRATEGIES = ("all", "alternate", "lower:k", "upper:k")
 _STRATEGY = re.compile(r"all|alternate|(lower|upper):[1-9]\d*")

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..fusion import fusion_pairs
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.schedule import even_removal, removed_per_layer, spread
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import MergeMap, TokenMap
-from ..registry import register
-from ..schedules import even_removal, removed_per_layer, spread
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.matching.two_way import fusion_pairs
 
 POOLINGS = ("size", "attention", "max", "mean")
 _PLACES = {0: "after", 1: "ahead", 2: "before"}

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..grouping_by_step import group_by_score, group_pairs
+from ..core.method import BlockShape, Method, Step
+from ..core.mixer_signals import MixerSignals
+from ..core.registry import register
+from ..core.schedule import even_removal, keep_count, removed_per_layer, spread
+from ..core.tokens import Layout, Tokens
 from ..maps import MergeMap, TokenMap
-from ..mixer_signals import MixerSignals
-from ..registry import register
-from ..schedules import even_removal, keep_count, removed_per_layer, spread
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.matching.by_step import group_by_score, group_pairs
 
 _DEFAULT_R = 11
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.selection import own_counts, raster_order, real_rows
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import MergeMap, TokenMap
-from ..registry import register
-from ..rows import stable_order
-from ..selection import own_counts, raster_order, real_rows
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.rows import stable_order
 
 
 @register

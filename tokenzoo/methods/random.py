@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from ..core.keep_rate import KeepRate
+from ..core.method import Step
+from ..core.registry import register
+from ..core.selection import keep_best
+from ..core.signals import Signals
+from ..core.tokens import Tokens
 from ..maps import TokenMap
-from ..registry import register
-from ..selection import keep_best
-from ..signals import Signals
-from ..tokens import Tokens
-from ._keep_rate import KeepRate
-from .base import Step
-
-_PRIME = 2_147_483_647
+from ..ops.draw import fixed_draw
 
 
 @register
@@ -51,12 +49,3 @@ class Random(KeepRate):
             scores = fixed_draw(tokens.length, self.seed * 1009 + step.block, tokens.x.device)
             scores = scores.expand(tokens.x.shape[0], -1)
         return keep_best(scores, tokens, self.kept(step, tokens.layout))
-
-
-def fixed_draw(length: int, seed: int, device: torch.device) -> Tensor:
-    """Pseudo-random scores [length] from integers alone: equal on every device, traceable, exportable."""
-    x = torch.arange(1, length + 1, device=device) * 7919 + (seed % 100_003) * 104_729 + 12_345
-    for factor in (48_271, 69_621, 39_373):
-        x = (x % _PRIME) * factor % _PRIME
-        x = x * x % _PRIME  # squaring leaves the lattice of a plain congruential generator
-    return x.double() / _PRIME

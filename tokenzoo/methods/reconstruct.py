@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens, TraceStep
 from ..maps import RestoreMap, TokenMap
-from ..registry import register
-from ..signals import Signals
-from ..tokens import Layout, Tokens, TraceStep
-from .base import BlockShape, Method, Step
 
 
 @register

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..core.method import BlockShape, Step
+from ..core.mixer_signals import MixerSignals
+from ..core.registry import register
+from ..core.remove_count import RemoveCount
+from ..core.tokens import Layout, Tokens
 from ..maps import KeepMap, MergeMap, TokenMap
-from ..mixer_signals import MixerSignals
-from ..ordered_matching import DISTANCES, alternate_pairs, sort_pairs
-from ..registry import register
-from ..scan_order import from_scan, to_scan
-from ..tokens import Layout, Tokens
-from ._remove_count import RemoveCount
-from .base import BlockShape, Step
+from ..ops.matching.ordered import DISTANCES, alternate_pairs, sort_pairs
+from ..ops.scan_order import from_scan, to_scan
 
 METRICS = ("hidden", "B", "C", "delta")
 # channels of each metric for C of the stream, as in all published models: 16 states, 2 C inside the mixer

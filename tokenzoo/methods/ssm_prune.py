@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.keep_rate import KeepRate
+from ..core.method import Method, Step
+from ..core.mixer_signals import MixerSignals
+from ..core.registry import register
+from ..core.tokens import Layout, Tokens
 from ..maps import KeepMap, TokenMap
-from ..mixer_signals import MixerSignals
-from ..registry import register
-from ..scan_order import from_scan, to_scan
-from ..tokens import Layout, Tokens
-from ._keep_rate import KeepRate
-from .base import Method, Step
+from ..ops.scan_order import from_scan, to_scan
 
 SCORES = ("both_ungated", "both", "backward", "released")
 MEASURES = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import SuperTokenMap, TokenMap
-from ..registry import register
-from ..rows import split_dim
-from ..signals import Signals
-from ..super_tokens import SLOTS, associate, to_cells
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.cells.super_tokens import SLOTS, associate, to_cells
+from ..ops.rows import split_dim
 
 
 @register

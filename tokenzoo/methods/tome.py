@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.schedule import even_removal, removed_per_layer
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import MergeMap, TokenMap
-from ..matching import bipartite_pairs
-from ..registry import register
-from ..schedules import even_removal, removed_per_layer
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
+from ..ops.matching.bipartite import bipartite_pairs
 
 
 @register
@@ -21,7 +21,7 @@ class ToMe(Method):
 
     Args:
         r: tokens to remove a block: an int, a list with one entry a block (missing ones 0), or (r, slope), see
-            `tokenzoo.schedules.removed_per_layer`. With `layers` given, entries are for those blocks.
+            `tokenzoo.core.schedule.removed_per_layer`. With `layers` given, entries are for those blocks.
         prop_attn: add the log size of a token to its attention logit (authors: on for supervised weights used off the
             shelf, off for MAE weights used off the shelf).
         mass_pool: average pooling weighs tokens by size (the MAE variant); off is the plain mean of what is left, as

@@ -8,18 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..adaptive import even_and_odd, merge_pairs
-from ..attention import full_precision
+from ..core.adaptive import even_and_odd, merge_pairs
+from ..core.method import BlockShape, Method, Step
+from ..core.registry import register
+from ..core.selection import own_counts, raster_order
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import MergeMap, TokenMap
-from ..matching import best_odd, bipartite_pairs
-from ..registry import register
-from ..rows import stable_order
-from ..selection import own_counts, raster_order
-from ..signals import Signals
-from ..strided import best_destination, cell_split, split_pairs, stretch_split
-from ..tokens import Layout, Tokens
-from .base import BlockShape, Method, Step
-from .random import fixed_draw
+from ..ops.attention import full_precision
+from ..ops.draw import fixed_draw
+from ..ops.matching.bipartite import best_odd, bipartite_pairs
+from ..ops.matching.strided import best_destination, cell_split, split_pairs, stretch_split
+from ..ops.rows import stable_order
 
 BRANCHES = ("attention", "mlp")
 METRICS = ("x", "normed")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.keep_rate import KeepRate
+from ..core.method import BlockShape, Step
+from ..core.registry import register
+from ..core.selection import importance_macs, keep_best
+from ..core.signals import Signals
+from ..core.tokens import Layout, Tokens
 from ..maps import TokenMap
-from ..registry import register
-from ..selection import keep_best
-from ..signals import Signals
-from ..tokens import Layout, Tokens
-from ._keep_rate import KeepRate
-from .base import BlockShape, Step
 
 
 @register
@@ -40,9 +40,3 @@ class TopK(KeepRate):
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return importance_macs(n, shape, layout)
-
-
-def importance_macs(n: int, shape: BlockShape, layout: Layout) -> int:
-    """Multiply-adds of ranking tokens: one softmax row, or all rows where there is no class token."""
-    rows = 1 if layout.has_class else n
-    return rows * n * shape.num_heads * shape.head_dim

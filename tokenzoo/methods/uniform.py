@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.keep_rate import KeepRate
+from ..core.method import Step
+from ..core.registry import register
+from ..core.selection import own_counts, real_rows, with_prefix
+from ..core.signals import Signals
+from ..core.tokens import Tokens
 from ..maps import KeepMap, TokenMap
-from ..registry import register
-from ..rows import stable_order
-from ..selection import own_counts, real_rows, with_prefix
-from ..signals import Signals
-from ..tokens import Tokens
-from ._keep_rate import KeepRate
-from .base import Step
+from ..ops.rows import stable_order
 
 
 @register

@@ -1,10 +1,10 @@
 """Backbones that timm lacks, registered with timm: `timm.create_model("svit_small")` works after `import tokenzoo`."""
 
-from . import vim_sizes
 from .lv_vit import LVViT
-from .plain_mamba import PlainMamba
-from .svit import SViT
+from .plain_mamba.model import PlainMamba
+from .svit.model import SViT
 from .t2t_vit import T2TViT
-from .vim import VisionMamba
+from .vim import sizes as vim_sizes
+from .vim.model import VisionMamba
 
 __all__ = ["LVViT", "PlainMamba", "SViT", "T2TViT", "VisionMamba", "vim_sizes"]

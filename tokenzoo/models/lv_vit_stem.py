@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layer_macs import conv_macs
+from ..ops.layer_macs import conv_macs
 from ._embed import MapEmbed
 from ._place import made_on
 

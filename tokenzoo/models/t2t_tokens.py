@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp, use_fused_attn
 from torch import Tensor, nn
 
-from ..attention import Heads, attend, full_precision
-from ..layer_macs import linear_macs
+from ..ops.attention import Heads, attend, full_precision
+from ..ops.layer_macs import linear_macs
 from ._embed import MapEmbed
 from ._place import made_on
 

@@ -7,6 +7,8 @@ from .run import train
 from .token_distillation import token_distillation
 from .token_label import TokenLabelLoss
 
+__path__ += [f"{__path__[0]}/../kept/training"]  # where modules stood that have moved
+
 __all__ = [
     "TokenLabelLoss",
     "TrainStep",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..evaluation.data import Broken
+from ..evaluation.broken import Broken
 from .augment import training_transform
 from .data import Splits
 from .distributed import World

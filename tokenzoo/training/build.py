@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..patching import is_patched, patch_model, recipe
-from ..recipes import Recipe
-from ..registry import list_methods
+from ..adapters.inspect import is_patched
+from ..apply.patch import patch_model, recipe
+from ..core.recipe import Recipe
+from ..core.registry import list_methods
 from .seeds import METHOD, MODEL, seed_everything
 
 _log = logging.getLogger(__name__)

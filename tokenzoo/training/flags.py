@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from ..registry import list_methods
+from ..core.registry import list_methods
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..patching import backbone_of, is_patched, update_method
-from ..schedules import cosine_keep_rate
+from ..adapters.inspect import is_patched
+from ..adapters.wrappers import backbone_of
+from ..apply.patch import update_method
+from ..core.schedule import cosine_keep_rate
 
 
 class KeepRateWarmup:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.inspect import is_patched
+from ..adapters.wrappers import backbone_of
+from ..apply.patch import update_method
+from ..core.tokens import Layout, Tokens
 from ..evaluation.runs import shared_copy
-from ..patching import backbone_of, is_patched, update_method
-from ..tokens import Layout, Tokens
 from .consistency import token_consistency
 from .seeds import STRENGTH, seed_of
 from .token_distillation import check_tokens, full_layout, patch_tokens, token_distillation

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from ..methods.base import plain
-from ..registry import list_methods, method_class
+from ..core.method import plain
+from ..core.registry import list_methods, method_class
 from .options import FREE, build_parser, flag
 
 _IN_RECIPE = frozenset({"method", "method_kwargs", "flops"})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..counting import report
+from ..cost.report import report
 from ..evaluation.environment import command_line, environment
 from ..evaluation.loading import data_config
 from ..evaluation.runs import Precision

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from ..evaluation.data import Broken, Pictures
+from ..evaluation.broken import Broken
+from ..evaluation.data import Pictures
 from ..evaluation.streams import IN_A_ROW, StreamWatch
 from .seeds import ORDER, PICTURE, seed_host, seed_of
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.classes import class_of
-from ..adapters.family import find_family
-from ..attention import full_precision
+from ..adapters.inspect import describe, is_patched
+from ..adapters.registry import find_family
+from ..core.tokens import Layout, Tokens
 from ..maps import ChainMap, MixMap, ReplaceMap, TokenMap
-from ..patching import describe, is_patched
-from ..scan_order import from_scan
-from ..tokens import Layout, Tokens
+from ..ops.attention import full_precision
+from ..ops.scan_order import from_scan
 
 
 def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..evaluation.data import Broken, Pictures
+from ..adapters.inspect import is_patched
+from ..apply.patch import unpatch_model
+from ..evaluation.broken import Broken
+from ..evaluation.data import Pictures
 from ..evaluation.loading import PictureLoader
 from ..evaluation.runs import Precision, shared_copy
-from ..patching import is_patched, unpatch_model
 from .data import Splits
 from .distributed import World
 

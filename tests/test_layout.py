@@ -1,0 +1,96 @@
+"""The folders are the architecture: what stands where, who imports whom, and the public paths that are kept."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+from test_docs import imported, rooms
+
+import tokenzoo
+
+PACKAGE = Path(__file__).parents[1] / "tokenzoo"
+KEPT = sorted(p.relative_to(PACKAGE / "kept").with_suffix("").as_posix() for p in (PACKAGE / "kept").rglob("*.py"))
+KEPT = [path.replace("/", ".") for path in KEPT if not path.endswith("__init__")]
+
+
+def files() -> dict[str, Path]:
+    """Files of the package by module path such as "adapters/block"; a folder stands for its `__init__`."""
+    named = {}
+    for path in PACKAGE.rglob("*.py"):
+        if "kept" in path.parts:
+            continue
+        module = path.parent if path.name == "__init__.py" else path.with_suffix("")
+        named[module.relative_to(PACKAGE).as_posix()] = path
+    return named
+
+
+def test_top_level():
+    """Folders, and nothing beside them but what makes a typed package."""
+    loose = {p.name for p in PACKAGE.iterdir() if p.is_file()}
+    assert loose == {"__init__.py", "py.typed"}
+
+
+def test_no_circle_between_files():
+    """Imports inside of functions count too: they hide a circle, they do not undo it."""
+    named = files()
+    graph = {module: imported(path) & set(named) for module, path in named.items()}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"circle: {' -> '.join((*way[way.index(module):], module))}"
+        if module not in done:
+            for target in sorted(graph[module] - {module}):
+                visit(target, (*way, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_rooms_stand_one_above_the_other():
+    """Every row of the table imports from rows above it only: so methods and adapters do not know each other."""
+    known = rooms()
+    order = list(known)
+    for room, allowed in known.items():
+        assert all(order.index(other) < order.index(room) for other in allowed), room
+    assert "adapters" not in known["methods"] and "methods" not in known["adapters"]
+    for room in ("methods", "adapters"):
+        assert not known[room] & {"cost", "apply", "dense", "view", "evaluation", "training", "cli"}
+
+
+def test_no_method_imports_another():
+    for path in (PACKAGE / "methods").glob("*.py"):
+        assert not any(target.startswith("methods") for target in imported(path)) or path.name == "__init__.py", path
+
+
+@pytest.mark.parametrize("path", KEPT)
+def test_kept_paths_are_the_same_objects(path: str):
+    """Code of version 0.1 goes on: the old path holds the classes and functions of the new one."""
+    (line,) = [
+        node for node in ast.parse((PACKAGE / "kept" / f"{path.replace('.', '/')}.py").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+    ]  # fmt: skip
+    old, new = importlib.import_module(f"tokenzoo.{path}"), importlib.import_module(line.module)
+    own = {name: value for name, value in vars(new).items() if getattr(value, "__module__", "") == new.__name__}
+    names = [name for name in own if not name.startswith("_")]
+    assert names and all(getattr(old, name) is getattr(new, name) for name in names)
+
+
+@pytest.mark.parametrize("path", ["tokens", "schedules", "lifting", "dense", "layers", "evaluation", "models"])
+def test_documented_paths(path: str):
+    assert importlib.import_module(f"tokenzoo.{path}")
+
+
+def test_a_family_name_is_taken_once():
+    from tokenzoo.adapters.registry import families, register_family
+
+    first = families()[0]
+    assert register_family(first) is first  # the same one again
+    with pytest.raises(ValueError, match="taken"):
+        register_family(type(first)(**{**vars(first), "summary": "another"}))
+    with pytest.raises(ValueError, match="served by the family 'vision_transformer'"):
+        register_family(type(first)(**{**vars(first), "name": "mine"}))
+    assert tokenzoo.list_backbones()[first.name]

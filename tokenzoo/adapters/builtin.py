@@ -1,0 +1,15 @@
+"""The families that come with the package; importing this file registers them."""
+
+from __future__ import annotations
+
+from .eva.model import FAMILY as EVA
+from .registry import register_family
+from .sam.model import FAMILY as SAM
+from .scan.plain_mamba import FAMILY as PLAIN_MAMBA
+from .scan.vim import FAMILY as VIM
+from .svit.model import FAMILY as SVIT
+from .vit.model import FAMILY as VIT
+from .vit.stems import FAMILY as STEMS
+
+for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA):
+    register_family(_family)

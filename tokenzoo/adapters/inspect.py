@@ -1,0 +1,72 @@
+"""What a served model is: its layout, the steps of its blocks, whether it is patched."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..core.method import Step
+from ..core.recipe import Recipe
+from ..core.tokens import Layout
+from .backbone import BackboneInfo
+from .classes import unwrapped
+from .registry import families, family_of
+from .wrappers import backbone_of
+
+
+def list_backbones() -> dict[str, list[str]]:
+    """Served model classes by family."""
+    return {family.name: [cls.__name__ for cls in family.models] for family in families()}
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model carries a recipe."""
+    return hasattr(backbone_of(model), "tokenzoo_recipe")
+
+
+def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Recipe | None = None) -> BackboneInfo:
+    """Depth, width and token layout of a served model.
+
+    Args:
+        model: patched or not.
+        grid: patch grid; None for the model's own image size.
+        recipe: decides which side data is tracked.
+    """
+    family = family_of(model)
+    if family is not None and family.layout is not None:
+        return BackboneInfo(len(model.blocks), model.embed_dim, family.layout(model))
+    if family is not None and family.sequences is not None:
+        layouts = family.sequences(model, grid, recipe)
+        return BackboneInfo(len(model.blocks), model.embed_dim, layouts.pop(0), layouts)
+    if grid is None:
+        grid = model.patch_embed.grid_size
+        if grid is None:
+            raise ValueError(
+                f"{type(model).__name__}.patch_embed has no grid size; call model.set_input_size(img_size=...) first"
+            )
+    size = recipe is not None and recipe.track_size
+    positions = recipe is not None and recipe.track_positions
+    keep = recipe is not None and recipe.keeps_trace
+    added = 0 if recipe is None else recipe.protect
+    prefix = model.num_prefix_tokens + added
+    layout = Layout(prefix, model.cls_token is not None, tuple(grid), size, positions, keep_values=keep, added=added)
+    return BackboneInfo(len(model.blocks), model.embed_dim, layout)
+
+
+def total_blocks(backbone: nn.Module) -> int:
+    """Blocks that a patched model had when it was patched; `prune_intermediate_layers` may have taken some since."""
+    plans = [block.tokenzoo for block in blocks_of(backbone)]
+    return plans[0].total if plans else 0
+
+
+def running_steps(backbone: nn.Module) -> dict[int, tuple[Step, ...]]:
+    """The steps of every block of a patched model that runs, and behind the last one those after the final norm."""
+    plans = [block.tokenzoo for block in blocks_of(backbone)]
+    steps = {i: tuple(s for s in plan.steps if s.method.place != "norm") for i, plan in enumerate(plans)}
+    if plans:
+        steps[len(plans) - 1] += plans[-1].at("norm")
+    return steps
+
+
+def blocks_of(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a model that run, without what is wrapped around them."""
+    return [unwrapped(block) for block in backbone.blocks]

@@ -1,0 +1,85 @@
+"""The list of backbone families; a family from outside joins it as those that come with the package do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .backbone import Family
+from .classes import class_of, path_of
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Adds a backbone family, so that `patch_model` and everything behind it serves its models.
+
+    Args:
+        family: exact classes and what patching makes of them.
+
+    Returns:
+        The family.
+
+    Raises:
+        ValueError: its name is taken, or another family serves one of its model classes.
+    """
+    taken = _FAMILIES.get(family.name)
+    if taken is not None and taken is not family:
+        raise ValueError(f"family name {family.name!r} is taken; give another one")
+    for other in families():
+        both = set(other.models) & set(family.models)
+        if other is not family and both:
+            raise ValueError(f"{', '.join(map(path_of, both))} is served by the family {other.name!r} already")
+    _FAMILIES[family.name] = family
+    return family
+
+
+def families() -> tuple[Family, ...]:
+    """All families, in the order in which they were registered."""
+    return tuple(_FAMILIES.values())
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family that serves a model, patched or not; None where none does."""
+    cls = class_of(model)
+    return next((f for f in families() if cls in f.models or cls in f.models.values()), None)
+
+
+def find_family(model: nn.Module) -> Family:
+    """The family that serves a model's exact class, patched or not.
+
+    Raises:
+        TypeError: no family does; the message names the class, and a served model inside it if there is one.
+    """
+    family = family_of(model)
+    if family is not None:
+        return family
+    refuse_around(model)
+    served = ", ".join(path_of(cls) for family in families() for cls in family.models)
+    raise TypeError(
+        f"{path_of(class_of(model))} is no backbone that tokenzoo can patch; it serves exactly {served} (see "
+        "tokenzoo.list_backbones()); a model that wraps one: patch the wrapped module"
+    )
+
+
+def refuse_around(model: nn.Module) -> None:
+    """Refuses a model of a class that no family serves, if there is a served one inside it.
+
+    Raises:
+        TypeError: with the way to the one inside.
+    """
+    paths = [] if family_of(model) is not None else list(_served_inside(model))
+    if paths:
+        raise TypeError(
+            f"{path_of(class_of(model))} is no backbone that tokenzoo can patch, but one is wrapped in it: give "
+            f"{' or '.join(paths)} instead"
+        )
+
+
+def _served_inside(model: nn.Module) -> Iterator[str]:
+    """How to reach each served model inside one of another class: "model.visual.trunk"."""
+    for name, module in model.named_modules():
+        if family_of(module) is not None:
+            dotted = all(part.isidentifier() for part in name.split("."))
+            yield f"model.{name}" if dotted else f"model.get_submodule({name!r})"

@@ -1,0 +1,1 @@
+"""timm's image encoders of Segment Anything."""

@@ -1,0 +1,1 @@
+"""Models that scan their tokens: Vision Mamba and PlainMamba."""

@@ -1,0 +1,1 @@
+"""SViT, stage by stage."""

@@ -1,0 +1,1 @@
+"""timm's plain ViTs and the stems that share them."""

@@ -1,0 +1,149 @@
+"""What patching changes in a model: prepared first, then done all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import nn
+
+from ..adapters.backbone import BackboneInfo, Family
+from ..adapters.block import OUTSIDE, BlockPlan, ReducingBlock
+from ..adapters.classes import class_of, refuse_derived
+from ..adapters.inspect import blocks_of
+from ..adapters.swapping import swap_attentions
+from ..core.method import Step
+from ..core.recipe import Placed, Recipe
+
+
+class Change(NamedTuple):
+    """What one block gets.
+
+    Attributes:
+        block: the block, without what is wrapped around it.
+        kind: its reducing class.
+        plan: what it does about tokens.
+        modules: learned modules of its methods by name.
+    """
+
+    block: nn.Module
+    kind: type
+    plan: BlockPlan
+    modules: dict[str, nn.Module]
+
+
+def prepare(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> list[Change]:
+    """Works out what every block gets; the model is not touched.
+
+    Args:
+        backbone: patched or not.
+        family: the family that serves it.
+        recipe: the recipe.
+        info: the model as it is.
+        total: blocks that the recipe is for; the model may have lost some of them since it was patched.
+
+    Raises:
+        ValueError: a strength that cannot be reached.
+    """
+    steps = recipe.steps(total)
+    counts = Placed.of(recipe, steps).token_counts(info.depth, info.layout, info.restarts)
+    padded = any(method.pads for method in recipe.methods)
+    changes = []
+    for index, (block, row) in enumerate(zip(blocks_of(backbone), counts)):
+        layout, stop = info.sequence(index)
+        kind, modules, kept = family.block_kind(block), {}, []
+        for step, n, n_out in row:
+            module = step.method.module(_width(block, kind, step, info), step)
+            if module is not None:
+                like = next(block.parameters())
+                modules[step.key] = module.to(like.device, like.dtype).train(block.training)
+            step = step.resolved(n, n_out, layout, padded)
+            kept.append(step if module is not None else step._replace(key=None))
+        plan = BlockPlan(index, stop, tuple(kept), recipe.proportional, layout, total=total)
+        changes.append(Change(block, kind, plan, modules))
+    acting = [step for change in changes for step in change.plan.steps]
+    acting += [step._replace(key=None) for index in range(len(changes), total) for step in steps.get(index, ())]
+    outside = tuple(step for step in acting if step.method.place in OUTSIDE)
+    return [change._replace(plan=change.plan._replace(outside=outside)) for change in changes]
+
+
+def _width(block: nn.Module, kind: type, step: Step, info: BackboneInfo) -> int:
+    """Channels of the residual stream in a block."""
+    return kind.shape(block).dim if issubclass(kind, ReducingBlock) else info.dim
+
+
+def install(backbone: nn.Module, family: Family, recipe: Recipe, changes: list[Change]) -> list[str]:
+    """Puts a prepared recipe onto a model that may carry another one already.
+
+    Returns:
+        Names of new parameters.
+    """
+    kind = family.model_kind(backbone)
+    with all_or_nothing([backbone, *(part for change in changes for part in change.block.modules())]):
+        for change in changes:
+            block = change.block
+            if class_of(block) is not change.kind:
+                block.__class__ = change.kind
+                swap_attentions(block, family.attentions)
+            for name, module in change.modules.items():
+                block.add_module(name, module)
+            block.tokenzoo = change.plan
+            if family.sequences is not None:  # such blocks go back to the full map themselves
+                block.tokenzoo_recipe = recipe
+        backbone.tokenzoo_recipe = recipe
+        if class_of(backbone) is not kind:
+            backbone.__class__ = kind
+    return [
+        f"blocks.{index}.{key}.{name}"
+        for index, change in enumerate(changes)
+        for key, module in change.modules.items()
+        for name, _ in module.named_parameters()
+    ]
+
+
+def remove(backbone: nn.Module, family: Family) -> None:
+    """Takes the recipe off a model.
+
+    Raises:
+        TypeError: torch has changed the class of the model or of a block since.
+    """
+    blocks = blocks_of(backbone)
+    refuse_derived(backbone, "the model")
+    for index, block in enumerate(blocks):
+        refuse_derived(block, f"blocks.{index}")
+        for name, part in block.named_modules():
+            if class_of(part) in family.attentions.values():
+                refuse_derived(part, f"blocks.{index}.{name}")
+    plain_models = {new: old for old, new in family.models.items()}
+    plain_blocks = {new: old for old, new in family.blocks.items()}
+    plain_attentions = {new: old for old, new in family.attentions.items()}
+    with all_or_nothing([backbone, *(part for block in blocks for part in block.modules())]):
+        for block in blocks:
+            for step in block.tokenzoo.steps:
+                if step.key is not None:
+                    delattr(block, step.key)
+            del block.tokenzoo
+            if family.sequences is not None:
+                del block.tokenzoo_recipe
+            block.__class__ = plain_blocks[type(block)]
+            swap_attentions(block, plain_attentions)
+        del backbone.tokenzoo_recipe
+        backbone.__class__ = plain_models[type(backbone)]
+
+
+@contextmanager
+def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gives modules back their classes, attributes and children if anything raises inside."""
+    kept = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, children in kept:
+            if type(module) is not cls:
+                module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+        raise

@@ -1,0 +1,226 @@
+"""Putting a recipe onto a model and taking it off again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..adapters.backbone import BackboneInfo, Family
+from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
+from ..adapters.inspect import blocks_of, describe, is_patched, total_blocks
+from ..adapters.overrides import refuse_leftovers, refuse_overrides
+from ..adapters.registry import families, find_family, refuse_around
+from ..adapters.wrappers import backbone_of, backbone_to_patch
+from ..core.method import Method
+from ..core.recipe import Recipe, take_flops
+from ..core.registry import check_options, declaring
+from .install import Change, install, prepare, remove
+from .solve import solve_flops
+
+_log = logging.getLogger(__name__)
+
+
+def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **options: Any) -> nn.Module:
+    """Makes a model reduce tokens, in place; weights and their names stay as they are.
+
+    Args:
+        model: a timm model of a served family, timm's `features_only` wrapper of one, or a dense model.
+        method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
+        flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
+            the method is solved for. A dict or file may hold it too.
+        **options: options of the method, and `merged_positions`, `dense` (forward_features gives all tokens back),
+            `fill` (what dropped tokens get then) and `protect` (tokens added behind the prefix, such as prompts), see
+            `tokenzoo.core.recipe.Recipe`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: a model, block or attention class that is not served.
+        ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
+            method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
+    """
+    backbone = backbone_to_patch(model)
+    if hasattr(backbone, "tokenzoo_recipe"):
+        raise ValueError(
+            f"{type(backbone).__name__} is patched already with {backbone.tokenzoo_recipe.to_dict()}; call "
+            "tokenzoo.unpatch_model(model) first, or give all methods in one list"
+        )
+    family = find_family(backbone)
+    _check(backbone, family)
+    method, flops = take_flops(method, flops)
+    recipe = Recipe.parse(method, **options)
+    info = describe(backbone, recipe=recipe)
+    if flops is not None:
+        _check_recipe(backbone, family, recipe, info, info.depth)
+        recipe = solve_flops(backbone, family, recipe, info, flops)
+    new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, info.depth))
+    if new:
+        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
+    return model
+
+
+def _prepared(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> list[Change]:
+    """What every block gets, after all checks; nothing is changed."""
+    _check_recipe(backbone, family, recipe, info, total)
+    changes = prepare(backbone, family, recipe, info, total)  # raises for strengths that cannot be reached
+    _check_branches(changes)
+    return changes
+
+
+def _check(backbone: nn.Module, family: Family) -> None:
+    """Refuses models whose parts are not exactly known, before anything is changed."""
+    refuse_derived(backbone, "the model")
+    for index, block in enumerate(backbone.blocks):
+        refuse_wrapped(block, f"blocks.{index}")
+        refuse_derived(block, f"blocks.{index}")
+    family.check(backbone)
+    if len(backbone.blocks) == 0:
+        raise ValueError(f"{type(backbone).__name__}.blocks is empty: there is no block to patch")
+    for index, block in enumerate(backbone.blocks):
+        if type(block) not in family.blocks:
+            raise TypeError(
+                f"blocks.{index} is {path_of(type(block))}, which the {family.name} family does not serve; it serves "
+                f"exactly {', '.join(map(path_of, family.blocks))}"
+            )
+        inner = family.check_block(block)
+        if inner is not None:
+            refuse_derived(inner, f"a part of blocks.{index}")
+            raise TypeError(
+                f"blocks.{index} attends with {path_of(type(inner))}, which the {family.name} family does not know; "
+                "use timm's own attention layers"
+            )
+    refuse_overrides(backbone, family)
+
+
+def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> None:
+    """Refuses recipes that the model cannot follow."""
+    name = type(backbone).__name__
+    if not recipe.steps(total) and all(m.layers in ((), "others") for m in recipe.methods):
+        raise ValueError(f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers from 0 to {total - 1}")
+    if recipe.protect and (family.layout is not None or family.sequences is not None):
+        raise ValueError(
+            f"protect={recipe.protect}: the sequence of {name} has no place for added tokens, since its blocks see "
+            "windows, stages or a scan; leave protect out"
+        )
+    for method in recipe.methods:
+        _check_mixing(method, name, family)
+        for layout in (info.layout, *(info.restarts or {}).values()):
+            method.check(layout, name)
+        method.check_recipe(recipe.methods, total)
+    if total == info.depth:  # else it was checked on the whole model
+        family.check_recipe(backbone, recipe)
+
+
+def _check_mixing(method: Method, name: str, family: Family) -> None:
+    """Refuses methods that look at attention on models that scan, and the other way round."""
+    if method.reads_scan and not family.scans:
+        scanning = ", ".join(cls.__name__ for f in families() if f.scans for cls in f.models)
+        raise ValueError(
+            f"{method.name} looks into the scan of a block, and {name} has none; it works on {scanning} (for models "
+            "that attend see evit, topk or tome)"
+        )
+    if family.scans and not method.serves_scans:
+        raise ValueError(
+            f"{method.name} looks at attention or changes it, and {name} has none: its tokens are scanned; use one of "
+            f"{', '.join(declaring('serves_scans'))}"
+        )
+
+
+def _check_branches(changes: list[Change]) -> None:
+    """Refuses what needs a branch of its own where attention and MLP share one."""
+    for change in changes:
+        name = type(change.block).__name__
+        for step in change.plan.steps:
+            if step.method.place != "around" or change.kind.mlp_follows:
+                continue
+            if "attention" not in step.method.branches:
+                raise step.error(
+                    f"branches={step.method.branches}, but the MLP of {name} runs beside attention; add 'attention' to "
+                    "the branches"
+                )
+            if step.method.replaces_attention:
+                raise step.error(
+                    f"the attention of {name} cannot be replaced, since its MLP runs in the same branch; use a model "
+                    "whose blocks keep the two apart"
+                )
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Takes the recipe off again, in place; outputs are bit-equal to those before patching.
+
+    Raises:
+        ValueError: the model is not patched, or a method was set on it since that would go on reducing tokens.
+    """
+    backbone = _patched_backbone(model, "there is nothing to take off")
+    family = find_family(backbone)
+    refuse_leftovers(backbone, family)
+    remove(backbone, family)
+    return model
+
+
+def _patched_backbone(model: nn.Module, remedy: str) -> nn.Module:
+    """The backbone of a patched model."""
+    backbone = backbone_of(model)
+    if not hasattr(backbone, "tokenzoo_recipe"):
+        refuse_around(backbone)
+        raise ValueError(f"{type(backbone).__name__} is not patched; {remedy}")
+    return backbone
+
+
+@contextmanager
+def patched(model: nn.Module, method: Any, **options: Any) -> Iterator[nn.Module]:
+    """Context in which a model is patched; arguments as for `patch_model`."""
+    patch_model(model, method, **options)
+    try:
+        yield model
+    finally:
+        if is_patched(model):
+            unpatch_model(model)
+
+
+def recipe(model: nn.Module) -> dict[str, Any]:
+    """The recipe of a patched model as a flat dict that `patch_model` takes back; JSON and YAML safe.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    backbone = _patched_backbone(model, "it has no recipe")
+    held, total = backbone.tokenzoo_recipe, total_blocks(backbone)
+    return (held if len(backbone.blocks) == total else held.cut(total, len(backbone.blocks))).to_dict()
+
+
+def update_method(model: nn.Module, method: str | None = None, **options: Any) -> nn.Module:
+    """Changes options of a patched model's method between two forward passes, for instance a keep rate during training.
+
+    Args:
+        model: a patched model.
+        method: which method of the recipe, needed only when there are several.
+        **options: the options to change.
+
+    Raises:
+        ValueError: not patched, an unknown option, a strength that cannot be reached, or a method with parameters.
+    """
+    backbone = _patched_backbone(model, "call tokenzoo.patch_model first")
+    old = backbone.tokenzoo_recipe
+    names = [m.name for m in old.methods]
+    if method is None and len(names) > 1:
+        raise ValueError(f"the recipe holds {', '.join(names)}; say which one with method='...'")
+    chosen = names[0] if method is None else method
+    if names.count(chosen) != 1:
+        raise ValueError(f"the recipe holds {', '.join(names)}; {chosen!r} does not name exactly one of them")
+    changed = old.methods[names.index(chosen)]
+    check_options(chosen, type(changed), options)
+    new = replace(old, methods=tuple(replace(m, **options) if m is changed else m for m in old.methods))
+    family, info = find_family(backbone), describe(backbone, recipe=new)
+    changes = _prepared(backbone, family, new, info, total_blocks(backbone))
+    learned = any(step.key for block in blocks_of(backbone) for step in block.tokenzoo.steps)
+    if learned or any(change.modules for change in changes):
+        raise ValueError(f"{chosen} keeps learned modules in its blocks; unpatch and patch again to change its options")
+    install(backbone, family, new, changes)
+    return model

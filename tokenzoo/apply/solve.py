@@ -1,0 +1,47 @@
+"""Solving for a budget: the strength whose multiply-adds are nearest to a share of the unpatched model's."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..adapters.backbone import BackboneInfo, Family
+from ..core.recipe import Recipe
+from ..cost.report import block_rows, read_costs
+
+
+def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, share: float) -> Recipe:
+    """The recipe at the strength whose multiply-adds are nearest to a share of the unpatched model's.
+
+    Args:
+        backbone: the unpatched model.
+        family: the family that serves it.
+        recipe: methods whose strength is solved for, all at the same relative strength.
+        info: layout at the resolution that counts.
+        share: target in (0, 1].
+
+    Raises:
+        ValueError: the share is outside (0, 1], or below what the methods can reach.
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError(f"flops={share!r}; give a share of the unpatched multiply-adds in (0, 1], such as 0.6")
+    costs = read_costs(backbone, family, info.layout)
+    base = sum(row.macs for row in block_rows(costs, None, info.layout))
+
+    def reached(t: float) -> tuple[Recipe, float]:
+        dialled = recipe.dial(t, info.depth, info.layout, info.restarts)
+        return dialled, sum(row.macs for row in block_rows(costs, dialled, info.layout)) / base
+
+    (weakest, high), (strongest, low) = reached(0.0), reached(1.0)
+    if share < low - 0.005:
+        raise ValueError(
+            f"flops={share} cannot be reached: at full strength {', '.join(m.name for m in recipe.methods)} leaves "
+            f"{low:.3f} of the multiply-adds; act in earlier layers or ask for more"
+        )
+    best = min((weakest, high), (strongest, low), key=lambda found: abs(found[1] - share))
+    bottom, top = 0.0, 1.0
+    for _ in range(40):
+        middle = (bottom + top) / 2
+        found = reached(middle)
+        best = min(best, found, key=lambda pair: abs(pair[1] - share))
+        bottom, top = (middle, top) if found[1] > share else (bottom, middle)
+    return best[0]

@@ -1,0 +1,1 @@
+"""What a model costs: by formula, and by tracing."""

@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.ops.attention`."""
+
+from tokenzoo.ops.attention import *  # noqa: F403

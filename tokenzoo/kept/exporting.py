@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.apply.export`."""
+
+from tokenzoo.apply.export import *  # noqa: F403

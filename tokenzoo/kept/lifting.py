@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.core.lift`."""
+
+from tokenzoo.core.lift import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.ops.matching.bipartite`."""
+
+from tokenzoo.ops.matching.bipartite import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.ops.projections`."""
+
+from tokenzoo.ops.projections import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.ops.rows`."""
+
+from tokenzoo.ops.rows import *  # noqa: F403

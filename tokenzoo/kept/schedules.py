@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.core.schedule`."""
+
+from tokenzoo.core.schedule import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.core.selection`."""
+
+from tokenzoo.core.selection import *  # noqa: F403

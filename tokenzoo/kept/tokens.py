@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.core.tokens`."""
+
+from tokenzoo.core.tokens import *  # noqa: F403

@@ -1,0 +1,1 @@
+"""Public paths of version 0.1 below `tokenzoo.training`."""

@@ -1,0 +1,3 @@
+"""Kept path of `tokenzoo.view.maps`."""
+
+from tokenzoo.view.maps import *  # noqa: F403

@@ -1,0 +1,1 @@
+"""The selective scan: forms, kernels, backends."""

@@ -1,0 +1,5 @@
+"""PlainMamba (Yang et al., BMVC 2024)."""
+
+from .model import PlainMamba
+
+__all__ = ["PlainMamba"]

@@ -1,0 +1,5 @@
+"""SViT (Huang et al., CVPR 2023)."""
+
+from .model import SViT
+
+__all__ = ["SViT"]

@@ -1,0 +1,1 @@
+"""Pure tensor operations: rows, attention, linear layers, scan orders, matching, cells; no word of models."""

@@ -1,0 +1,1 @@
+"""Token maps over images, and panels."""
