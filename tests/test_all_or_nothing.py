@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import scan_cases
@@ -16,6 +16,8 @@ from torch import nn
 import tokenzoo
 from tokenzoo.core import registry
 from tokenzoo.core.method import Method, Step
+from tokenzoo.core.mixins import Companion
+from tokenzoo.core.traits import BETWEEN, Traits
 from tokenzoo.models import SViT
 
 
@@ -110,11 +112,11 @@ def test_a_write_that_fails_leaves_the_model_as_it_was(family, monkeypatch):
     assert state(model) == plain and torch.equal(picture(model), start)
 
 
-STAGES = ("check", "check_recipe", "strengths", "tokens_out", "count", "module", "place", "scores_tokens")
+STAGES = ("check", "check_recipe", "strengths", "tokens_out", "count", "module", "place", "pads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faulty(Method):
+class Faulty(Companion, Method):
     """Keeps the first patches, with a learned module where asked for; raises at one stage from one block on."""
 
     keep: int
@@ -122,23 +124,14 @@ class Faulty(Method):
     block: int = 0
     learned: bool = True
 
-    name: ClassVar[str] = "faulty"
-    source: ClassVar[str] = "this test"
-    kind: ClassVar[str] = "prune"
+    name = "faulty"
+    source = "this test"
+    kind = "prune"
+    traits = Traits(place=lambda m: m._at("place") or BETWEEN, pads=lambda m: m._at("pads") or False)
 
     def _at(self, stage: str, block: int = 99) -> None:
         if self.stage == stage and block >= self.block:
             raise Broken(stage)
-
-    @property
-    def place(self) -> str:
-        self._at("place")
-        return "between"
-
-    @property
-    def scores_tokens(self) -> bool:
-        self._at("scores_tokens")
-        return False
 
     def check(self, layout, model):
         self._at("check")

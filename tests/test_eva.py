@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import timm
@@ -23,6 +23,7 @@ from tokenzoo.adapters.eva import model as eva
 from tokenzoo.adapters.eva.rope import Rope, check_rebuild, rotations, waves_of
 from tokenzoo.core.method import Method
 from tokenzoo.core.tokens import Layout, Tokens, trace_assign
+from tokenzoo.core.traits import Place, Traits
 from tokenzoo.maps import FuseMap, KeepMap, MergeMap
 
 try:  # timm >= 1.0.20
@@ -218,11 +219,8 @@ class Given(Method):
     first: int = 1
     where: str = "after"
 
-    name: ClassVar[str] = "given"
-
-    @property
-    def place(self) -> str:
-        return self.where
+    name = "given"
+    traits = Traits(place=lambda m: Place(m.where))
 
     def strengths(self, depth: int) -> dict[int, int]:
         return {self.first + i: i for i in range(len(self.maps))}

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import timm.optim
@@ -20,6 +20,7 @@ from tokenzoo.core import registry
 from tokenzoo.core.method import Method, Step
 from tokenzoo.core.signals import Signals
 from tokenzoo.core.tokens import Layout, Tokens
+from tokenzoo.core.traits import Place, Traits
 from tokenzoo.maps import MixMap, TokenMap
 
 
@@ -43,13 +44,10 @@ class ToySlim(Method):
     slots: int = 6
     at: str = "between"
 
-    name: ClassVar[str] = "toy_slim"
-    source: ClassVar[str] = "this test"
-    kind: ClassVar[str] = "merge"
-
-    @property
-    def place(self) -> str:
-        return self.at
+    name = "toy_slim"
+    source = "this test"
+    kind = "merge"
+    traits = Traits(place=lambda m: Place(m.at))
 
     def strengths(self, depth: int) -> dict[int, Any]:
         return {i: self.slots for i in self.resolve_layers(depth)}

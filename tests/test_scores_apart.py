@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import tokenzoo
 from tokenzoo.core import registry
 from tokenzoo.core.method import Method
 from tokenzoo.core.selection import keep_best
+from tokenzoo.core.traits import AFTER, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +23,10 @@ class Gathered(Method):
 
     keep: int = 8
 
-    name: ClassVar[str] = "gathered"
-    source: ClassVar[str] = "this test"
-    kind: ClassVar[str] = "prune"
-
-    @property
-    def place(self) -> str:
-        return "after"
-
-    @property
-    def scores_tokens(self) -> bool:
-        return True
+    name = "gathered"
+    source = "this test"
+    kind = "prune"
+    traits = Traits(place=AFTER, carries=True)
 
     def strengths(self, depth):
         (last,) = self.layers
@@ -42,7 +35,7 @@ class Gathered(Method):
     def tokens_out(self, n, step, layout):
         return min(n, layout.num_prefix + step.strength)
 
-    def score(self, tokens, signals, token_map, step):
+    def carry(self, tokens, signals, token_map, step):
         own = torch.arange(tokens.length, device=tokens.x.device).expand(tokens.x.shape[0], -1).float()
         return own if tokens.scores is None else tokens.scores + own
 

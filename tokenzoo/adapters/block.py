@@ -202,7 +202,7 @@ class ReducingBlock(HookedBlock):
         """The tokens with the scores that a method carries from block to block, brought up to date."""
         for step in self.tokenzoo.steps:
             if step.method.scores_tokens:
-                scores = step.method.score(tokens.seen_by(step.scorer), signals, merge, step)
+                scores = step.method.carry(tokens.seen_by(step.scorer), signals, merge, step)
                 tokens = tokens.with_scores(scores, step.scorer)
         return tokens
 

@@ -48,7 +48,7 @@ def block_cost(
 
 def inside_branch(branch: str, around: list[tuple[Step, int, int]], n: int, layout: Layout) -> int | None:
     """Tokens inside a branch that n tokens enter, None where nothing merges around it."""
-    steps = [step for step, _, _ in around if branch in step.method.branches]
+    steps = [step for step, _, _ in around if branch in step.branches]
     for step in steps:
         n = step.method.tokens_inside(n, step, layout)
     return n if steps else None

@@ -41,7 +41,7 @@ class Merging:
         maps: list[TokenMap] = []
         z: Tensor | None = None
         for order, step in enumerate(self.steps):
-            if branch not in step.method.branches:
+            if branch not in step.branches:
                 continue
             if not step.method.merges_stream and z is None:
                 z = read(tokens.x)
@@ -57,7 +57,7 @@ class Merging:
                 continue
             maps.append(token_map)
             z = None if step.method.merges_stream else token_map.apply(z)
-            if z is None or any(branch in later.method.branches for later in self.steps[order + 1 :]):
+            if z is None or any(branch in later.branches for later in self.steps[order + 1 :]):
                 tokens = tokens._replace(trace=None).reduce(token_map)  # what nobody reads is not merged
         merge = None if not maps else maps[0] if len(maps) == 1 else ChainMap(*maps)
         return merge, read(tokens.x) if z is None else z
@@ -66,7 +66,7 @@ class Merging:
         """The tokens with a note of what merged around a branch, for pictures; unchanged where nobody keeps a trace."""
         if tokens.trace is None:
             return tokens
-        names = [step.method.name for step in self.steps if branch in step.method.branches]
+        names = [step.method.name for step in self.steps if branch in step.branches]
         note = Inside(self.steps[0].block, " + ".join(names), token_map, len(tokens.trace))
         return tokens._replace(inside=(*tokens.inside, note))
 

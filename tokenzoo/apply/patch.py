@@ -17,6 +17,7 @@ from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
 from ..adapters.wrappers import backbone_of, backbone_to_patch
 from ..core.method import Method
+from ..core.mixins import Companion
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import check_options, declaring
 from .install import Change, install, prepare, remove
@@ -112,7 +113,8 @@ def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: Bac
         _check_mixing(method, name, family)
         for layout in (info.layout, *(info.restarts or {}).values()):
             method.check(layout, name)
-        method.check_recipe(recipe.methods, total)
+        if isinstance(method, Companion):
+            method.check_recipe(recipe.methods, total)
     if total == info.depth:  # else it was checked on the whole model
         family.check_recipe(backbone, recipe)
 
@@ -139,9 +141,9 @@ def _check_branches(changes: list[Change]) -> None:
         for step in change.plan.steps:
             if step.method.place != "around" or change.kind.mlp_follows:
                 continue
-            if "attention" not in step.method.branches:
+            if "attention" not in step.branches:
                 raise step.error(
-                    f"branches={step.method.branches}, but the MLP of {name} runs beside attention; add 'attention' to "
+                    f"branches={step.branches}, but the MLP of {name} runs beside attention; add 'attention' to "
                     "the branches"
                 )
             if step.method.replaces_attention:

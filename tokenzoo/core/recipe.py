@@ -13,6 +13,7 @@ import yaml
 from .dial import dial_in_parts
 from .lift import Fill
 from .method import PLACES, Method, Step
+from .mixins import Restoring
 from .registry import create_method
 from .tokens import Layout, TraceStep
 
@@ -71,7 +72,7 @@ class Recipe:
     def lift_trace(self, trace: tuple[TraceStep, ...]) -> tuple[TraceStep, ...]:
         """The trace with the options that methods have for the way back."""
         for method in self.methods:
-            trace = method.lift_trace(trace)
+            trace = method.lift_trace(trace) if isinstance(method, Restoring) else trace
         return trace
 
     @property
@@ -136,7 +137,7 @@ class Recipe:
             row = []
             inside: dict[str, int] = {}  # tokens inside each branch that something merges around
             for step in steps.get(block, ()):
-                for branch in step.method.branches:
+                for branch in step.branches:
                     inside[branch] = step.method.tokens_inside(inside.get(branch, n), step, layout)
                 if step.method.opens_span:
                     opened.append(n)
@@ -158,7 +159,7 @@ class Recipe:
         for method in self.methods:
             outside = method.place in ("embed", "norm", "maps")
             acting = [s for i in range(left) for s in steps.get(i, ()) if s.method is method]
-            closes = type(method).lift_trace is not Method.lift_trace
+            closes = isinstance(method, Restoring)
             if outside or acting:
                 if not closes or opened:
                     kept.append(method if outside else _pinned(method, acting, left))

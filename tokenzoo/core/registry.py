@@ -49,14 +49,18 @@ def declaring(*traits: str) -> list[str]:
     """Names of the methods whose class declares one of some traits; none is built, since options may be required.
 
     Args:
-        traits: names of properties of `Method` such as "serves_scans".
+        traits: names such as "serves_scans" or "opens_span".
     """
     return [name for name in list_methods() if any(_declares(_METHODS[name], trait) for trait in traits)]
 
 
-def _declares(cls: type[Method], trait: str) -> bool:
-    value = getattr(cls, trait)
-    return value if isinstance(value, bool) else value is not getattr(Method, trait)
+def _declares(cls: type[Method], name: str) -> bool:
+    own = getattr(cls, name)
+    if own is not getattr(Method, name):  # a class of version 0.1
+        return own if isinstance(own, bool) else True
+    if name == "serves_scans":
+        return cls.traits.scans is not None
+    return bool(getattr(cls.traits, name))  # a function of the options may say yes
 
 
 def create_method(name: str, **options: Any) -> Method:

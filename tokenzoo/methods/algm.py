@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from ..core.adaptive import (
     window_similarity,
 )
 from ..core.method import BlockShape, Method, Step
+from ..core.options import number, pair, sides
 from ..core.registry import register
 from ..core.schedule import spread
 from ..core.selection import host_ranges
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import Traits
 from ..maps import MergeMap, TokenMap
 from ..ops.attention import full_precision
 from ..ops.matching.bipartite import best_odd, bipartite_pairs
@@ -67,57 +70,30 @@ class ALGM(Method):
     Segmentation with Plain Vision Transformers", CVPR 2024.
     """
 
-    threshold: float = 0.88
-    window: int | tuple[int, int] = 2
+    threshold: float = number(0.88, "give a cosine such as 0.88")
+    window: int | tuple[int, int] = pair(2, "holds no two patches; use 2 or more", area=2)
     r: int | tuple[int, ...] | None = None
     batch_min: bool = False
     prop_attn: bool = False
 
-    name: ClassVar[str] = "algm"
-    source: ClassVar[str] = "Norouzi et al., CVPR 2024"
-    kind: ClassVar[str] = "merge"
-    static_option: ClassVar[str] = "r=(20, 40)"
-    uses_positions: ClassVar[bool] = True
+    name = "algm"
+    source = "Norouzi et al., CVPR 2024"
+    kind = "merge"
+    traits = Traits(
+        positions=True, proportional=lambda m: m.prop_attn, mass_pool=True, decodes_reduced=True, static="r=(20, 40)",
+        data_dependent=lambda m: m._open, pads=lambda m: m._open and not m.batch_min,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise TypeError(f"algm: threshold={self.threshold!r}; give a cosine such as 0.88")
-        window = (self.window, self.window) if type(self.window) is int else self.window
-        if not isinstance(window, (tuple, list)) or len(window) != 2 or any(type(v) is not int for v in window):
-            raise TypeError(f"algm: window={self.window!r}; give one whole number or two (down, right)")
-        if min(window) < 1 or window[0] * window[1] < 2:
-            raise ValueError(f"algm: window={self.window!r} holds no two patches; use 2 or more")
-        object.__setattr__(self, "window", window[0] if window[0] == window[1] else tuple(window))
-        r = tuple(self.r) if isinstance(self.r, list) else self.r
-        for count in r if isinstance(r, tuple) else (r,):
+        for count in self.r if isinstance(self.r, tuple) else (self.r,):
             if count is not None and (type(count) is not int or count < 0):
                 raise ValueError(f"algm: r={self.r!r}; give counts of windows and pairs to merge, or None")
-        object.__setattr__(self, "r", r)
 
     @property
-    def decodes_reduced(self) -> bool:
-        return True
-
-    @property
-    def proportional(self) -> bool:
-        return self.prop_attn
-
-    @property
-    def mass_weighted_pool(self) -> bool:
-        return True
-
-    @property
-    def data_dependent(self) -> bool:
+    def _open(self) -> bool:
+        """Whether the image decides some count."""
         return self.r is None or (isinstance(self.r, tuple) and None in self.r)
-
-    @property
-    def pads(self) -> bool:
-        return self.data_dependent and not self.batch_min
-
-    @property
-    def _window(self) -> tuple[int, int]:
-        return (self.window, self.window) if isinstance(self.window, int) else self.window
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return (0,) if depth == 1 else (0, max(1, depth // 3))
@@ -130,7 +106,7 @@ class ALGM(Method):
 
     def _windows(self, patches: int, layout: Layout) -> int:
         """Windows, or stretches where the patches do not form the grid, that can merge."""
-        down, right = self._window
+        down, right = sides(self.window)
         if patches == layout.num_patches:
             return (layout.grid[0] // down) * (layout.grid[1] // right)
         # n - 1 fewer than there are tokens for: no image with less of them can then be left with more
@@ -145,7 +121,7 @@ class ALGM(Method):
         if count > most:
             what = "windows" if local else "pairs"
             raise step.error(f"r={count} cannot be reached, at most {most} {what} of {n} tokens can merge; lower r")
-        return n - count * (self._window[0] * self._window[1] - 1 if local else 1)
+        return n - count * (math.prod(sides(self.window)) - 1 if local else 1)
 
     # ---- the map
 
@@ -154,8 +130,8 @@ class ALGM(Method):
             return self._windows_map(tokens, step) if step.strength.local else self._pairs_map(tokens, step)
 
     def _windows_map(self, tokens: Tokens, step: Step) -> TokenMap | None:
-        layout, prefix, size = tokens.layout, tokens.layout.num_prefix, self._window[0] * self._window[1]
-        members, real = raster_members(tokens, layout, self._window)
+        layout, prefix, size = tokens.layout, tokens.layout.num_prefix, math.prod(sides(self.window))
+        members, real = raster_members(tokens, layout, sides(self.window))
         if members.shape[1] == 0:
             return None
         score = window_similarity(tokens.x[:, prefix:], members)
@@ -220,5 +196,5 @@ class ALGM(Method):
         for index in range(len(self.resolve_layers(depth))):
             most = left // 2 if index else self._windows(left, layout)
             counts.append(round(t * most))
-            left -= counts[-1] * (1 if index else self._window[0] * self._window[1] - 1)
+            left -= counts[-1] * (1 if index else math.prod(sides(self.window)) - 1)
         return replace(self, r=tuple(counts))

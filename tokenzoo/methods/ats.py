@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..core.schedule import spread
 from ..core.selection import host_ranges, real_rows, with_prefix
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import QUERIES, Traits
 from ..maps import KeepMap, TokenMap
 from ..ops.rows import stable_order
 
@@ -41,30 +42,19 @@ class ATS(Method):
     max_tokens: int | tuple[int | None, ...] | None = None
     batch_invariant: bool = True
 
-    name: ClassVar[str] = "ats"
-    source: ClassVar[str] = "Fayyaz et al., ECCV 2022"
-    kind: ClassVar[str] = "sample"
-    static_option: ClassVar[str] = "max_tokens=128"
+    name = "ats"
+    source = "Fayyaz et al., ECCV 2022"
+    kind = "sample"
+    traits = Traits(
+        place=QUERIES, pads=True, static="max_tokens=128",
+        data_dependent=lambda m: m.max_tokens is None or (isinstance(m.max_tokens, tuple) and None in m.max_tokens),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        value = tuple(self.max_tokens) if isinstance(self.max_tokens, list) else self.max_tokens
-        object.__setattr__(self, "max_tokens", value)
-        for count in value if isinstance(value, tuple) else (value,):
+        for count in self.max_tokens if isinstance(self.max_tokens, tuple) else (self.max_tokens,):
             if count is not None and (type(count) is not int or count < 3):
                 raise ValueError(f"ats: max_tokens={count!r}; give None or at least 3 (class token and two patches)")
-
-    @property
-    def place(self) -> str:
-        return "queries"
-
-    @property
-    def data_dependent(self) -> bool:
-        return self.max_tokens is None or (isinstance(self.max_tokens, tuple) and None in self.max_tokens)
-
-    @property
-    def pads(self) -> bool:
-        return True
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth // 4, depth))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core.method import BlockShape, Method, Step
+from ..core.options import centres, choice, number, odd, option, pair
 from ..core.registry import register
+from ..core.schedule import Schedule
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import Place, Traits
 from ..maps import ClusterMap, TokenMap
 from ..ops.cells.kmeans import cluster, cluster_macs
 
@@ -40,63 +43,28 @@ class Cluster(Method):
     Fine-tuning", NeurIPS 2022.
     """
 
-    grid: int | tuple[int, int] | None = None
-    scale: float = 0.7
-    iterations: int = 5
-    window: int = 5
-    temperature: float = 0.02
-    where: str = "after"
+    grid: int | tuple[int, int] | None = pair(None, "both numbers must be at least 1", none=True, both=True)
+    scale: float = number(0.7, "give a share of the patches per axis", above=0, most=1)
+    iterations: int = number(5, "give a number of steps, 0 for average pooling", least=0, whole=True)
+    window: int = option(5, odd)
+    temperature: float = number(0.02, "weights are exp(-temperature * squared distance)", above=0)
+    where: str = choice("after", ("after", "before"))
     prop_attn: bool = False
-    k: int = 20
+    k: int = option(20, centres)
 
-    name: ClassVar[str] = "cluster"
-    source: ClassVar[str] = "Liang et al., NeurIPS 2022"
-    kind: ClassVar[str] = "merge"
-    uses_positions: ClassVar[bool] = True
+    name = "cluster"
+    source = "Liang et al., NeurIPS 2022"
+    kind = "merge"
+    schedule = Schedule(layers=lambda depth: (depth * 3 // 8,))
+    traits = Traits(
+        place=lambda m: Place(m.where), positions=True, proportional=lambda m: m.prop_attn, mass_pool=True,
+        opens_span=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        grid = (self.grid, self.grid) if type(self.grid) is int else self.grid
-        if grid is not None:
-            if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(g) is not int for g in grid):
-                raise TypeError(f"cluster: grid={self.grid!r}; give two whole numbers (down, right), or one for both")
-            if min(grid) < 1:
-                raise ValueError(f"cluster: grid={tuple(grid)}; both numbers must be at least 1")
-            grid = tuple(grid)
-        object.__setattr__(self, "grid", grid)
-        if not isinstance(self.scale, (int, float)) or isinstance(self.scale, bool) or not 0 < self.scale <= 1:
-            raise ValueError(f"cluster: scale={self.scale!r}; give a share of the patches an axis in (0, 1]")
-        if type(self.iterations) is not int or self.iterations < 0:
-            raise ValueError(f"cluster: iterations={self.iterations!r}; give a number of steps, 0 for average pooling")
-        if type(self.window) is not int or self.window < 1 or self.window % 2 == 0:
-            raise ValueError(f"cluster: window={self.window!r}; give an odd number of cells, such as 5")
-        if not self.temperature > 0:
-            raise ValueError(f"cluster: temperature={self.temperature!r} has to be positive")
-        if self.where not in ("after", "before"):
-            raise ValueError(f"cluster: where={self.where!r}; use 'after' or 'before'")
-        if type(self.k) is not int or (self.k < 1 and self.k != -1):
-            raise ValueError(f"cluster: k={self.k!r}; give a number of centres, or -1 for all")
         if self.layers is not None and len(self.layers) != 1:
             raise ValueError(f"cluster: layers={self.layers!r}; name the one block after which to cluster")
-
-    @property
-    def place(self) -> str:
-        return self.where
-
-    @property
-    def opens_span(self) -> bool:
-        return True
-
-    @property
-    def proportional(self) -> bool:
-        return self.prop_attn
-
-    @property
-    def mass_weighted_pool(self) -> bool:
-        return True
-
-    def default_layers(self, depth: int) -> tuple[int, ...]:
-        return (depth * 3 // 8,)
 
     def strengths(self, depth: int) -> dict[int, Any]:
         full = self.grid is None and self.scale == 1

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core.method import BlockShape, Method, Step
+from ..core.options import choice, number, option, three
 from ..core.registry import register
-from ..core.schedule import keep_count
+from ..core.schedule import Schedule, keep_count
 from ..core.sharing import colour_variance, share_groups
 from ..core.signals import EmbedSignals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import EMBED, Traits
 from ..layers.cts_policy import PolicyNetwork, macs_per_group
 from ..maps import TokenMap
 from ..ops.attention import full_precision
@@ -43,53 +44,28 @@ class CTS(Method):
     Transformers", CVPR 2023.
     """
 
-    shared: int | float = 0.4
-    score: str = "variance"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    shared: int | float = number(0.4, "give a number of groups, or a share such as 0.4", least=0)
+    score: str = choice("variance", SCORES)
+    mean: tuple[float, float, float] = option((0.5, 0.5, 0.5), three)
+    std: tuple[float, float, float] = option((0.5, 0.5, 0.5), three)
     prop_attn: bool = False
 
-    name: ClassVar[str] = "cts"
-    source: ClassVar[str] = "Lu et al., CVPR 2023"
-    kind: ClassVar[str] = "merge"
-    uses_positions: ClassVar[bool] = True
+    name = "cts"
+    source = "Lu et al., CVPR 2023"
+    kind = "merge"
+    schedule = Schedule(layers=lambda depth: (0,))
+    traits = Traits(
+        place=EMBED, positions=True, proportional=lambda m: m.prop_attn, mass_pool=True, decodes_reduced=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers not in (None, (0,)):
             raise ValueError(f"cts: layers={self.layers!r}; it acts in front of block 0 only, leave layers out")
-        if isinstance(self.shared, bool) or not isinstance(self.shared, (int, float)):
-            raise TypeError(f"cts: shared={self.shared!r}; give a number of groups, or a share such as 0.4")
-        if self.shared < 0 or (isinstance(self.shared, float) and self.shared > 1):
+        if isinstance(self.shared, float) and self.shared > 1:
             raise ValueError(f"cts: shared={self.shared}; give at least 0 groups, or a share in [0, 1]")
-        if self.score not in SCORES:
-            raise ValueError(f"cts: score={self.score!r}; use one of {SCORES}")
-        for field in ("mean", "std"):
-            value = tuple(getattr(self, field))
-            if len(value) != 3 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
-                raise ValueError(f"cts: {field}={getattr(self, field)!r}; give three numbers")
-            object.__setattr__(self, field, value)
         if min(self.std) <= 0:
             raise ValueError(f"cts: std={self.std} has to be positive")
-
-    @property
-    def place(self) -> str:
-        return "embed"
-
-    @property
-    def decodes_reduced(self) -> bool:
-        return True
-
-    @property
-    def proportional(self) -> bool:
-        return self.prop_attn
-
-    @property
-    def mass_weighted_pool(self) -> bool:
-        return True
-
-    def default_layers(self, depth: int) -> tuple[int, ...]:
-        return (0,)
 
     def strengths(self, depth: int) -> dict[int, int | float]:
         return {0: self.shared} if self.shared > 0 else {}

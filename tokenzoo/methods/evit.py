@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from ..core.keep_rate import KeepRate
 from ..core.method import BlockShape, Step
 from ..core.registry import register
+from ..core.schedule import kept_of, kept_patches
 from ..core.selection import compact, importance_macs, keep_best
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import Traits
 from ..maps import ChainMap, FuseMap, TokenMap
 
 
@@ -36,24 +37,21 @@ class EViT(KeepRate):
 
     fuse_token: bool = True
 
-    name: ClassVar[str] = "evit"
-    source: ClassVar[str] = "Liang et al., ICLR 2022"
-    kind: ClassVar[str] = "prune + fuse"
-
-    @property
-    def mixes(self) -> bool:
-        return self.fuse_token
+    name = "evit"
+    source = "Liang et al., ICLR 2022"
+    kind = "prune + fuse"
+    traits = Traits(mixes=lambda m: m.fuse_token)
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
         patches = n - layout.num_prefix
-        kept = self.kept_patches(n, step, layout)
+        kept = kept_patches(n, step, layout)
         return n if kept == patches else layout.num_prefix + kept + self.fuse_token
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        if self.kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
+        if kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
             return None
         importance = signals.importance
-        keep = keep_best(importance, tokens, self.kept(step, tokens.layout))
+        keep = keep_best(importance, tokens, kept_of(step, tokens.layout))
         if not self.fuse_token:
             return keep
         left_out = keep.assign < 0

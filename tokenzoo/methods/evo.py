@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.method import BlockShape, Method, Step
+from ..core.mixins import Companion
+from ..core.options import number
 from ..core.registry import register
-from ..core.schedule import spread
+from ..core.schedule import Keep
 from ..core.selection import compact, importance_macs, keep_best
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import Traits, around
 from ..maps import ChainMap, FuseMap, TokenMap
 
 _LEAST = 1e-12
@@ -21,7 +23,7 @@ _LEAST = 1e-12
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Evo(Method):
+class Evo(Companion, Method):
     """Sends the most important tokens through the block; all others gain what one token that represents them gains.
 
     Importance is class attention, blended from block to block; the representative is the mean of the other tokens by
@@ -39,49 +41,13 @@ class Evo(Method):
     """
 
     keep_rate: float | tuple[float, ...] = 0.5
-    blend: float = 0.5
+    blend: float = number(0.5, "1 forgets earlier blocks", above=0, most=1)
 
-    name: ClassVar[str] = "evo"
-    source: ClassVar[str] = "Xu et al., AAAI 2022"
-    kind: ClassVar[str] = "slow-fast"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(
-            self, "keep_rate", tuple(self.keep_rate) if isinstance(self.keep_rate, list) else self.keep_rate
-        )
-        for rate in self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,):
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-                raise TypeError(f"evo: keep_rate={self.keep_rate!r}; give a number in (0, 1] or one a layer")
-            if not 0 < rate <= 1:
-                raise ValueError(f"evo: keep_rate={rate} is outside (0, 1]; 0.5 sends half of the patches through")
-        if isinstance(self.blend, bool) or not isinstance(self.blend, (int, float)):
-            raise TypeError(f"evo: blend={self.blend!r}; give a number in (0, 1]")
-        if not 0 < self.blend <= 1:
-            raise ValueError(f"evo: blend={self.blend} is outside (0, 1]; 1 forgets earlier blocks")
-
-    @property
-    def place(self) -> str:
-        return "around"
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        return ("attention", "mlp")
-
-    @property
-    def matches_once(self) -> bool:
-        return True
-
-    @property
-    def merges_stream(self) -> bool:
-        return True
-
-    @property
-    def scores_tokens(self) -> bool:
-        return True
-
-    def default_layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(range(max(1, depth // 3), depth))
+    name = "evo"
+    source = "Xu et al., AAAI 2022"
+    kind = "slow-fast"
+    schedule = Keep(layers=lambda depth: range(max(1, depth // 3), depth), lowest=1.5)
+    traits = Traits(place=around("attention", "mlp", once=True, stream=True), carries=True)
 
     def strengths(self, depth: int) -> dict[int, tuple[float, bool]]:
         """(share of the patches that take the block, whether a later block wants importance) of every block."""
@@ -91,8 +57,7 @@ class Evo(Method):
                 "evo: layers names block 0, where no importance is known yet; begin at block 1 or later (blocks before "
                 "the first one run in full and gather it)"
             )
-        rates = spread(self.keep_rate, layers, "evo: keep_rate")
-        slow = {i: rate for i, rate in rates.items() if rate < 1}
+        slow = {i: rate for i, (rate, _) in self.schedule.strengths(self, layers).items()}
         return {i: (slow.get(i, 1.0), i < max(slow)) for i in range(max(slow) + 1)} if slow else {}
 
     def check_recipe(self, methods: tuple[Method, ...], depth: int) -> None:
@@ -118,8 +83,6 @@ class Evo(Method):
         """Blocks that not all patches take; in the others importance is gathered."""
         return {i for i, (rate, _) in self.strengths(depth).items() if rate < 1}
 
-    # ---- counts
-
     def count(self, n: int, step: Step, layout: Layout) -> tuple[int, bool]:
         """Patches that take the block, and whether a later block wants importance."""
         return int((n - layout.num_prefix) * step.strength[0]), step.strength[1]
@@ -130,16 +93,9 @@ class Evo(Method):
             raise step.error(f"keep_rate={step.strength[0]} leaves none of {n - layout.num_prefix} patches; raise it")
         return slow
 
-    def tokens_inside(self, n: int, step: Step, layout: Layout) -> int:
-        patches = n - layout.num_prefix
-        slow = self._split(n, step, layout)
-        return n if slow >= patches else layout.num_prefix + slow + 1
-
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        self.tokens_inside(n, step, layout)  # refuses what cannot be reached
-        return n
-
-    # ---- the map and the scores
+        slow = self._split(n, step, layout)
+        return n if slow >= n - layout.num_prefix else layout.num_prefix + slow + 1
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         layout = tokens.layout
@@ -161,7 +117,7 @@ class Evo(Method):
         valid = torch.cat([keep.valid, left_out.any(dim=1, keepdim=True)], dim=1)
         return ChainMap(FuseMap(keep.idx, weight, left_out, valid), compact(valid))
 
-    def score(self, tokens: Tokens, signals: Signals, token_map: TokenMap | None, step: Step) -> Tensor | None:
+    def carry(self, tokens: Tokens, signals: Signals, token_map: TokenMap | None, step: Step) -> Tensor | None:
         before = tokens.scores
         if not step.count(tokens.length, tokens.layout)[1]:
             return before
@@ -173,13 +129,8 @@ class Evo(Method):
         blended = (1 - self.blend) * before + self.blend * seen
         return blended if token_map is None else torch.where(token_map.dropped, before, blended)
 
-    # ---- cost and strength
-
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
-        inside = self.tokens_inside(n, step, layout)
+        inside = self.tokens_out(n, step, layout)
         # the representative is formed once a branch
         scoring = importance_macs(inside, shape, layout) if step.strength[1] else 0
         return scoring + (0 if inside == n else 2 * n * shape.dim)
-
-    def dial(self, t: float, depth: int, layout: Layout) -> Method:
-        return replace(self, keep_rate=1 - t * (1 - 1.5 / layout.num_patches))

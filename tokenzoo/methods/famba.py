@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core.method import BlockShape, Step
 from ..core.mixer_signals import MixerSignals
 from ..core.registry import register
 from ..core.remove_count import RemoveCount
 from ..core.tokens import Layout, Tokens
+from ..core.traits import AHEAD, Scans, Traits
 from ..maps import MergeMap, TokenMap
 from ..ops.matching.bipartite import bipartite_pairs
 from ..ops.matching.ordered import sort_pairs
@@ -43,39 +44,20 @@ class FambaV(RemoveCount):
     strategy: str = "all"
     ordered: bool = True
 
-    name: ClassVar[str] = "famba"
-    source: ClassVar[str] = "Shen et al., ECCV 2024 workshops"
-    kind: ClassVar[str] = "merge"
+    name = "famba"
+    source = "Shen et al., ECCV 2024 workshops"
+    kind = "merge"
+    # tokens stay in order, or are asked not to
+    traits = Traits(place=AHEAD, scans=Scans(reads=True, values=False, ordered=True))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_flags("ordered")
         if not isinstance(self.strategy, str) or not _STRATEGY.fullmatch(self.strategy):
             raise ValueError(
                 f"famba: strategy={self.strategy!r}; use one of {', '.join(STRATEGIES)}, k from 1, such as 'upper:18'"
             )
         if self.layers is not None and self.strategy != "all":
             raise ValueError(f"famba: strategy={self.strategy!r} and layers={self.layers} both name blocks; give one")
-
-    @property
-    def place(self) -> str:
-        return "ahead"
-
-    @property
-    def serves_scans(self) -> bool:
-        return True
-
-    @property
-    def reads_scan(self) -> bool:
-        return True
-
-    @property
-    def keeps_scan_values(self) -> bool:
-        return False
-
-    @property
-    def keeps_order(self) -> bool:
-        return True  # or is asked not to keep it
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         kind, _, k = self.strategy.partition(":")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.method import BlockShape, Method, Step
 from ..core.mixer_signals import MixerSignals
+from ..core.options import number
 from ..core.registry import register
-from ..core.schedule import even_removal, keep_count, removed_per_layer, spread
+from ..core.schedule import Either, RemoveAll, quarters
 from ..core.tokens import Layout, Tokens
+from ..core.traits import AFTER, Scans, Traits
 from ..maps import MergeMap, TokenMap
 from ..ops.matching.by_step import group_by_score, group_pairs
-
-_DEFAULT_R = 11
 
 
 @register
@@ -47,92 +47,17 @@ class MTR(Method):
 
     r: int | tuple[Any, ...] | dict[str, Any] | None = None
     keep_rate: float | tuple[float, ...] | None = None
-    targets: float = 2.0
+    targets: float = number(2.0, "give target patches for every source patch, such as 2", above=0)
     weighted: bool = True
 
-    name: ClassVar[str] = "mtr"
-    source: ClassVar[str] = "Ma et al., 2025"
-    kind: ClassVar[str] = "merge"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r is not None and self.keep_rate is not None:
-            raise ValueError(f"mtr: r={self.r} and keep_rate={self.keep_rate} both say how much to remove; give one")
-        r = self.r
-        if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
-            r = {"r": r[0], "slope": r[1]}
-        object.__setattr__(self, "r", tuple(r) if isinstance(r, list) else r)
-        if r is not None:
-            removed_per_layer(self.r, 1000)  # reports a form or sign that is not understood
-        rates = tuple(self.keep_rate) if isinstance(self.keep_rate, list) else self.keep_rate
-        object.__setattr__(self, "keep_rate", rates)
-        for rate in rates if isinstance(rates, tuple) else () if rates is None else (rates,):
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-                raise TypeError(f"mtr: keep_rate={rates!r}; give a number in (0, 1] or one a layer")
-            if not 0 < rate <= 1:
-                raise ValueError(f"mtr: keep_rate={rate} is outside (0, 1]; 0.7 keeps 70 % of the patches")
-        if isinstance(self.targets, bool) or not isinstance(self.targets, (int, float)) or not self.targets > 0:
-            raise ValueError(f"mtr: targets={self.targets!r}; give target patches for every source patch, such as 2")
-        if not isinstance(self.weighted, bool):
-            raise TypeError(f"mtr: weighted={self.weighted!r}; give True or False")
-
-    @property
-    def place(self) -> str:
-        return "after"
-
-    @property
-    def uses_size(self) -> bool:
-        return True
-
-    @property
-    def serves_scans(self) -> bool:
-        return True
-
-    @property
-    def reads_scan(self) -> bool:
-        return True
-
-    @property
-    def keeps_order(self) -> bool:
-        return True
-
-    # ---- where and how much
+    name = "mtr"
+    source = "Ma et al., 2025"
+    kind = "merge"
+    schedule = Either(remove=RemoveAll(default=11))
+    traits = Traits(place=AFTER, sizes=True, scans=Scans(reads=True, ordered=True))
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        if self.keep_rate is None:
-            return tuple(range(2, depth, 2))
-        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
-
-    def strengths(self, depth: int) -> dict[int, tuple[float | None, int | None]]:
-        layers = self.resolve_layers(depth)
-        if self.keep_rate is not None:
-            rates = spread(self.keep_rate, layers, "mtr: keep_rate")
-            return {i: (rate, None) for i, rate in rates.items() if rate < 1}
-        counts = removed_per_layer(_DEFAULT_R if self.r is None else self.r, len(layers))
-        return {i: (None, r) for i, r in zip(layers, counts) if r > 0}
-
-    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        patches = n - layout.num_prefix
-        rate, r = step.strength
-        if rate is not None:
-            return layout.num_prefix + keep_count(rate, patches)
-        if r >= patches:
-            raise step.error(
-                f"r={r} leaves none of {patches} patches to merge into; lower r, or give a list with one r a layer"
-            )
-        return n - r
-
-    def dial(self, t: float, depth: int, layout: Layout) -> Method:
-        if self.keep_rate is not None:
-            return replace(self, keep_rate=1 - t * (1 - 0.5 / layout.num_patches))
-        layers = self.resolve_layers(depth)
-        left, counts = layout.num_patches, []
-        for r in even_removal(t, layout.num_patches - 1, len(layers)):
-            counts.append(min(r, left - 1))
-            left -= counts[-1]
-        return replace(self, r=tuple(counts))
-
-    # ---- the map
+        return tuple(range(2, depth, 2)) if self.keep_rate is None else quarters(depth)
 
     def map(self, tokens: Tokens, signals: MixerSignals, step: Step) -> TokenMap | None:
         prefix, patches = tokens.layout.num_prefix, tokens.num_patches

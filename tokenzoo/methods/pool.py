@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.method import BlockShape, Method, Step
+from ..core.options import pair, sides
 from ..core.registry import register
+from ..core.schedule import Schedule
 from ..core.selection import own_counts, raster_order, real_rows
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import BEFORE, Scans, Traits
 from ..maps import MergeMap, TokenMap
 from ..ops.rows import stable_order
 
@@ -32,42 +35,17 @@ class Pool(Method):
         layers: blocks to act in, before attention; by default one, at a quarter of the depth.
     """
 
-    stride: int | tuple[int, int] = 2
-    grid: tuple[int, int] | None = None
+    stride: int | tuple[int, int] = pair(2, "both numbers must be at least 1")
+    grid: tuple[int, int] | None = pair(None, "both numbers must be at least 1", none=True, both=True)
     prop_attn: bool = False
 
-    name: ClassVar[str] = "pool"
-    source: ClassVar[str] = "baseline"
-    kind: ClassVar[str] = "merge"
-    uses_positions: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        stride = (self.stride, self.stride) if type(self.stride) is int else self.stride
-        for field, value in (("stride", stride), ("grid", self.grid)):
-            if value is None:
-                continue
-            if not isinstance(value, (tuple, list)) or len(value) != 2 or any(type(v) is not int for v in value):
-                raise TypeError(f"pool: {field}={value!r}; give two whole numbers (down, right)")
-            if min(value) < 1:
-                raise ValueError(f"pool: {field}={tuple(value)}; both numbers must be at least 1")
-            value = tuple(value)
-            object.__setattr__(self, field, value[0] if field == "stride" and value[0] == value[1] else value)
-
-    @property
-    def place(self) -> str:
-        return "before"
-
-    @property
-    def proportional(self) -> bool:
-        return self.prop_attn
-
-    @property
-    def mass_weighted_pool(self) -> bool:
-        return True
-
-    def default_layers(self, depth: int) -> tuple[int, ...]:
-        return (depth // 4,)
+    name = "pool"
+    source = "baseline"
+    kind = "merge"
+    schedule = Schedule(layers=lambda depth: (depth // 4,))
+    traits = Traits(
+        place=BEFORE, positions=True, proportional=lambda m: m.prop_attn, mass_pool=True, scans=Scans()
+    )
 
     def strengths(self, depth: int) -> dict[int, Any]:
         unit = self.grid is None and self.stride == 1
@@ -76,7 +54,7 @@ class Pool(Method):
     def _cells(self, high: int, wide: int, step: Step) -> tuple[int, int]:
         """Cells (down, right) of a grid of patches."""
         if self.grid is None:
-            down, right = (self.stride, self.stride) if isinstance(self.stride, int) else self.stride
+            down, right = sides(self.stride)
             return -(-high // down), -(-wide // right)
         if self.grid[0] > high or self.grid[1] > wide:
             raise step.error(f"grid={self.grid} is larger than the {high} x {wide} patches; give a smaller grid")
@@ -94,10 +72,6 @@ class Pool(Method):
             return layout.num_prefix + self._stretches(patches, layout)
         down, right = self._cells(*layout.grid, step)
         return layout.num_prefix + down * right
-
-    @property
-    def serves_scans(self) -> bool:
-        return True
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         layout, batch = tokens.layout, tokens.x.shape[0]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from ..core.keep_rate import KeepRate
 from ..core.method import Step
 from ..core.registry import register
+from ..core.schedule import kept_of
 from ..core.selection import keep_best
 from ..core.signals import Signals
 from ..core.tokens import Tokens
+from ..core.traits import Scans, Traits
 from ..maps import TokenMap
 from ..ops.draw import fixed_draw
 
@@ -34,13 +35,10 @@ class Random(KeepRate):
 
     seed: int = 0
 
-    name: ClassVar[str] = "random"
-    source: ClassVar[str] = "baseline"
-    kind: ClassVar[str] = "prune"
-
-    @property
-    def serves_scans(self) -> bool:
-        return True
+    name = "random"
+    source = "baseline"
+    kind = "prune"
+    traits = Traits(scans=Scans())
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         if signals.training:
@@ -48,4 +46,4 @@ class Random(KeepRate):
         else:
             scores = fixed_draw(tokens.length, self.seed * 1009 + step.block, tokens.x.device)
             scores = scores.expand(tokens.x.shape[0], -1)
-        return keep_best(scores, tokens, self.kept(step, tokens.layout))
+        return keep_best(scores, tokens, kept_of(step, tokens.layout))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core.method import BlockShape, Method, Step
+from ..core.mixins import Companion, Restoring
+from ..core.options import centres, choice, number, option
 from ..core.registry import register
+from ..core.schedule import Schedule
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens, TraceStep
+from ..core.traits import AFTER, Place, Traits
 from ..maps import RestoreMap, TokenMap
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Reconstruct(Method):
+class Reconstruct(Companion, Restoring, Method):
     """Rebuilds the tokens in front of the last clustering, as mixes of the nearest centres; training-free.
 
     The weights come from the distances between tokens and centres at the time of clustering. Reductions that came in
@@ -33,46 +37,26 @@ class Reconstruct(Method):
     """
 
     layers: int | str | tuple[int, ...] | None = "norm"
-    k: int = 20
-    temperature: float | None = None
-    norm: str = "l1"
+    k: int = option(20, centres)
+    temperature: float | None = number(None, "None takes that of the clustering", above=0, none=True)
+    norm: str = choice("l1", ("l1", "l2", "copy"))
 
-    name: ClassVar[str] = "reconstruct"
-    source: ClassVar[str] = "Liang et al., NeurIPS 2022"
-    kind: ClassVar[str] = "restore"
+    name = "reconstruct"
+    source = "Liang et al., NeurIPS 2022"
+    kind = "restore"
+    schedule = Schedule(layer_names=("norm", "maps"))
+    traits = Traits(
+        place=lambda m: Place(m.layers) if isinstance(m.layers, str) else AFTER,
+        closes_span=lambda m: m.layers != "maps", keeps_trace=lambda m: m.layers != "maps",
+        decodes_reduced=lambda m: m.layers == "maps",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.layers not in ("norm", "maps"):
-            if self.layers is None or isinstance(self.layers, str):
-                raise ValueError(f"reconstruct: layers={self.layers!r}; give a block index, 'norm' or 'maps'")
-            super().__post_init__()
-            if len(self.layers) != 1:
-                raise ValueError(f"reconstruct: layers={self.layers!r}; name one block, 'norm' or 'maps'")
-        if type(self.k) is not int or (self.k < 1 and self.k != -1):
-            raise ValueError(f"reconstruct: k={self.k!r}; give a number of centres, or -1 for all")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"reconstruct: temperature={self.temperature!r} has to be positive")
-        if self.norm not in ("l1", "l2", "copy"):
-            raise ValueError(f"reconstruct: norm={self.norm!r}; use 'l1', 'l2' or 'copy'")
-
-    @property
-    def place(self) -> str:
-        return self.layers if isinstance(self.layers, str) else "after"
-
-    @property
-    def closes_span(self) -> bool:
-        return self.place != "maps"
-
-    @property
-    def decodes_reduced(self) -> bool:
-        return self.place == "maps"
-
-    @property
-    def keeps_trace(self) -> bool:
-        return self.place != "maps"
-
-    def resolve_layers(self, depth: int) -> tuple[int, ...]:
-        return (depth - 1,) if isinstance(self.layers, str) else super().resolve_layers(depth)
+        if self.layers is None or (isinstance(self.layers, str) and self.layers not in self.schedule.layer_names):
+            raise ValueError(f"reconstruct: layers={self.layers!r}; give a block index, 'norm' or 'maps'")
+        super().__post_init__()
+        if isinstance(self.layers, tuple) and len(self.layers) != 1:
+            raise ValueError(f"reconstruct: layers={self.layers!r}; name one block, 'norm' or 'maps'")
 
     def strengths(self, depth: int) -> dict[int, Any]:
         return {self.resolve_layers(depth)[0]: None}

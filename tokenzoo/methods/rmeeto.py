@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from ..core.method import BlockShape, Step
 from ..core.mixer_signals import MixerSignals
+from ..core.mixins import Scanning
+from ..core.options import choice, number
 from ..core.registry import register
 from ..core.remove_count import RemoveCount
 from ..core.tokens import Layout, Tokens
+from ..core.traits import AFTER, Scans, Traits
 from ..maps import KeepMap, MergeMap, TokenMap
 from ..ops.matching.ordered import DISTANCES, alternate_pairs, sort_pairs
 from ..ops.scan_order import from_scan, to_scan
@@ -23,7 +25,7 @@ _WIDTHS = {"hidden": lambda dim: dim, "B": lambda dim: 16, "C": lambda dim: 16, 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class RMeeTo(RemoveCount):
+class RMeeTo(Scanning, RemoveCount):
     """Averages the r most similar pairs of patches behind every second block, weighted by size, in the scan's order.
 
     Patches at even places pair up with patches at odd ones, the class token left out of the count. Small models lose
@@ -51,55 +53,26 @@ class RMeeTo(RemoveCount):
     Source: Shi et al., "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training", 2024.
     """
 
-    interval: int = 2
-    metric: str = "hidden"
-    distance: str = "cosine"
+    interval: int = number(2, "give a number of blocks from 1, such as 2", least=1, whole=True)
+    metric: str = choice("hidden", METRICS)
+    distance: str = choice("cosine", DISTANCES)
     ordered: bool = True
     prune: bool = False
     released: bool = False
 
-    name: ClassVar[str] = "rmeeto"
-    source: ClassVar[str] = "Shi et al., 2024"
-    kind: ClassVar[str] = "merge"
+    name = "rmeeto"
+    source = "Shi et al., 2024"
+    kind = "merge"
+    traits = Traits(
+        place=AFTER, sizes=True, merges=lambda m: not m.prune,
+        # patches stay in order, or are asked not to
+        scans=Scans(reads=True, values=lambda m: m.metric != "hidden", ordered=True),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_flags("ordered", "prune", "released")
-        for option, known in {"metric": METRICS, "distance": DISTANCES}.items():
-            if getattr(self, option) not in known:
-                raise ValueError(f"rmeeto: {option}={getattr(self, option)!r}; use one of {', '.join(known)}")
-        if type(self.interval) is not int or self.interval < 1:
-            raise ValueError(f"rmeeto: interval={self.interval!r}; give a number of blocks from 1, such as 2")
         if self.layers is not None and self.interval != 2:
             raise ValueError(f"rmeeto: interval={self.interval} and layers={self.layers} both name blocks; give one")
-
-    @property
-    def place(self) -> str:
-        return "after"
-
-    @property
-    def uses_size(self) -> bool:
-        return True
-
-    @property
-    def merges(self) -> bool:
-        return not self.prune
-
-    @property
-    def serves_scans(self) -> bool:
-        return True
-
-    @property
-    def reads_scan(self) -> bool:
-        return True
-
-    @property
-    def keeps_scan_values(self) -> bool:
-        return self.metric != "hidden"
-
-    @property
-    def keeps_order(self) -> bool:
-        return True  # or is asked not to keep it
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(i - 1 for i in range(self.interval, depth, self.interval))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +11,12 @@ from torch import Tensor
 from ..core.keep_rate import KeepRate
 from ..core.method import Method, Step
 from ..core.mixer_signals import MixerSignals
+from ..core.mixins import Scanning
+from ..core.options import choice
 from ..core.registry import register
+from ..core.schedule import Keep
 from ..core.tokens import Layout, Tokens
+from ..core.traits import AFTER, Scans, Traits
 from ..maps import KeepMap, TokenMap
 from ..ops.scan_order import from_scan, to_scan
 
@@ -30,7 +33,7 @@ RULES = ("hold", "bias")
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SSMPrune(KeepRate):
+class SSMPrune(Scanning, KeepRate):
     """Prunes tokens of a scanning model by what their scan puts out, with the hidden state aligned across the gaps.
 
     Importance is the output of the scan, negative values clipped, summed over the channels. Survivors stay in the order
@@ -57,22 +60,23 @@ class SSMPrune(KeepRate):
     """
 
     keep_rate: float | tuple[float, ...] = 0.8
-    score: str = "both_ungated"
-    measure: str = "clip"
-    alignment: str = "carry"
-    rule: str = "hold"
+    score: str = choice("both_ungated", SCORES)
+    measure: str = choice("clip", tuple(MEASURES))
+    alignment: str = choice("carry", ALIGNMENTS)
+    rule: str = choice("hold", RULES)
     recentre: bool | None = None
 
-    name: ClassVar[str] = "ssm_prune"
-    source: ClassVar[str] = "Zhan et al., NeurIPS 2024"
-    kind: ClassVar[str] = "prune"
+    name = "ssm_prune"
+    source = "Zhan et al., NeurIPS 2024"
+    kind = "prune"
+    schedule = Keep(layers=lambda depth: tuple(sorted({max(0, depth * part // 24 - 1) for part in (5, 15)})))
+    traits = Traits(
+        place=AFTER,
+        scans=Scans(reads=True, ordered=True, gap_rule=lambda m: m.rule if m.alignment == "decay" else None),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"score": SCORES, "measure": tuple(MEASURES), "alignment": ALIGNMENTS, "rule": RULES}
-        for option, values in known.items():
-            if getattr(self, option) not in values:
-                raise ValueError(f"ssm_prune: {option}={getattr(self, option)!r}; use one of {', '.join(values)}")
         if self.recentre not in (None, True, False):
             raise TypeError(f"ssm_prune: recentre={self.recentre!r}; give True, False or None")
         if self.recentre and self.alignment == "decay":
@@ -80,29 +84,6 @@ class SSMPrune(KeepRate):
                 "ssm_prune: recentre=True moves the class token past patches, which leaves no gaps to decay over; "
                 "leave it out with alignment='decay'"
             )
-
-    @property
-    def place(self) -> str:
-        return "after"
-
-    @property
-    def serves_scans(self) -> bool:
-        return True
-
-    @property
-    def reads_scan(self) -> bool:
-        return True
-
-    @property
-    def keeps_order(self) -> bool:
-        return True
-
-    @property
-    def gap_rule(self) -> str | None:
-        return self.rule if self.alignment == "decay" else None
-
-    def default_layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(sorted({max(0, depth * part // 24 - 1) for part in (5, 15)}))
 
     # ---- counts
 
@@ -123,17 +104,17 @@ class SSMPrune(KeepRate):
         # released: with the class token the count is odd, and the class token takes one of the kept places
         return min(kept - 1 + (kept % 2 == 0), patches) if has_class else kept
 
-    def kept_patches(self, n: int, step: Step, layout: Layout) -> int:
+    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
         kept = step.count(n, layout)
         if kept < 1:
             raise step.error(f"keep_rate={step.strength[0]} leaves none of {n - layout.num_prefix} patches; raise it")
-        return kept
+        return layout.num_prefix + kept
 
     # ---- the map
 
     def map(self, tokens: Tokens, signals: MixerSignals, step: Step) -> TokenMap | None:
         prefix = tokens.layout.num_prefix
-        kept = self.kept_patches(tokens.length, step, tokens.layout)
+        kept = step.tokens_out(tokens.length, tokens.layout) - prefix
         if kept == tokens.num_patches:
             return None
         best = self.importance(tokens, signals)[:, prefix:].topk(kept, dim=1).indices

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core.adaptive import even_and_odd, merge_pairs
 from ..core.method import BlockShape, Method, Step
+from ..core.options import choice, number, pair, sides
 from ..core.registry import register
 from ..core.selection import own_counts, raster_order
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import Traits, around
 from ..maps import MergeMap, TokenMap
 from ..ops.attention import full_precision
 from ..ops.draw import fixed_draw
@@ -50,53 +51,26 @@ class ToMeSD(Method):
     Source: Bolya, Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
     """
 
-    ratio: float = 0.5
-    stride: int | tuple[int, int] | None = 2
+    ratio: float = number(0.5, "0.5 merges half of the tokens", least=0, below=1)
+    stride: int | tuple[int, int] | None = pair(2, "a cell needs two patches; 2 or more, or None", area=2, none=True)
     branches: tuple[str, ...] = ("attention",)
-    metric: str = "x"
-    seed: int | None = None
+    metric: str = choice("x", METRICS)
+    seed: int | None = number(None, "give a whole number, or None for the top left patch", whole=True, none=True)
     clip: bool = False
 
-    name: ClassVar[str] = "tomesd"
-    source: ClassVar[str] = "Bolya & Hoffman, CVPR-W 2023"
-    kind: ClassVar[str] = "merge"
-    uses_positions: ClassVar[bool] = True
+    name = "tomesd"
+    source = "Bolya & Hoffman, CVPR-W 2023"
+    kind = "merge"
+    traits = Traits(place=lambda m: around(*m.branches, once=m.metric == "x"), positions=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
-            raise TypeError(f"tomesd: ratio={self.ratio!r}; give the share of the tokens to merge, such as 0.5")
-        if not 0 <= self.ratio < 1:
-            raise ValueError(f"tomesd: ratio={self.ratio} is outside [0, 1); 0.5 merges half of the tokens")
-        stride = (self.stride, self.stride) if type(self.stride) is int else self.stride
-        if stride is not None:
-            if not isinstance(stride, (tuple, list)) or len(stride) != 2 or any(type(v) is not int for v in stride):
-                raise TypeError(f"tomesd: stride={self.stride!r}; give one whole number, two (down, right), or None")
-            if min(stride) < 1 or stride[0] * stride[1] < 2:
-                raise ValueError(f"tomesd: stride={self.stride!r} makes cells of one patch; use 2 or more, or None")
-            object.__setattr__(self, "stride", stride[0] if stride[0] == stride[1] else tuple(stride))
         branches = (self.branches,) if isinstance(self.branches, str) else tuple(self.branches)
         if not branches or set(branches) - set(BRANCHES) or len(set(branches)) != len(branches):
             raise ValueError(f"tomesd: branches={self.branches!r}; name one or both of {BRANCHES}")
         object.__setattr__(self, "branches", branches)
-        if self.metric not in METRICS:
-            raise ValueError(f"tomesd: metric={self.metric!r}; use one of {METRICS}")
-        if self.seed is not None and type(self.seed) is not int:
-            raise TypeError(f"tomesd: seed={self.seed!r}; give a whole number, or None for the top left patch")
+        super().__post_init__()
         if self.seed is not None and self.stride is None:
             raise ValueError(f"tomesd: seed={self.seed} draws destinations in cells, but stride=None has no cells")
-
-    @property
-    def place(self) -> str:
-        return "around"
-
-    @property
-    def matches_once(self) -> bool:
-        return self.metric == "x"
-
-    @property
-    def _cell(self) -> tuple[int, int]:
-        return (self.stride, self.stride) if isinstance(self.stride, int) else self.stride
 
     def strengths(self, depth: int) -> dict[int, float]:
         return {i: self.ratio for i in self.resolve_layers(depth)} if self.ratio > 0 else {}
@@ -106,14 +80,14 @@ class ToMeSD(Method):
     def _sources(self, patches: int, layout: Layout) -> int:
         """Patches that can merge."""
         if self.stride is not None and patches == layout.num_patches:
-            return patches - (layout.grid[0] // self._cell[0]) * (layout.grid[1] // self._cell[1])
+            return patches - (layout.grid[0] // sides(self.stride)[0]) * (layout.grid[1] // sides(self.stride)[1])
         return self._in_row(patches)
 
     def _in_row(self, patches: int) -> int:
         """Patches that can merge where they form no grid."""
         if self.stride is None:
             return patches // 2
-        return patches - -(-patches // (self._cell[0] * self._cell[1]))
+        return patches - -(-patches // (sides(self.stride)[0] * sides(self.stride)[1]))
 
     def _wanted(self, patches: int, layout: Layout) -> int:
         """Patches that the ratio asks to merge."""
@@ -123,7 +97,7 @@ class ToMeSD(Method):
         """Patches that the ratio asks to merge."""
         return self._wanted(n - layout.num_prefix, layout)
 
-    def tokens_inside(self, n: int, step: Step | None, layout: Layout) -> int:
+    def tokens_out(self, n: int, step: Step | None, layout: Layout) -> int:
         patches = n - layout.num_prefix
         wanted = self._wanted(patches, layout) if step is None else step.count(n, layout)
         most = self._sources(patches, layout)
@@ -136,15 +110,11 @@ class ToMeSD(Method):
             )
         return n - min(wanted, most)
 
-    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        self.tokens_inside(n, step, layout)  # refuses what cannot be reached
-        return n
-
     # ---- the map
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         layout, n = tokens.layout, tokens.length
-        r = n - self.tokens_inside(n, step, layout)
+        r = n - self.tokens_out(n, step, layout)
         if r == 0:
             return None
         metric = tokens.x if self.metric == "x" else signals.branch_input
@@ -159,7 +129,7 @@ class ToMeSD(Method):
 
     def _split(self, tokens: Tokens, step: Step) -> tuple[Tensor, Tensor]:
         """Tokens that may merge [B or 1, S] and their destinations [B or 1, D]."""
-        layout, device, (down, right) = tokens.layout, tokens.x.device, self._cell
+        layout, device, (down, right) = tokens.layout, tokens.x.device, sides(self.stride)
         if tokens.num_patches == layout.num_patches and tokens.valid is None:
             draw = None
             if self.seed is not None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..core.keep_rate import KeepRate
 from ..core.method import BlockShape, Step
 from ..core.registry import register
+from ..core.schedule import kept_of, kept_patches
 from ..core.selection import importance_macs, keep_best
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
@@ -29,14 +29,14 @@ class TopK(KeepRate):
     Source: the baseline of Haurum et al., "Which Tokens to Use?", ICCV Workshops 2023; EViT without its fused token.
     """
 
-    name: ClassVar[str] = "topk"
-    source: ClassVar[str] = "Haurum et al., ICCV-W 2023"
-    kind: ClassVar[str] = "prune"
+    name = "topk"
+    source = "Haurum et al., ICCV-W 2023"
+    kind = "prune"
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        if self.kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
+        if kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
             return None
-        return keep_best(signals.importance, tokens, self.kept(step, tokens.layout))
+        return keep_best(signals.importance, tokens, kept_of(step, tokens.layout))
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return importance_macs(n, shape, layout)

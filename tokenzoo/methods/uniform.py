@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,9 +10,11 @@ from torch import Tensor
 from ..core.keep_rate import KeepRate
 from ..core.method import Step
 from ..core.registry import register
+from ..core.schedule import kept_of, kept_patches
 from ..core.selection import own_counts, real_rows, with_prefix
 from ..core.signals import Signals
 from ..core.tokens import Tokens
+from ..core.traits import Scans, Traits
 from ..maps import KeepMap, TokenMap
 from ..ops.rows import stable_order
 
@@ -29,20 +30,17 @@ class Uniform(KeepRate):
         layers: blocks to act in; by default at one, two and three quarters of the depth.
     """
 
-    name: ClassVar[str] = "uniform"
-    source: ClassVar[str] = "baseline"
-    kind: ClassVar[str] = "prune"
-
-    @property
-    def serves_scans(self) -> bool:
-        return True
+    name = "uniform"
+    source = "baseline"
+    kind = "prune"
+    traits = Traits(scans=Scans())
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        kept = self.kept_patches(tokens.length, step, tokens.layout)
+        kept = kept_patches(tokens.length, step, tokens.layout)
         slots = torch.arange(kept, device=tokens.x.device)
         if tokens.visible is not None:
             return self._visible_first(tokens, slots, step)
-        counts = own_counts(self.kept(step, tokens.layout), tokens)
+        counts = own_counts(kept_of(step, tokens.layout), tokens)
         if counts is None:
             # the middle of each of `kept` equal stretches
             patches = ((2 * slots + 1) * tokens.num_patches).div(2 * kept, rounding_mode="floor")
@@ -60,7 +58,7 @@ class Uniform(KeepRate):
         rank = (~tokens.visible[:, prefix:]).long()
         if tokens.valid is not None:
             rank = rank + (~tokens.valid[:, prefix:]).long()
-        visible, counts = (rank == 0).sum(1, keepdim=True), own_counts(self.kept(step, tokens.layout), tokens)
+        visible, counts = (rank == 0).sum(1, keepdim=True), own_counts(kept_of(step, tokens.layout), tokens)
         wanted = torch.full_like(visible, slots.shape[0]) if counts is None else counts
         spread = ((2 * slots + 1) * visible).div(2 * wanted.clamp(min=1), rounding_mode="floor")
         nth = torch.where(wanted < visible, spread, slots).clamp(max=tokens.num_patches - 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...core.method import BlockShape, Step
 from ...core.mixer_signals import MixerSignals
+from ...core.mixins import Scanning
 from ...core.tokens import Tokens
 from ...maps import ChainMap, KeepMap, TokenMap
 from ...models._scan_signals import ScanSignals
@@ -89,7 +90,7 @@ class ScanBlock(HookedBlock):
             return tokens, signals, None
         if not step.method.keeps_order:
             token_map = in_order(token_map, tokens)
-        rows = step.method.scan_rows(tokens, token_map, step)
+        rows = step.method.scan_rows(tokens, token_map, step) if isinstance(step.method, Scanning) else None
         tokens = tokens.reduce(token_map, step.block, step.method.name)
         if rows is None:
             layout = tokens.layout
