@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenzoo.layers import selective_scan
 from tokenzoo.layers.scan import blocked as scan_blocked
 from tokenzoo.layers.scan import blocked_backward as scan_blocked_backward
-from tokenzoo.layers.scan import selective_scan
 from tokenzoo.layers.scan.call import ScanCall
 
 LENGTHS = (197, 400, 785, 1569, 3137)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from goldens import Case, cases, check_settings, close, files, read
 
-from tokenzoo.layers import RMSNorm, causal_conv1d, gaps_of, stretch
-from tokenzoo.layers.scan import selective_scan
+from tokenzoo.layers import RMSNorm, causal_conv1d, gaps_of, selective_scan, stretch
 
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 BACKENDS = ("blocked", "chunked", "loop")

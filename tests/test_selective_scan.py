@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenzoo.layers import RMSNorm, causal_conv1d, choose_backend, gaps_of, scan_backend, stretch
-from tokenzoo.layers.scan import selective_scan
+from tokenzoo.layers import RMSNorm, causal_conv1d, choose_backend, gaps_of, scan_backend, selective_scan, stretch
 from tokenzoo.layers.scan.backends import BACKENDS
 from tokenzoo.layers.scan.tiles import PANEL
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from plain_mamba_reference import arrivals, filtered_path, mix
 
 import tokenzoo
-from tokenzoo.layers.scan import selective_scan
+from tokenzoo.layers import selective_scan
 from tokenzoo.models import PlainMamba, VisionMamba
 
 
