@@ -7,6 +7,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from full import left_out  # noqa: E402 (the folder of the tests has to be found first)
+
 torch.set_num_threads(1)
 
 
@@ -26,3 +29,19 @@ def seeded_module():
 def seeded(seeded_module):
     """What a test draws without a generator of its own depends on nothing but the test."""
     _seed()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every case of every test, see tests/full.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks what the default run leaves out, and deselects it unless --full or a node id asks for it."""
+    named = any("::" in arg for arg in config.args)
+    gone = left_out(items)
+    for item in items:
+        if item.nodeid in gone:
+            item.add_marker(pytest.mark.full)
+    if not (config.getoption("--full") or named or "full" in (config.getoption("-m") or "")):
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in gone])
+        items[:] = [item for item in items if item.nodeid not in gone]
