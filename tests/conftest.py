@@ -26,3 +26,13 @@ def seeded_module():
 def seeded(seeded_module):
     """What a test draws without a generator of its own depends on nothing but the test."""
     _seed()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Recorded numbers that no test reads are named, however quiet the run is."""
+    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
+    named = sorted(reason.removeprefix("Skipped: ") for reason in reasons if " is not understood: " in reason)
+    if named:
+        terminalreporter.section("recorded numbers that were not compared")
+    for reason in named:
+        terminalreporter.line(reason)
