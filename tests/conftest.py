@@ -45,3 +45,13 @@ def pytest_collection_modifyitems(config, items):
     if not (config.getoption("--full") or named or "full" in (config.getoption("-m") or "")):
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in gone])
         items[:] = [item for item in items if item.nodeid not in gone]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Recorded numbers that no test reads are named, however quiet the run is."""
+    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
+    named = sorted(reason.removeprefix("Skipped: ") for reason in reasons if " is not understood: " in reason)
+    if named:
+        terminalreporter.section("recorded numbers that were not compared")
+    for reason in named:
+        terminalreporter.line(reason)

@@ -77,6 +77,35 @@ def files(method: str) -> list[str]:
     return [file for file in all_files(method) if not is_other(file)]
 
 
+def left_alone() -> dict[str, str]:
+    """Files below the folder that no test of a landed method reads, without suffix, each with the reason.
+
+    Fixtures and inputs that several files share record no case.
+    """
+    read_by_tests = {file for method in LANDED for file in files(method)}
+    found = {}
+    for path in sorted(ROOT.rglob("*.safetensors")):
+        file = path.relative_to(ROOT).with_suffix("").as_posix()
+        folder, _, rest = file.rpartition("/")
+        names = case_names(file)
+        if file in read_by_tests or (rest == "input" and names in ([], ["input"])):
+            continue
+        if not folder:
+            if names in ([], [MODEL]):  # a fixture
+                continue
+            reason = "cases stand in a folder with the name of their method"
+        elif folder.split("/")[0] not in LANDED:
+            reason = f"there is no method {folder.split('/')[0]!r} in the library"
+        elif "/" in folder:
+            reason = f"files of a method stand in its folder, {folder.split('/')[0]!r}, not below"
+        elif is_other(file):
+            reason = f"it records {read(file)[1]['method']!r}, which is another method than that of its folder"
+        else:
+            reason = "an input that several files share records no cases"
+        found[file] = f"{file} is not understood: {reason} (cases: {', '.join(names) or 'none'})"
+    return found
+
+
 @cache
 def _named(file: str) -> frozenset[str]:
     """Names that the metadata have entries for, in the table of all cases too."""

@@ -222,6 +222,9 @@ def not_understood() -> Files:
         "tome/strange": ({"strange/thing": torch.zeros(1)}, {"strange": "{}"}),
         "tome/surprising": (kept, {"weights": meta["weights"], "r0": surprise}),
         "tome/another": (kept, {"method": "tome (another one's variant)"}),
+        "tomorrow/model": (kept, {"weights": meta["weights"], "r0": meta["r0"]}),
+        "tome/deeper/model": (kept, {"weights": meta["weights"], "r0": meta["r0"]}),
+        "alone": (kept, {"weights": meta["weights"], "r0": meta["r0"]}),
     }
 
 
@@ -240,7 +243,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], s
         made |= make()
     for name, (tensors, meta) in made.items():
         path = root / f"{name}.safetensors"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         # files share no memory
         save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, str(path), meta)
     files = [str(TESTS / f"test_golden_{method}.py") for method in TRIED]
@@ -272,4 +275,11 @@ def test_what_is_not_understood_is_named(outcome: tuple[dict[str, str], str, set
     assert failed == {"test_every_case_is_read_by_some_test", "test_model[tome/surprising/r0]"}, printed[-6000:]
     assert "read by no test: [('tome/strange', 'strange')]" in printed
     assert "does not understand: ['surprise']" in printed
-    assert "tome/another records \"tome (another one's variant)\"" in printed
+    for file, reason in {
+        "tome/another": "it records \"tome (another one's variant)\"",
+        "tomorrow/model": "there is no method 'tomorrow' in the library",
+        "tome/deeper/model": "files of a method stand in its folder, 'tome', not below",
+        "alone": "cases stand in a folder with the name of their method",
+    }.items():
+        named = [line for line in printed.splitlines() if line.startswith(f"{file} is not understood: {reason}")]
+        assert len(named) == 1 and named[0].endswith("(cases: r0)"), printed[-6000:]

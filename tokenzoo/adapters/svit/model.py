@@ -112,7 +112,7 @@ class ReducingSViT(Unscriptable, SViT):
         """Projection, norm and activation of tokens in front of them: [B, N, D]."""
         if not tokens.trace:
             return from_map(self._project(to_map(tokens.x, tokens.layout.grid)))
-        return F.silu(norm_tokens(self.norm, self._pointwise(tokens.x), tokens.valid))
+        return self.act(norm_tokens(self.norm, self._pointwise(tokens.x), tokens.valid))
 
     def _pointwise(self, x: Tensor) -> Tensor:
         return self.proj(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
@@ -133,7 +133,7 @@ class ReducingSViT(Unscriptable, SViT):
         return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self._project_rows)
 
     def _project_rows(self, rows: Tensor) -> Tensor:
-        return F.silu(norm_alike(self.norm, self._pointwise(rows)))
+        return self.act(norm_alike(self.norm, self._pointwise(rows)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Projected tokens of images [B, C, H, W] as a map, of which `forward_head` makes what `forward` does.
