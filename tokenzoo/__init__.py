@@ -2,6 +2,7 @@
 
 from . import methods, models
 from .counting import Report, report
+from .explaining import Explanation, explain
 from .methods.base import Method
 from .patching import (
     is_patched,
@@ -23,12 +24,14 @@ _CLASSES = {method_class(name).__name__: method_class(name) for name in list_met
 globals().update(_CLASSES)
 
 __all__ = [
+    "Explanation",
     "MacReport",
     "Method",
     "Recipe",
     "Report",
     "count_macs",
     "create_method",
+    "explain",
     "is_patched",
     "list_backbones",
     "list_methods",
