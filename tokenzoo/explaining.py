@@ -54,7 +54,8 @@ class Explanation:
                 "this model see windows, stages or a scan; use model.forward_intermediates, or for SViT "
                 "model.lift_features"
             )
-        self._seen: dict[nn.Module, _Call] = {}
+        self._seen: dict[nn.Module, list[_Call]] = {}
+        self._run = object()  # of the block that runs
         self._now: View | None = None
         self._layout: Layout | None = None
         self._handles: list[Any] = []
@@ -153,8 +154,7 @@ class Explanation:
         layer = self._module(layer)
 
         def transform(x: Tensor) -> Tensor:
-            call = self._seen.get(layer)
-            given = call is not None and call.out() is x
+            given = any(call.out() is x for call in self._seen.get(layer, ()))
             return self.activation(x, layer) if given else self.gradient(x, layer)
 
         return transform
@@ -162,6 +162,7 @@ class Explanation:
     # ---- hooks
 
     def _begin(self, index: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._run = object()
         aside = kwargs.get("aside")
         if aside is None:  # not patched: the sequence is the grid
             return
@@ -186,10 +187,10 @@ class Explanation:
         self._now = view
 
     def _record(self, layer: nn.Module, args: Any, out: Any) -> None:
-        if self._now is None or not isinstance(out, Tensor):
-            self._seen.pop(layer, None)
-        else:
-            self._seen[layer] = _Call(layer, self._now, self._layout, out.shape, weakref.ref(out))
+        calls = [call for call in self._seen.pop(layer, ()) if call.run is self._run]
+        if self._now is not None and isinstance(out, Tensor):
+            calls.append(_Call(layer, self._now, self._layout, out.shape, weakref.ref(out), self._run))
+        self._seen[layer] = calls
 
     # ---- the way back
 
@@ -197,23 +198,35 @@ class Explanation:
         return self.model.get_submodule(layer) if isinstance(layer, str) else layer
 
     def _call(self, x: Tensor, axis: int, layer: nn.Module | str) -> _Call:
-        """The last call of a layer, which gave as many tokens as x has on an axis."""
+        """The call of a layer in the last pass that x comes from: as many tokens as x has on an axis."""
         layer = self._module(layer)
         name = next((name for name, module in self.model.named_modules() if module is layer), type(layer).__name__)
-        call = self._seen.get(layer)
-        if call is None:
+        calls = self._seen.get(layer)
+        if not calls:
             raise ValueError(
                 f"{name} was not seen in a pass of the model; call the model, not its blocks, inside of `with "
                 "tokenzoo.explain(model) as seen:`, and name a block, a module inside of one or the final norm"
                 + (" (attn_drop runs where fused_attn is False)" if name.endswith("attn_drop") else "")
             )
         dims, form = (3, "[B, N', C]") if axis == 1 else (4, "[B, heads, N', N']")
-        if not x.dim() == len(call.shape) == dims or x.shape[:1] != call.shape[:1] or x.shape[axis] != call.shape[axis]:
+        fit = [call for call in calls if call.out() is x] or [
+            call
+            for call in calls
+            if x.dim() == len(call.shape) == dims and (x.shape[0], x.shape[axis]) == (call.shape[0], call.shape[axis])
+        ]
+        if not fit:
+            gave = " and ".join(str(tuple(call.shape)) for call in calls)
             raise ValueError(
-                f"{name} gave {tuple(call.shape)} in the last pass, but got {tuple(x.shape)} to carry back; give what "
-                f"belongs to that pass, {form}"
+                f"{name} gave {gave} in the last pass, but got {tuple(x.shape)} to carry back; give what belongs to "
+                f"that pass, {form}"
             )
-        return call
+        # a layer runs again where a method wants its values for fewer tokens
+        if any(call.view.trace is not fit[0].view.trace or call.view.merge is not fit[0].view.merge for call in fit):
+            raise ValueError(
+                f"{name} ran {len(fit)} times in one pass, on as many tokens but not on the same; take the block "
+                "before it or the layer behind it"
+            )
+        return fit[0]
 
     def _trace(self, trace: tuple[TraceStep, ...]) -> tuple[TraceStep, ...]:
         recipe = getattr(self.model, "tokenzoo_recipe", None)
@@ -239,13 +252,14 @@ def _divisor(total: Tensor) -> Tensor:
 
 
 class _Call(NamedTuple):
-    """The last call of a layer."""
+    """One call of a layer."""
 
     layer: nn.Module
     view: View
     layout: Layout
     shape: torch.Size
     out: Callable[[], Tensor | None]  # what it gave, as long as somebody else holds it
+    run: object
 
     @property
     def length(self) -> int:
