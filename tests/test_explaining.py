@@ -42,7 +42,6 @@ class Taken:
         if out.requires_grad:
             out.register_hook(partial(self._keep, name))
 
-
     def _keep(self, name, grad):
         self.grad.setdefault(name, grad)  # of the last call where a layer runs twice
 
@@ -122,7 +121,7 @@ def test_blocks_give_what_intermediates_are(name, method):
 @matrix
 @every
 def test_parts_of_a_block_add_up_on_the_grid(name, method):
-    """What enters the second norm and what the MLP adds make the output of the block: the layers see the same tokens."""
+    """What enters the second norm and what the MLP adds make what leaves: the layers see the same tokens."""
     model, x = cases(name, method, "reduce")
     taken, seen = run(model, x)
     for i, block in enumerate(model.blocks):

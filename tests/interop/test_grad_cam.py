@@ -1,5 +1,8 @@
 """pytorch-grad-cam and captum on a patched model, with maps of the full grid."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +16,10 @@ cam = pytest.importorskip("pytorch_grad_cam")
 
 def by_hand(seen, out, grad, layer, size):
     """Grad-CAM: channels weighted by their mean gradient, what is positive, scaled to the image."""
-    values, slopes = seen.activation(out, layer), seen.gradient(grad, layer)
-    raw = (slopes.mean((2, 3), keepdim=True) * values).sum(1).clamp(min=0)
-    return [cam.utils.image.scale_cam_image([one.numpy()], size[::-1])[0] for one in raw]
+    values, slopes = seen.activation(out, layer).numpy(), seen.gradient(grad, layer).numpy()
+    raw = np.maximum((slopes.mean((2, 3))[:, :, None, None] * values).sum(1), 0)
+    scale = cam.utils.image.scale_cam_image
+    return scale(np.maximum(scale(raw, size[::-1]), 0))  # once a layer, and once their mean
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,3 +92,14 @@ def test_captum_attributions_keep_their_sum():
         torch.testing.assert_close(values, model.forward_intermediates(x, intermediates_only=True)[2])
     torch.testing.assert_close(shares.sum((1, 2, 3)), product[:, 1:].sum((1, 2)))
     assert F.interpolate(shares.sum(1, keepdim=True), size=32).shape == (3, 1, 32, 32)
+
+
+def test_the_document_runs():
+    pytest.importorskip("captum")
+    text = (Path(__file__).parents[2] / "docs" / "explain.md").read_text(encoding="utf-8")
+    model = tokenzoo.patch_model(build("dinov3"), given("tome"))
+    names = {"tokenzoo": tokenzoo, "model": model, "images": images(model)}
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)), names)
+    assert names["heat"].shape == (3, 32, 32)
+    assert names["values"].shape == names["shares"].shape == (3, 32, 4, 4)
+    assert [one.shape[1:] for one in names["maps"].values()] == [(2, 21, 21)] * 4
