@@ -33,7 +33,7 @@ from tokenzoo.training.options import parse_options
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *(ROOT / "docs" / name for name in ("architecture.md", "prompts.md", "scaling.md")),
+    *(ROOT / "docs" / name for name in ("architecture.md", "explain.md", "prompts.md", "scaling.md")),
 ]
 CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if not path.stem.endswith("_train")]  # recipes
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from .core.recipe import Recipe
 from .core.registry import create_method, list_methods, method_class, register
 from .cost.report import Report, report
 from .cost.trace import MacReport, count_macs
+from .view.explain import Explanation, explain
 
 __version__ = "0.1.0"
 __path__ += [f"{__path__[0]}/kept"]  # where modules stood that have moved
@@ -18,12 +19,14 @@ _CLASSES = {method_class(name).__name__: method_class(name) for name in list_met
 globals().update(_CLASSES)
 
 __all__ = [
+    "Explanation",
     "MacReport",
     "Method",
     "Recipe",
     "Report",
     "count_macs",
     "create_method",
+    "explain",
     "is_patched",
     "list_backbones",
     "list_methods",

@@ -154,13 +154,18 @@ class Attending:
             self._call(index + 1)
         else:
             self._decide()
+        asking, decided = self.asking, self.decided.tokens
+        # maps that were decided ahead are applied to what a map gives, unless they are no matrices: then to its rows
+        whole = self.merge is not None or (self.ahead and all(token_map.linear for token_map in self.ahead))
+        asking.tell(self.merge, None if whole else decided.trace)
         out = attend_through(self.parts[index], self.bias, self.ahead, self.kept)
+        (decided if self.merge is None else asking).tell(self.merge)
         return layer.output(out, self.reads[index] if layer.output_reads_input else None)
 
     # ---- the decision; every layer is at work meanwhile
 
     def _decide(self) -> None:
-        block, tokens, merge, merging, inputs = self.block, self.tokens, self.merge, self.merging, self.inputs
+        block, tokens, merging, inputs = self.block, self.tokens, self.merging, self.inputs
         for step in self.before:
             project = partial(self._query_keys, tokens, inputs)
             fewer = block._act(step, tokens, block._signals_of(step, tokens, self.rope, self.mask, project))[0]
@@ -168,15 +173,16 @@ class Attending:
                 tokens, inputs = fewer, self._inputs(fewer)
         if merging is None:
             merging = self._merging(tokens)
-            merge, z = merging.enter("attention", tokens, block.attention_input)
-            inputs = inputs if merge is None else self._split(z)
-        if merge is None:
+            self.merge, z = merging.enter("attention", tokens, block.attention_input)
+            inputs = inputs if self.merge is None else self._split(z)
+        if self.merge is None:
             self._decide_plain(tokens, inputs, merging)
         else:
-            self._decide_merged(tokens, inputs, merging, merge)
+            self._decide_merged(tokens, inputs, merging, self.merge)
 
     def _decide_plain(self, tokens: Tokens, inputs: list[Tensor], merging: Merging) -> None:
         """Steps inside of attention act on the tokens that attend."""
+        self.asking = tokens
         block = self.block
         ahead, queries = block.tokenzoo.at("ahead"), block.tokenzoo.at("queries")
         parts = self._project(tokens, inputs, with_values=len(ahead) == 0)
@@ -204,7 +210,7 @@ class Attending:
         Steps inside of attention see every token with the keys of the one it merged into, and act on the output.
         """
         block = self.block
-        tokens = merging.recorded(tokens, merge, "attention")
+        self.asking = tokens = merging.recorded(tokens, merge, "attention")
         inner = tokens._replace(trace=None).reduce(merge, values=inputs[0])
         parts = self._project(inner, inputs)
         heads, bias = join_heads(parts), block._bias(inner, self.mask)

@@ -172,6 +172,8 @@ class ReducingBlock(HookedBlock):
         """The MLP half."""
         merge, z = merging.enter("mlp", tokens, self.mlp_input)
         y = self._mlp(z)
+        if merge is not None:
+            tokens.tell()
         return tokens._replace(x=tokens.x + (y if merge is None else merge.lift(y)))
 
     def _mlp(self, z: Tensor) -> Tensor:
@@ -193,6 +195,7 @@ class ReducingBlock(HookedBlock):
         y = self.attention_branch(outs)
         if decided.merge is not None:  # every token reads the output of the one it merged into
             y = decided.merge.lift(y)
+            decided.tokens.tell()
         for token_map in decided.maps:
             y = token_map.apply(y)
         tokens = decided.tokens

@@ -40,10 +40,12 @@ class Merging:
         """
         maps: list[TokenMap] = []
         z: Tensor | None = None
+        outer = tokens
         for order, step in enumerate(self.steps):
             if branch not in step.branches:
                 continue
             if not step.method.merges_stream and z is None:
+                outer.tell(_joined(maps))
                 z = read(tokens.x)
             # one matching for both branches where the method wants that and the sequence is still the block's input
             once = step.method.matches_once and not maps and not self.moved
@@ -59,7 +61,9 @@ class Merging:
             z = None if step.method.merges_stream else token_map.apply(z)
             if z is None or any(branch in later.branches for later in self.steps[order + 1 :]):
                 tokens = tokens._replace(trace=None).reduce(token_map)  # what nobody reads is not merged
-        merge = None if not maps else maps[0] if len(maps) == 1 else ChainMap(*maps)
+        merge = _joined(maps)
+        if merge is not None:
+            outer.tell(merge)
         return merge, read(tokens.x) if z is None else z
 
     def recorded(self, tokens: Tokens, token_map: TokenMap, branch: str) -> Tokens:
@@ -74,6 +78,10 @@ class Merging:
         signals = self.signals(step, tokens)
         signals.branch, signals.branch_input = branch, z
         return step.decide(tokens, signals)
+
+
+def _joined(maps: list[TokenMap]) -> TokenMap | None:
+    return None if not maps else maps[0] if len(maps) == 1 else ChainMap(*maps)
 
 
 def lifted_heads(heads: Heads, token_map: TokenMap) -> Heads:

@@ -22,6 +22,7 @@ from .block import refuse_causal
 from .features import Reads, decode, encode
 from .masks import four_dims, refuse_uneven, visible_tokens
 from .refusals import Unscriptable, refuse_symbols, refuse_vmap
+from .swapping import hooked
 
 
 class ReducingModel(Unscriptable):
@@ -126,7 +127,8 @@ class ReducingModel(Unscriptable):
         refuse_open_sizes(self, x)
         refuse_vmap(recipe)
         dense = dense or self.pools_all or recipe.keeps_trace
-        trace = trace or dense
+        # whoever watches the blocks has to know what happened in front of them
+        trace = trace or dense or (len(self.blocks[0].tokenzoo.at("embed")) > 0 and hooked(self.blocks[0]))
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x, rope = self.embed(x)
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors

@@ -14,6 +14,20 @@ from ..ops.rows import take_rows
 from .misuse import refuse_attribute, refuse_function, refuse_operator, take_field
 
 
+class View(NamedTuple):
+    """What a layer inside of a block sees.
+
+    Attributes:
+        trace: the reductions that the sequence has gone through.
+        merge: the map around the branch that the layer is part of, None where its tokens are those of the sequence.
+        queries: of an attention map, the reductions behind its rows where these are not those behind its columns.
+    """
+
+    trace: tuple[TraceStep, ...]
+    merge: TokenMap | None = None
+    queries: tuple[TraceStep, ...] | None = None
+
+
 class Layout(NamedTuple):
     """Facts about the token sequence that hold for a whole forward pass.
 
@@ -27,6 +41,7 @@ class Layout(NamedTuple):
         keep_values: the trace keeps the values before every map that drops tokens, so that these can be given back.
         scan_rows: rows of the prefix tokens in the sequence that a model scans; in attention order says nothing.
         added: how many of the prefix tokens are not the model's own (prompts); pooling takes them for patches.
+        watch: told what the layers see from there on, see `Tokens.tell`; None when nobody asks.
     """
 
     num_prefix: int
@@ -38,6 +53,7 @@ class Layout(NamedTuple):
     keep_values: bool = False
     scan_rows: tuple[int, ...] = ()
     added: int = 0
+    watch: Callable[[View], None] | None = None
 
     __getattr__ = refuse_attribute
 
@@ -213,6 +229,11 @@ class Tokens(NamedTuple):
             return self.positions
         return torch.arange(self.length, device=self.x.device).expand(self.x.shape[0], -1)
 
+    def tell(self, merge: TokenMap | None = None, queries: tuple[TraceStep, ...] | None = None) -> None:
+        """Tells whoever watches the pass that layers see these tokens from here on; see `View`."""
+        if self.layout.watch is not None and self.trace is not None:
+            self.layout.watch(View(self.trace, merge, queries))
+
     def reduce(self, token_map: TokenMap, block: int = -1, method: str = "", values: Tensor | None = None) -> Tokens:
         """Applies a map to the values and to all side data.
 
@@ -230,7 +251,9 @@ class Tokens(NamedTuple):
         if isinstance(token_map, RestoreMap):
             x, undone = token_map.apply(self.x), self.trace[token_map.start]
             side = undone.side._asdict()
-            return Tokens(x, self.layout, **side, trace=self.trace[: token_map.start], inside=self.inside)
+            tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.start], inside=self.inside)
+            tokens.tell()
+            return tokens
         visible, pool = self.visible, token_map.pool
         if visible is not None:
             pool, visible = _pool_of_visible(token_map, visible)
@@ -264,10 +287,12 @@ class Tokens(NamedTuple):
             )
             trace = (*trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
         x = token_map.apply(self.x) if values is None else values
-        return Tokens(
+        tokens = Tokens(
             x, self.layout, size, valid, positions, coords, trace, scores, self.inside,
             visible=visible, more_scores=tuple(more),
         )  # fmt: skip
+        tokens.tell()
+        return tokens
 
 
 def _pool_of_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
