@@ -10,13 +10,7 @@ from .schedule import Keep
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRate(Method):
-    """Base of methods with a keep rate or explicit counts at chosen blocks.
-
-    Args:
-        keep_rate: share of the patches to keep at each block, in (0, 1]; one value or one per layer.
-        tokens: patches to keep instead, an int or one entry per layer (None uses the rate there).
-        layers: blocks to act in; by default at one, two and three quarters of the depth.
-    """
+    """Base of methods with a keep rate or explicit counts at chosen blocks; options: see `describing`."""
 
     keep_rate: float | tuple[float, ...] = 0.7
     tokens: int | tuple[int | None, ...] | None = None

@@ -67,7 +67,9 @@ def _range(least: float | None, above: float | None, most: float | None, below: 
     return f" is outside {low}, {f'{most}]' if below is None else f'{below})'}"
 
 
-def pair(default: Any, hint: str, least: int = 1, area: int = 1, none: bool = False, both: bool = False) -> Any:
+def pair(
+    default: Any, hint: str, least: int = 1, area: int = 1, none: bool = False, both: bool = False, fault: str = ""
+) -> Any:
     """One whole number for both directions, or two (down, right).
 
     Args:
@@ -77,6 +79,7 @@ def pair(default: Any, hint: str, least: int = 1, area: int = 1, none: bool = Fa
         area: smallest product of both.
         none: None is allowed.
         both: two numbers are kept, else equal ones as one.
+        fault: what is wrong with smaller ones, for a message that names the value as it was given.
     """
 
     def check(name: str, field: str, value: Any) -> Any:
@@ -86,7 +89,7 @@ def pair(default: Any, hint: str, least: int = 1, area: int = 1, none: bool = Fa
         if not isinstance(sides, (tuple, list)) or len(sides) != 2 or any(type(side) is not int for side in sides):
             raise TypeError(f"{name}: {field}={value!r}; give two whole numbers (down, right), or one for both")
         if min(sides) < least or sides[0] * sides[1] < area:
-            raise ValueError(f"{name}: {field}={tuple(sides)}; {hint}")
+            raise ValueError(f"{name}: {field}={f'{value!r} {fault}' if fault else tuple(sides)}; {hint}")
         return sides[0] if sides[0] == sides[1] and not both else tuple(sides)
 
     return option(default, check)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from .describing import complete
 from .method import Method
 
 _METHODS: dict[str, type[Method]] = {}
@@ -13,7 +14,7 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
-    """Class decorator that adds a method to the zoo under its `name`.
+    """Class decorator that adds a method to the zoo under its `name`, and completes its docstring, see `describing`.
 
     Raises:
         ValueError: the class has no name or the name is taken.
@@ -23,6 +24,7 @@ def register(cls: M) -> M:
     taken = _METHODS.get(cls.name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"method name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+    complete(cls)
     _METHODS[cls.name] = cls
     return cls
 

@@ -1,3 +1,3 @@
-"""Kept path of `tokenzoo.core.schedule`."""
+"""Kept path of `tokenzoo.core.schedule.per_layer`."""
 
-from tokenzoo.core.schedule import *  # noqa: F403
+from tokenzoo.core.schedule.per_layer import *  # noqa: F403

@@ -71,7 +71,7 @@ class ALGM(Method):
     """
 
     threshold: float = number(0.88, "give a cosine such as 0.88")
-    window: int | tuple[int, int] = pair(2, "holds no two patches; use 2 or more", area=2)
+    window: int | tuple[int, int] = pair(2, "use 2 or more", area=2, fault="holds no two patches")
     r: int | tuple[int, ...] | None = None
     batch_min: bool = False
     prop_attn: bool = False

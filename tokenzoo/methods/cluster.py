@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from ..core.method import BlockShape, Method, Step
 from ..core.options import centres, choice, number, odd, option, pair
 from ..core.registry import register
-from ..core.schedule import Schedule
+from ..core.schedule import Grid
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Place, Traits
 from ..maps import ClusterMap, TokenMap
 from ..ops.cells.kmeans import cluster, cluster_macs
+
+
+def _scaled(method: Cluster, layout: Layout) -> tuple[int, int]:
+    return tuple(max(1, round(side * method.scale)) for side in layout.grid)
 
 
 @register
@@ -36,7 +39,6 @@ class Cluster(Method):
             scale of the features: 0.02 is the authors' for Segmenter ViT-L; about 20 over the usual squared distance of
             neighbouring patches is a place to start from. Too low a value blurs all centres.
         where: "after" or "before" the block.
-        prop_attn: add the log size of a centre to its attention logit.
         k: centres that a patch mixes when it is rebuilt (all where there are fewer); -1 for all.
 
     Source: Liang, Yuan, Ding et al., "Expediting Large-Scale Vision Transformer for Dense Prediction without
@@ -55,7 +57,10 @@ class Cluster(Method):
     name = "cluster"
     source = "Liang et al., NeurIPS 2022"
     kind = "merge"
-    schedule = Schedule(layers=lambda depth: (depth * 3 // 8,))
+    schedule = Grid(
+        layers=lambda depth: (depth * 3 // 8,), cells=_scaled, remedy="cluster before any other reduction",
+        size=lambda m: m.grid or (None if m.scale == 1 else m.scale),
+    )  # fmt: skip
     traits = Traits(
         place=lambda m: Place(m.where), positions=True, proportional=lambda m: m.prop_attn, mass_pool=True,
         opens_span=True,
@@ -66,37 +71,8 @@ class Cluster(Method):
         if self.layers is not None and len(self.layers) != 1:
             raise ValueError(f"cluster: layers={self.layers!r}; name the one block after which to cluster")
 
-    def strengths(self, depth: int) -> dict[int, Any]:
-        full = self.grid is None and self.scale == 1
-        return {} if full else {i: self.grid for i in self.resolve_layers(depth)}
-
-    def cells(self, layout: Layout, step: Step) -> tuple[int, int]:
-        """Cells (down, right) for the patches of a layout."""
-        high, wide = layout.grid
-        if self.grid is None:
-            return max(1, round(high * self.scale)), max(1, round(wide * self.scale))
-        if self.grid[0] > high or self.grid[1] > wide:
-            raise step.error(f"grid={self.grid} is larger than the {high} x {wide} patches; give a smaller grid")
-        return self.grid
-
-    def count(self, n: int, step: Step, layout: Layout) -> tuple[int, int]:
-        """Cells (down, right)."""
-        return self.cells(layout, step)
-
-    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        if n - layout.num_prefix != layout.num_patches:
-            raise step.error(
-                f"{n - layout.num_prefix} tokens do not form the {layout.grid[0]} x {layout.grid[1]} patches; cluster "
-                "before any other reduction"
-            )
-        down, right = step.count(n, layout)
-        return layout.num_prefix + down * right
-
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        step.tokens_out(tokens.length, tokens.layout)  # grids of other images than the model's own
-        if tokens.positions is not None:  # as many tokens as patches, but not in their places
-            raise step.error("needs the patches in their grid, but tokens were reduced before; cluster before that")
-        cells = step.count(tokens.length, tokens.layout)
+        cells = self.schedule.of(tokens, step)
         if cells == tokens.layout.grid:
             return None  # nothing to reduce
         size, prefix = tokens.layout.grid, tokens.layout.num_prefix
@@ -107,13 +83,5 @@ class Cluster(Method):
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         if n == n_out:
             return 0
-        cells = self.cells(layout, Step(self, -1, None))
+        cells = self.schedule.count(n, step, layout)
         return cluster_macs(layout.grid, cells, self.iterations, self.window, shape.dim)
-
-    def dial(self, t: float, depth: int, layout: Layout) -> Method:
-        high, wide = layout.grid
-        ladder = [(high, wide)]
-        while ladder[-1] != (1, 1):
-            h, w = ladder[-1]
-            ladder.append((h - 1, w) if w == 1 or (h > 1 and h * wide > w * high) else (h, w - 1))
-        return replace(self, grid=ladder[round(t * (len(ladder) - 1))])

@@ -27,10 +27,7 @@ class EViT(KeepRate):
     authors' warm-up is `tokenzoo.core.schedule.cosine_keep_rate`.
 
     Args:
-        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
-        tokens: patches to keep instead, an int or one entry a layer.
         fuse_token: append the weighted sum of the dropped patches (weights are not normalised, as published).
-        layers: blocks to act in; by default at one, two and three quarters of the depth (3, 6, 9 of 12).
 
     Source: Liang, Ge, Tong, Song, Wang, Xie, "Not All Patches are What You Need", ICLR 2022.
     """

@@ -30,7 +30,6 @@ class FambaV(RemoveCount):
     find that merging in the upper blocks alone costs the least accuracy.
 
     Args:
-        r: tokens to remove a block: an int, a list with one entry a layer (missing ones 0), or (r, slope).
         strategy: "all" blocks, "alternate" (those with an odd index), "lower:k" (blocks 0 to k - 1) or "upper:k"
             (block k and all above). The released code turns the last two around.
         ordered: tokens stay in the order of the scan; False gives [unmerged even, odd], as released.

@@ -38,7 +38,6 @@ class MCTF(Method):
 
     Args:
         r: tokens to remove a block: an int, a list, (r, slope), or a share of the tokens below 1 (0.35).
-        prop_attn: add the log size of a token to its attention logit.
         one_step_ahead: 1 reuses the map, 2 merges first and attends anew (precise), 0 merges at the end of the block.
         tau_sim: temperature of similarity; 0 switches the criterion off.
         tau_info: temperature of attention received; 0 switches it off.

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from ..core.grouping import by_place
 from ..core.method import BlockShape, Method, Step
 from ..core.options import pair, sides
 from ..core.registry import register
-from ..core.schedule import Schedule
-from ..core.selection import own_counts, raster_order, real_rows
+from ..core.schedule import Grid, cells_of
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import BEFORE, Scans, Traits
 from ..maps import MergeMap, TokenMap
-from ..ops.rows import stable_order
 
 
 @register
@@ -31,7 +28,6 @@ class Pool(Method):
     Args:
         stride: patches a cell, (down, right) or one number for both.
         grid: cells (down, right) instead of a stride; cells differ by one patch where the grid does not divide.
-        prop_attn: add the log size of a token to its attention logit.
         layers: blocks to act in, before attention; by default one, at a quarter of the depth.
     """
 
@@ -42,111 +38,22 @@ class Pool(Method):
     name = "pool"
     source = "baseline"
     kind = "merge"
-    schedule = Schedule(layers=lambda depth: (depth // 4,))
+    schedule = Grid(
+        layers=lambda depth: (depth // 4,), cells=lambda m, layout: cells_of(sides(m.stride), layout),
+        size=lambda m: None if m.grid is None and m.stride == 1 else m.grid or sides(m.stride), instead=("stride",),
+    )  # fmt: skip
     traits = Traits(
         place=BEFORE, positions=True, proportional=lambda m: m.prop_attn, mass_pool=True, scans=Scans()
     )
 
-    def strengths(self, depth: int) -> dict[int, Any]:
-        unit = self.grid is None and self.stride == 1
-        return {} if unit else {i: self.grid for i in self.resolve_layers(depth)}
-
-    def _cells(self, high: int, wide: int, step: Step) -> tuple[int, int]:
-        """Cells (down, right) of a grid of patches."""
-        if self.grid is None:
-            down, right = sides(self.stride)
-            return -(-high // down), -(-wide // right)
-        if self.grid[0] > high or self.grid[1] > wide:
-            raise step.error(f"grid={self.grid} is larger than the {high} x {wide} patches; give a smaller grid")
-        return self.grid
-
-    def _stretches(self, patches: int, layout: Layout) -> int:
-        """Tokens that remain of patches that form no grid: the same share as on the grid."""
-        high, wide = layout.grid
-        cells = self._cells(high, wide, Step(self, -1, None))
-        return max(1, -(-patches * cells[0] * cells[1] // (high * wide)))
-
-    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        patches = n - layout.num_prefix
-        if patches != layout.num_patches:
-            return layout.num_prefix + self._stretches(patches, layout)
-        down, right = self._cells(*layout.grid, step)
-        return layout.num_prefix + down * right
-
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        layout, batch = tokens.layout, tokens.x.shape[0]
-        if tokens.num_patches != layout.num_patches:
-            heads, assign, valid = self._stretch_plan(tokens)
-        else:  # an image that has all its patches has the cells of the grid, whatever its batch mates have lost
-            heads, assign = _cell_plan(layout.grid, self._cells(*layout.grid, step), tokens.x.device)
-            heads, assign, valid = heads.expand(batch, -1), assign.expand(batch, -1), None
-            by_place = raster_order(tokens)
-            if by_place is not None:
-                heads, assign = by_place.gather(1, heads), assign.gather(1, stable_order(by_place))
-            if tokens.valid is not None:
-                whole = tokens.valid_patches.unsqueeze(1) == layout.num_patches
-                own_heads, own_assign, valid = self._stretch_plan(tokens)
-                heads, assign = torch.where(whole, heads, own_heads), torch.where(whole, assign, own_assign)
-        prefix = torch.arange(layout.num_prefix, device=tokens.x.device).expand(batch, -1)
-        order = torch.cat([prefix, heads + layout.num_prefix], dim=1)
-        slots = torch.where(assign >= 0, assign + layout.num_prefix, -1)
-        return MergeMap.from_assign(order, torch.cat([prefix, slots], dim=1), tokens.sizes(), valid)
-
-    def _stretch_plan(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Heads [B, K], new patch of every patch [B, M] and validity when the patches form no grid."""
-        layout, patches = tokens.layout, tokens.num_patches
-        rule = lambda n: self._stretches(n, layout)  # noqa: E731
-        kept, own = rule(patches), own_counts(rule, tokens)
-        raster = tokens.original_positions()[:, layout.num_prefix :]
-        count = torch.full_like(raster[:, :1], patches)
-        if own is not None:
-            real = tokens.valid[:, layout.num_prefix :]
-            count, raster = real.sum(1, keepdim=True), torch.where(real, raster, raster.max() + 1)
-        own_kept = torch.full_like(count, kept) if own is None else own
-        by_place = stable_order(raster)
-        rank = by_place.argsort(dim=1)
-        stretch = rank * own_kept // count.clamp(min=1)
-        assign = torch.where(rank < count, stretch, -1)
-        slot = torch.arange(kept, device=raster.device).unsqueeze(0)
-        first = -(-slot * count // own_kept.clamp(min=1))
-        last = -(-(slot + 1) * count // own_kept.clamp(min=1)) - 1
-        middle = (first + last).div(2, rounding_mode="floor").clamp(max=patches - 1)
-        # heads of padding rows: any tokens that head nothing else, so that every index appears once
-        heads = torch.where(slot < own_kept, by_place.gather(1, middle), -1)
-        if own is not None:
-            heads = _fill_unused(heads, patches, assign)
-        return heads, assign, real_rows(own, kept, layout.num_prefix)
+        layout = tokens.layout
+        cells = step.count(tokens.length, layout)
+        groups = by_place(tokens, cells, lambda patches: self.schedule.remaining(patches, step, layout))
+        prefix = torch.arange(layout.num_prefix, device=tokens.x.device).expand(tokens.x.shape[0], -1)
+        order = torch.cat([prefix, groups.heads + layout.num_prefix], dim=1)
+        slots = torch.where(groups.assign >= 0, groups.assign + layout.num_prefix, -1)
+        return MergeMap.from_assign(order, torch.cat([prefix, slots], dim=1), tokens.sizes(), groups.valid)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return (n - n_out) * shape.dim
-
-    def dial(self, t: float, depth: int, layout: Layout) -> Method:
-        high, wide = layout.grid
-        ladder = [(high, wide)]
-        while ladder[-1] != (1, 1):
-            h, w = ladder[-1]
-            ladder.append((h - 1, w) if w == 1 or (h > 1 and h * wide > w * high) else (h, w - 1))
-        return replace(self, grid=ladder[round(t * (len(ladder) - 1))], stride=2)
-
-
-def _cell_plan(grid: tuple[int, int], cells: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Head of every cell [1, K] (its middle patch) and cell of every patch [1, M]."""
-
-    def axis(length: int, count: int) -> tuple[Tensor, Tensor]:
-        cell = torch.arange(length, device=device) * count // length
-        index = torch.arange(count + 1, device=device)
-        first = (index * length + count - 1) // count
-        return cell, (first[:-1] + first[1:] - 1) // 2
-
-    (rows, row_heads), (columns, column_heads) = axis(grid[0], cells[0]), axis(grid[1], cells[1])
-    assign = rows.unsqueeze(1) * cells[1] + columns
-    heads = row_heads.unsqueeze(1) * grid[1] + column_heads
-    return heads.reshape(1, -1), assign.reshape(1, -1)
-
-
-def _fill_unused(heads: Tensor, patches: int, assign: Tensor) -> Tensor:
-    """Replaces -1 in heads [B, K] by indices of padding patches (assign -1), each used once."""
-    missing = heads < 0
-    padding = stable_order(assign >= 0)  # padding first
-    nth = (missing.long().cumsum(1) - 1).clamp(min=0)
-    return torch.where(missing, padding.gather(1, nth), heads)

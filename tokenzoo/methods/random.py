@@ -28,9 +28,6 @@ class Random(KeepRate):
 
     Args:
         seed: seed of the draw in evaluation.
-        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
-        tokens: patches to keep instead, an int or one entry a layer.
-        layers: blocks to act in; by default at one, two and three quarters of the depth.
     """
 
     seed: int = 0

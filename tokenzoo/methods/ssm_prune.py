@@ -51,7 +51,6 @@ class SSMPrune(Scanning, KeepRate):
         rule: what decays in gaps, "hold" or "bias"; only read with alignment="decay".
         recentre: put a class token from the middle into the middle of what is left; None for all but "decay", where
             gaps are counted on the original path and it has to stay between its neighbours.
-        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
         tokens: patches to keep instead, an int or one entry a layer; even where there is a class token.
         layers: blocks to act after; by default the 5th and the 15th of 24 (indices 4 and 14), in proportion.
 

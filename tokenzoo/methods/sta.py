@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ..core.method import BlockShape, Method, Step
 from ..core.options import number, pair, sides
 from ..core.registry import register
-from ..core.schedule import Schedule
+from ..core.schedule import Cells, cells_of
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits, around
@@ -36,59 +37,39 @@ class STA(Method):
     is ours.
     """
 
-    cell: int | tuple[int, int] = pair(4, "1 is plain attention, 4 a common size")
+    cell: int | tuple[int, int] = pair(4, "1 is plain attention, 4 a common size", fault="holds no patch")
     iterations: int = number(1, "give whole rounds; 0 keeps every patch in its own cell", least=0, whole=True)
     mask_borders: bool = False
 
     name = "sta"
     source = "Huang et al., CVPR 2023"
     kind = "attention"
-    schedule = Schedule(layers=lambda depth: range((depth + 1) // 2))
+    schedule = Cells(
+        layers=lambda depth: range((depth + 1) // 2), cells=lambda m, layout: cells_of(sides(m.cell), layout),
+        size=lambda m: None if m.cell == 1 else sides(m.cell),
+        remedy="let it act in earlier blocks than methods that reduce tokens",
+    )  # fmt: skip
     traits = Traits(place=around("attention", replaces_attention=True), positions=True)
 
-    def strengths(self, depth: int) -> dict[int, tuple[int, int]]:
-        layers = self.resolve_layers(depth)
-        return {i: sides(self.cell) for i in layers} if sides(self.cell) != (1, 1) else {}
-
-    # ---- counts
-
-    def _cells(self, layout: Layout) -> int:
-        """Super tokens of a full grid."""
-        high, wide = sides(self.cell)
-        return -(-layout.grid[0] // high) * -(-layout.grid[1] // wide)
-
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        grid = f"{layout.grid[0]} x {layout.grid[1]}"
-        if n - layout.num_prefix != layout.num_patches:
+        left, (high, wide), (down, right) = super().tokens_out(n, step, layout), layout.grid, sides(self.cell)
+        if down > high or right > wide:
             raise step.error(
-                f"needs all {grid} patches in their grid, but {n - layout.num_prefix} tokens are left of it; let it "
-                "act in earlier blocks than methods that reduce tokens"
+                f"a cell of {down} x {right} is larger than the {high} x {wide} patches; use a smaller cell or larger "
+                "images"
             )
-        high, wide = sides(self.cell)
-        if high > layout.grid[0] or wide > layout.grid[1]:
-            raise step.error(
-                f"a cell of {high} x {wide} is larger than the {grid} patches; use a smaller cell or larger images"
-            )
-        return layout.num_prefix + self._cells(layout)
-
-    # ---- the map
+        return left
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         layout = tokens.layout
-        self.tokens_out(tokens.length, step, layout)
-        if tokens.positions is not None:  # as many tokens as patches, but not one each
-            raise step.error(
-                "needs all patches in their grid, but tokens were reduced before; let it act in earlier blocks"
-            )
+        self.schedule.of(tokens, step)
         z = signals.branch_input
         cells = to_cells(split_dim(z[:, layout.num_prefix :], 1, *layout.grid), sides(self.cell))
         found = associate(cells, self.iterations, self.mask_borders)
         return SuperTokenMap(found, layout.grid, sides(self.cell), layout.num_prefix, known=(z, cells))
 
-    # ---- cost and strength
-
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
-        padded = self._cells(layout) * sides(self.cell)[0] * sides(self.cell)[1]
+        padded = math.prod((*cells_of(sides(self.cell), layout), *sides(self.cell)))
         # nine products a patch and channel: to find its shares, to collect, once more to read back
         return (2 * self.iterations + 1 if self.iterations else 2) * SLOTS * padded * shape.dim
 

@@ -46,7 +46,6 @@ class ToMeSD(Method):
             branch reads, behind its norm ("normed").
         seed: draws the destination of each cell, in another way in every block; None takes the top left patch.
         clip: merge fewer where the ratio exceeds what can merge, instead of refusing.
-        layers: blocks to act in, all by default.
 
     Source: Bolya, Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
     """

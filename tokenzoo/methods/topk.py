@@ -21,11 +21,6 @@ class TopK(KeepRate):
 
     Without a class token, patches are ranked by the mean attention they receive.
 
-    Args:
-        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
-        tokens: patches to keep instead, an int or one entry a layer.
-        layers: blocks to act in; by default at one, two and three quarters of the depth.
-
     Source: the baseline of Haurum et al., "Which Tokens to Use?", ICCV Workshops 2023; EViT without its fused token.
     """
 

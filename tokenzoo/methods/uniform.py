@@ -23,11 +23,6 @@ from ..ops.rows import stable_order
 @dataclass(frozen=True, kw_only=True)
 class Uniform(KeepRate):
     """Keeps patches at even distances in the sequence (every k-th for a rate of 1/k): a baseline that looks at nothing.
-
-    Args:
-        keep_rate: share of the patches to keep at each layer, in (0, 1]; one value or one a layer.
-        tokens: patches to keep instead, an int or one entry a layer.
-        layers: blocks to act in; by default at one, two and three quarters of the depth.
     """
 
     name = "uniform"
