@@ -200,7 +200,7 @@ def test_gradients_of_single_images(method, backbone):
 @pytest.mark.parametrize("method", DEPENDENT)
 def test_vmap_over_counts_of_the_image_is_refused(method):
     model = tokenzoo.patch_model(build("deit"), method)
-    fixed = tokenzoo.method_class(method).static_option.split("=")[0]
+    fixed = tokenzoo.method_class(method).traits.static.split("=")[0]
     with pytest.raises(ValueError, match=f"{method}.*vmap.*{fixed}") as caught:
         vmap(lambda image: model(image[None]))(images(model))
     assert raised_by_us(caught.value)
@@ -213,7 +213,7 @@ def test_export_looks_into_wrappers(method, suffix, tmp_path):
     if suffix == ".onnx":
         pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     model = tokenzoo.patch_model(build("deit"), method)
-    fixed = tokenzoo.method_class(method).static_option.split("=")[0]
+    fixed = tokenzoo.method_class(method).traits.static.split("=")[0]
     for module in (model, Ready(model), nn.Sequential(nn.Identity(), Ready(model))):
         with pytest.raises(ValueError, match=f"{method}.*{fixed}"):
             export(module.eval(), tmp_path / f"model{suffix}", images(model))

@@ -103,7 +103,7 @@ def test_mtr_against_loops(targets, weighted, n, prefix, share, seed):
     n += prefix
     r = max(1, int(share * (n - prefix - 1)))
     tokens, signals = sequence(n, prefix, seed), FakeSignals(n, seed, directions=3)
-    token_map = act(MTR(targets=targets, weighted=weighted), tokens, signals, (None, r))
+    token_map = act(MTR(targets=targets, weighted=weighted), tokens, signals, r)
     count = min(-int(-targets * r // 1), n - prefix - r)
     for image in range(2):
         steps = [signals.scanned("delta", way)[image].tolist() for way in range(3)]
@@ -279,7 +279,7 @@ def test_mtr_scores_are_the_steps_of_the_mixer(monkeypatch):
 
 
 def test_mtr_does_not_ask_where_patches_stand():
-    tokens, signals, step = sequence(14, 1), FakeSignals(14), Step(MTR(), 1, (None, 4))
+    tokens, signals, step = sequence(14, 1), FakeSignals(14), Step(MTR(), 1, 4)
     order = torch.cat([torch.zeros(1, dtype=torch.long), torch.randperm(13) + 1])
     moved = FakeSignals(14)
     moved._scan["delta"] = signals._scan["delta"][:, :, order]
@@ -387,7 +387,7 @@ def test_released_order(method):
 
 
 def test_default_blocks():
-    assert MTR().default_layers(24) == tuple(range(2, 24, 2)) and MTR().strengths(24)[2] == (None, 11)
+    assert MTR().default_layers(24) == tuple(range(2, 24, 2)) and MTR().strengths(24)[2] == 11
     assert MTR(keep_rate=0.7).default_layers(24) == (6, 12, 18)
     assert RMeeTo().default_layers(24) == tuple(range(1, 22, 2))  # in front of blocks 2, 4, ... 22
     assert RMeeTo(interval=1).default_layers(4) == (0, 1, 2) and RMeeTo(interval=3).default_layers(8) == (2, 5)
@@ -439,7 +439,7 @@ def test_costs():
     from tokenzoo.core.method import BlockShape
 
     shape, layout = BlockShape(24, 1, 24), Layout(1, True, (4, 4))
-    step = Step(MTR(), 0, (None, 4))
+    step = Step(MTR(), 0, 4)
     assert FambaV().macs(17, 14, shape, layout, step) == (8 * 9 + 2 * 3) * 24
     assert RMeeTo().macs(17, 14, shape, layout, step) == (8 * 8 + 3) * 24
     assert RMeeTo(metric="B").macs(17, 14, shape, layout, step) == 8 * 8 * 16 + 3 * 24
@@ -494,7 +494,7 @@ REFUSED = {
     "rmeeto both": ("vim", "rmeeto", {"interval": 1, "layers": [1]}, ValueError, ["interval=1", "(1,)", "give one"]),
     "rmeeto released": ("vim_both", "rmeeto", {"released": True}, ValueError, ["released=True", "VisionMamba", "2"]),
     "mtr both": ("vim", "mtr", {"r": 3, "keep_rate": 0.5}, ValueError, ["r=3", "keep_rate=0.5", "give one"]),
-    "mtr r": ("vim", "mtr", {"r": 16}, ValueError, ["mtr at block 2", "r=16", "16 patches"]),
+    "mtr r": ("vim", "mtr", {"r": 16}, ValueError, ["mtr at block 2", "r=16", "at most 15 of 17 tokens"]),
     "mtr rate": ("vim", "mtr", {"keep_rate": 0}, ValueError, ["mtr", "keep_rate=0", "(0, 1]"]),
     "mtr rate text": ("vim", "mtr", {"keep_rate": ["a"]}, TypeError, ["mtr", "'a'", "give"]),
     "mtr rates": ("vim", "mtr", {"keep_rate": [0.5], "layers": [0, 1]}, ValueError, ["1 entries", "2 layers"]),

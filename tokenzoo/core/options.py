@@ -85,9 +85,12 @@ def pair(
     def check(name: str, field: str, value: Any) -> Any:
         if value is None and none:
             return value
+        or_none = ", or None" if none else ""
         sides = (value, value) if type(value) is int else value
         if not isinstance(sides, (tuple, list)) or len(sides) != 2 or any(type(side) is not int for side in sides):
-            raise TypeError(f"{name}: {field}={value!r}; give two whole numbers (down, right), or one for both")
+            raise TypeError(
+                f"{name}: {field}={value!r}; give two whole numbers (down, right), or one for both{or_none}"
+            )
         if min(sides) < least or sides[0] * sides[1] < area:
             raise ValueError(f"{name}: {field}={f'{value!r} {fault}' if fault else tuple(sides)}; {hint}")
         return sides[0] if sides[0] == sides[1] and not both else tuple(sides)

@@ -44,7 +44,7 @@ class CTS(Method):
     Transformers", CVPR 2023.
     """
 
-    shared: int | float = number(0.4, "give a number of groups, or a share such as 0.4", least=0)
+    shared: int | float = number(0.4, "give at least 0 groups, or a share such as 0.4", least=0)
     score: str = choice("variance", SCORES)
     mean: tuple[float, float, float] = option((0.5, 0.5, 0.5), three)
     std: tuple[float, float, float] = option((0.5, 0.5, 0.5), three)

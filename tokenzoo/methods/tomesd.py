@@ -50,8 +50,10 @@ class ToMeSD(Method):
     Source: Bolya, Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
     """
 
-    ratio: float = number(0.5, "0.5 merges half of the tokens", least=0, below=1)
-    stride: int | tuple[int, int] | None = pair(2, "a cell needs two patches; 2 or more, or None", area=2, none=True)
+    ratio: float = number(0.5, "give the share of the tokens to merge, such as 0.5", least=0, below=1)
+    stride: int | tuple[int, int] | None = pair(
+        2, "use 2 or more, or None", area=2, none=True, fault="makes cells of one patch"
+    )
     branches: tuple[str, ...] = ("attention",)
     metric: str = choice("x", METRICS)
     seed: int | None = number(None, "give a whole number, or None for the top left patch", whole=True, none=True)

@@ -114,11 +114,14 @@ class Either(Schedule):
     def strengths(self, method: Any, layers: Sequence[int]) -> dict[int, Any]:
         return self._of(method).strengths(method, layers)
 
+    def _for(self, step: Step) -> Schedule:
+        return self.keep if isinstance(step.strength, tuple) else self.remove
+
     def count(self, n: int, step: Step, layout: Layout) -> int:
-        return self._of(step.method).count(n, step, layout)
+        return self._for(step).count(n, step, layout)
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        return self._of(step.method).tokens_out(n, step, layout)
+        return self._for(step).tokens_out(n, step, layout)
 
     def dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
         return self._of(method).dial(method, t, layers, layout)
