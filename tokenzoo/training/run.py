@@ -1,4 +1,4 @@
-"""A training run from its options to its result: what train_imagenet.py calls."""
+"""A training run from its options to its result: what `tokenzoo train` calls."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(
     Args:
         args: from `parse_options`.
         progress: called with the row of every finished epoch, in the first process only.
-        argv: words of the command, for the record.
+        argv: words behind `tokenzoo train`, for the record.
 
     Returns:
         The result as one JSON-safe dict; None in all processes but the first.
@@ -222,7 +222,7 @@ class _Run:
 
     def _result(self, argv: Sequence[str] | None) -> dict[str, Any]:
         record = environment(self.world.device)
-        record["command"] = None if argv is None else command_line(argv).replace("tokenzoo", "train_imagenet.py", 1)
+        record["command"] = None if argv is None else command_line(["train", *argv])
         costs = report(self.model, self.input_size[1:]) if self.recipe is not None else None
         return {
             "model": self.args.model,
