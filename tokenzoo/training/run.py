@@ -22,7 +22,7 @@ from .build import build
 from .checkpoints import Checkpoints, Place
 from .data import open_splits
 from .distributed import World, join
-from .engine import Engine
+from .engine import Engine, Pace
 from .keep_rate import KeepRateWarmup
 from .losses import TrainStep, unused_parameters
 from .optim import Schedule, build_optimizer, learning_rate, new_parameters
@@ -66,6 +66,13 @@ def train(
             if run.output is not None:
                 run.output.loggers.close(failed)
         return result
+
+
+def _diverged(value: float, epoch: int, batch: int) -> str:
+    return (
+        f"the loss is no number in epoch {epoch}, at or before batch {batch}; the last good checkpoint is kept. Lower "
+        "--lr, set --clip-grad, or use --amp-dtype bfloat16, in another --output"
+    )
 
 
 class _Run:
@@ -134,7 +141,8 @@ class _Run:
             batches=batches,
             precision=self.precision,
             world=world,
-            args=args,
+            pace=Pace(**{name: getattr(args, name) for name in Pace.__dataclass_fields__}),
+            diverged=_diverged,
         )
 
     # ---- the run
