@@ -1,4 +1,7 @@
-"""Writes the README's tables from the registries and from results/: python scripts/readme_tables.py [--check]"""
+"""Writes the tables of the README and of docs/ from the registries and from benchmarks/.
+
+    python scripts/readme_tables.py [--check]
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tokenzoo
@@ -16,8 +19,17 @@ from tokenzoo.adapters.backbone import Family
 from tokenzoo.adapters.registry import families
 from tokenzoo.cli.list_command import describe_method
 
-README = Path(__file__).parents[1] / "README.md"
-SPEED = README.parent / "results" / "bench_deit_small.csv"
+ROOT = Path(__file__).parents[1]
+SPEED = ROOT / "benchmarks" / "speed" / "bench_deit_small.csv"
+
+
+def methods_in_short() -> str:
+    """Every registered method with its source, a line per kind: the page stays short, however many there are."""
+    kinds: dict[str, list[str]] = {}
+    for row in map(describe_method, tokenzoo.list_methods()):
+        kinds.setdefault(row["kind"], []).append(f"`{row['name']}` ({row['source']})")
+    rows = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
+    return _table(("kind", "methods"), [(kind, ", ".join(found)) for kind, found in rows])
 
 
 def methods_table() -> str:
@@ -30,6 +42,11 @@ def methods_table() -> str:
             for r in rows
         ],
     )
+
+
+def backbones_in_short() -> str:
+    """Every family in a line: name and what it covers."""
+    return _table(("family", "covers"), [(f"`{family.name}`", family.summary) for family in families()])
 
 
 def backbones_table() -> str:
@@ -83,9 +100,10 @@ def speed_section(file: Path = SPEED) -> str:
     meaning = (
         f"Medians of {first['rounds']} rounds; in every round each model is timed once, so that drift hits all alike. "
         "Speed-up is the unpatched time over the method's own, GMAC ratio the same of multiply-adds. From "
-        f"`results/{file.name}`, written by:"
+        f"`benchmarks/speed/{file.name}`, written by:"
     )
-    command = f"```bash\n{first['command']}\n```"
+    # recorded before the files moved here
+    command = f"```bash\n{first['command'].replace(' results/', ' benchmarks/speed/')}\n```"
     return "\n\n".join(["## Speed", f"{setting} {meaning}", command, _table(head, body)]) + "\n"
 
 
@@ -95,34 +113,51 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def render(text: str) -> str:
-    """The README's text with fresh tables.
+# which tables stand between the marker comments of which page
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"methods": methods_in_short, "backbones": backbones_in_short},
+    "docs/methods.md": {"methods": methods_table},
+    "docs/backbones.md": {"backbones": backbones_table},
+    "docs/measuring.md": {"speed": speed_section},
+}
+
+
+def render(page: str, text: str) -> str:
+    """A page's text with fresh tables.
+
+    Args:
+        page: its path, one of `PAGES`.
+        text: what it holds now.
 
     Raises:
         ValueError: a pair of marker comments is missing.
     """
-    for name, table in (("methods", methods_table()), ("backbones", backbones_table()), ("speed", speed_section())):
+    for name, write in PAGES[page].items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{README.name} needs the lines {begin!r} and {end!r} once each")
+            raise ValueError(f"{page} needs the lines {begin!r} and {end!r} once each")
         before, rest = text.split(begin)
+        table = write()
         inside = f"{table}\n" if table else ""
         text = f"{before}{begin}\n{inside}{end}{rest.split(end)[1]}"
     return text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the tables are stale")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is stale")
     args = parser.parse_args()
-    old = README.read_text(encoding="utf-8")
-    new = render(old)
-    if args.check:
-        if new != old:
-            sys.stderr.write(f"the tables in {README.name} are stale; run python scripts/readme_tables.py\n")
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        file = ROOT / page
+        old = file.read_text(encoding="utf-8")
+        new = render(page, old)
+        if args.check and new != old:
+            sys.stderr.write(f"the tables in {page} are stale; run python scripts/readme_tables.py\n")
+            stale = 1
+        elif new != old:
+            file.write_text(new, encoding="utf-8")
+    return stale
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from tokenzoo.training.options import parse_options
 
 @pytest.fixture(scope="module")
 def curves():
-    sys.path.insert(0, str(ROOT / "scripts"))
+    sys.path.insert(0, str(ROOT / "benchmarks" / "accuracy"))
     import accuracy_curves
 
     yield accuracy_curves
-    sys.path.remove(str(ROOT / "scripts"))
+    sys.path.remove(str(ROOT / "benchmarks" / "accuracy"))
 
 
 @pytest.fixture(scope="module")

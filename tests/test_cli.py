@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_data import ROOT
 
 import tokenzoo
 from tokenzoo.cli import COMMANDS, build_parser, main
 from tokenzoo.cli.common import runs_of
+from tokenzoo.training.options import options_of
 
 TINY = shlex.split(
     "--model vit_tiny_patch16_224 --num-classes 5 --device cpu --model-kwargs depth=2 embed_dim=32 num_heads=2"
@@ -34,7 +36,7 @@ def names(path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_that_parses(command, capsys):
+def test_help_has_an_example_that_parses(command, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
@@ -43,7 +45,10 @@ def test_help_has_an_example_that_parses(command, capsys):
     program, *words = shlex.split(example)
     args = build_parser().parse_args(words)
     assert program == "tokenzoo" and args.command == command
-    if command != "list":
+    if command == "train":
+        monkeypatch.chdir(ROOT)
+        assert options_of(vars(args)).method["method"] == "evit"
+    elif command != "list":
         for run in runs_of(args):  # names and options of methods are checked as the command would
             assert run.method is None or run.recipe().methods
 

@@ -11,7 +11,8 @@ from tokenzoo.cli import main
 from tokenzoo.dense import LinearHead, Segmenter, create_segmenter, load_segmenter
 from tokenzoo.evaluation.segmentation.data import open_dataset
 from tokenzoo.training.segmentation.augment import Gallery, Views
-from tokenzoo.training.segmentation.train import SegmentTraining, _class_weights, evaluate_whole, train_segmenter
+from tokenzoo.training.segmentation.step import class_weights as _class_weights
+from tokenzoo.training.segmentation.train import SegmentTraining, evaluate_whole, train_segmenter
 
 OPTIONS = dict(img_size=[32, 48], patch_size=8, embed_dim=32, depth=2, num_heads=2, drop_path_rate=0.2)
 

@@ -1,4 +1,4 @@
-"""The command line: `tokenzoo list | eval | bench | segment | show | export`, one command a file with an example."""
+"""The command line, `tokenzoo COMMAND ...`: one command per file, each with an example."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("list", "eval", "bench", "segment", "show", "export")
+COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "export")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
     parser = argparse.ArgumentParser(
-        prog="tokenzoo", description="Token reduction for vision backbones: measure, look, and export."
+        prog="tokenzoo", description="Token reduction for vision backbones: measure, train, look, and export."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:

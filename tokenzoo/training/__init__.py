@@ -1,4 +1,4 @@
-"""Training: the run of train_imagenet.py and its parts, losses and schedules that methods bring, segmentation."""
+"""Training: the run of `tokenzoo train` and its parts, losses and schedules that methods bring, segmentation."""
 
 from .consistency import token_consistency
 from .losses import TrainStep, distillation

@@ -59,21 +59,7 @@ class Checkpoints:
             ValueError: what was written cannot be read back (a full disk, for instance).
         """
         path = self.folder / f"checkpoint-{place.epoch:05d}-{place.batch:07d}.pt"
-        part = path.with_name(path.name + ".part")
-        try:
-            with part.open("wb") as file:
-                torch.save({"format": FORMAT, "place": tuple(place), **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
-            raise ValueError(f"checkpoint {path} could not be written ({error}); the one before is kept") from error
-        damage = damage_of(part)
-        if damage:
-            part.unlink(missing_ok=True)
-            raise ValueError(f"checkpoint {path} could not be read back ({damage}); the one before is kept")
-        os.replace(part, path)
-        _sync(self.folder)
+        write_whole(path, {"format": FORMAT, "place": tuple(place), **state})
         for _, old in self.list()[self.keep :]:
             old.unlink(missing_ok=True)
         return path
@@ -99,6 +85,29 @@ class Checkpoints:
         if torn:
             raise ValueError(f"all checkpoints in {self.folder} are torn: {', '.join(torn)}; start the run anew")
         return None
+
+
+def write_whole(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint beside its place, reads it back and renames it: it is whole, or the one before is there.
+
+    Raises:
+        ValueError: what was written cannot be read back (a full disk, for instance).
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"checkpoint {path} could not be written ({error}); the one before is kept") from error
+    damage = damage_of(part)
+    if damage:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"checkpoint {path} could not be read back ({damage}); the one before is kept")
+    os.replace(part, path)
+    _sync(path.parent)
 
 
 def damage_of(path: Path) -> str | None:

@@ -32,11 +32,11 @@ class World:
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, float64."""
-        values = values.double()
-        if self.size > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
+        """The sum over all processes, float64; what was given stays this process's own."""
+        if self.size == 1:
+            return values.double()
+        values = values.to(self.device, torch.float64, copy=True)
+        dist.all_reduce(values)
         return values
 
     def names(self, found: list[str]) -> list[str]:

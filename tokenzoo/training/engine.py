@@ -1,30 +1,78 @@
-"""One epoch: batches in, updates out; a loss that is no number stops the run before it is saved."""
+"""One epoch of any trainer: batches in, updates out; a loss that is no number stops the run before it is saved."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..evaluation.runs import Precision
-from .batches import TrainBatches
+from .batches import Batch
 from .distributed import World
 from .keep_rate import KeepRateWarmup
-from .losses import PARTS, TrainStep
-from .optim import Schedule
+from .losses import PARTS
 
 
 class Diverged(ValueError):
     """The loss is no number any more."""
 
 
-@dataclass
+class Step(Protocol):
+    """A model with its losses, a module: called with images, target and the number of the update."""
+
+    model: nn.Module
+    parts: tuple[str, ...]  # the parts of `PARTS` that come back beside "loss"
+
+    def __call__(self, images: Tensor, target: Tensor, update: int) -> dict[str, Tensor]: ...
+
+
+class Batches(Protocol):
+    """The batches of a training set; what is drawn for an epoch depends on its number alone."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]: ...
+
+
+class Rates(Protocol):
+    """A schedule: sets the learning rates of an update and returns the highest."""
+
+    def set(self, epoch: int, update: int) -> float: ...
+
+
+class Average(Protocol):
+    """Averaged weights, such as timm's `ModelEmaV3`."""
+
+    module: nn.Module
+
+    def update(self, model: nn.Module, step: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How batches become updates.
+
+    Args:
+        clip_grad: limit of the gradients, None for none.
+        clip_mode: what is limited: "norm", "value" or "agc".
+        grad_accum_steps: batches per update.
+        log_interval: updates between looks at the loss on an accelerator.
+        recovery_interval: updates between checkpoints inside an epoch, 0 for none.
+    """
+
+    clip_grad: float | None = None
+    clip_mode: str = "norm"
+    grad_accum_steps: int = 1
+    log_interval: int = 50
+    recovery_interval: int = 0
+
+
+@dataclass(kw_only=True)
 class Engine:
     """All that changes while a model trains.
 
@@ -33,24 +81,26 @@ class Engine:
         wrapped: the same, or DDP around it.
         optimizer: of the model's parameters.
         schedule: of the learning rate.
-        ema: timm's averaged weights, None for none.
+        ema: averaged weights, None for none.
         warmup: of the keep rate, None for none.
         batches: of the training set.
         precision: number formats.
         world: this process among all.
-        args: options of the run.
+        pace: how batches become updates.
+        diverged: what to say of a loss that is no number: its value, the epoch and the batch.
     """
 
-    step: TrainStep
+    step: Step
     wrapped: nn.Module
     optimizer: Optimizer
-    schedule: Schedule
-    ema: Any
-    warmup: KeepRateWarmup | None
-    batches: TrainBatches
+    schedule: Rates
+    ema: Average | None = None
+    warmup: KeepRateWarmup | None = None
+    batches: Batches
     precision: Precision
     world: World
-    args: argparse.Namespace
+    pace: Pace
+    diverged: Callable[[float, int, int], str]
     scaler: Any = field(init=False)
     sums: Tensor = field(init=False)
 
@@ -62,7 +112,7 @@ class Engine:
     @property
     def updates(self) -> int:
         """Updates an epoch has; the last may see fewer batches."""
-        return -(-len(self.batches) // self.args.grad_accum_steps)
+        return -(-len(self.batches) // self.pace.grad_accum_steps)
 
     def clear(self) -> None:
         """Forgets the losses summed so far."""
@@ -100,13 +150,13 @@ class Engine:
         Raises:
             Diverged: the loss is no number; what was saved last is sound.
         """
-        args, total = self.args, len(self.batches)
+        pace, total = self.pace, len(self.batches)
         self.wrapped.train()
         lr = keep_rate = None
         for batch in self.batches.epoch(epoch, first):
-            number, inside = divmod(batch.index, args.grad_accum_steps)
+            number, inside = divmod(batch.index, pace.grad_accum_steps)
             update = epoch * self.updates + number
-            share = min(args.grad_accum_steps, total - number * args.grad_accum_steps)
+            share = min(pace.grad_accum_steps, total - number * pace.grad_accum_steps)
             if inside == 0:
                 lr = self.schedule.set(epoch, update)
                 if self.warmup is not None:
@@ -126,9 +176,9 @@ class Engine:
                 continue
             self._update(update)
             done = batch.index + 1
-            if (number + 1) % args.log_interval == 0:
+            if (number + 1) % pace.log_interval == 0:
                 self.check(epoch, batch.index)
-            if save is not None and args.recovery_interval and (number + 1) % args.recovery_interval == 0:
+            if save is not None and pace.recovery_interval and (number + 1) % pace.recovery_interval == 0:
                 if done < total:
                     self.check(epoch, batch.index)
                     save(done)
@@ -148,10 +198,9 @@ class Engine:
     def _update(self, update: int) -> None:
         from timm.utils import dispatch_clip_grad
 
-        args = self.args
-        if args.clip_grad is not None:
+        if self.pace.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.step.model.parameters(), args.clip_grad, args.clip_mode)
+            dispatch_clip_grad(self.step.model.parameters(), self.pace.clip_grad, self.pace.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,8 +209,6 @@ class Engine:
 
     def check(self, epoch: int, batch: int) -> None:
         """Stops all processes if a loss was no number in any of them."""
-        if self.world.total(self.sums[1:2]).item() > 0:
-            raise Diverged(
-                f"the loss is no number in epoch {epoch}, at or before batch {batch}; the last good checkpoint is "
-                "kept. Lower --lr, set --clip-grad, or use --amp-dtype bfloat16, in another --output"
-            )
+        broken, value = self.world.total(self.sums[1:3]).tolist()
+        if broken > 0:
+            raise Diverged(self.diverged(value, epoch, batch))

@@ -1,4 +1,4 @@
-"""The flags of train_imagenet.py; names are timm's where timm has them."""
+"""The flags of `tokenzoo train`; names are timm's where timm has them."""
 
 from __future__ import annotations
 

@@ -29,11 +29,25 @@ _NOT_NEGATIVE = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of train_imagenet.py."""
+    """A parser of all options, with their defaults."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, allow_abbrev=False)
+    _add_all(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds all options to a parser whose namespace is for `options_of`: what was not given is left out of it."""
+    parser.allow_abbrev = False
+    before = set(parser._actions)
+    _add_all(parser)
+    for action in parser._actions:
+        if action not in before:
+            action.default = argparse.SUPPRESS
+
+
+def _add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", "-c", default=None, help="YAML file with defaults for the flags")
     add_flags(parser)
-    return parser
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,16 +57,28 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         argv: words after the program's name.
 
     Raises:
-        ValueError: a YAML file with a key that is no flag or a value that its flag does not take, or values that
+        ValueError: as in `options_of`.
+    """
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    add_options(parser)
+    return options_of(vars(parser.parse_args(argv)))
+
+
+def options_of(given: Mapping[str, Any]) -> argparse.Namespace:
+    """The options of a run: what was given, else what the YAML file says, else the defaults.
+
+    Args:
+        given: values from a parser with `add_options`; names that are no options are left out.
+
+    Raises:
+        ValueError: a YAML file with a key that is not a flag or a value that its flag does not take, or values that
             cannot be.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", "-c", default=None)
-    config = first.parse_known_args(argv)[0].config
     parser = build_parser()
-    if config is not None:
-        parser.set_defaults(**read_config(Path(config), parser))
-    args = parser.parse_args(argv)
+    if given.get("config") is not None:
+        parser.set_defaults(**read_config(Path(given["config"]), parser))
+    args = parser.parse_args([])
+    vars(args).update({name: given[name] for name in vars(args) if name in given})
     args.method_kwargs = pairs(args.method_kwargs, "--method-kwargs")
     args.model_kwargs = pairs(args.model_kwargs, "--model-kwargs")
     _check(args)

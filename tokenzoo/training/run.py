@@ -1,4 +1,4 @@
-"""A training run from its options to its result: what train_imagenet.py calls."""
+"""A training run from its options to its result: what `tokenzoo train` calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .build import build
 from .checkpoints import Checkpoints, Place
 from .data import open_splits
 from .distributed import World, join
-from .engine import Engine
+from .engine import Engine, Pace
 from .keep_rate import KeepRateWarmup
 from .losses import TrainStep, unused_parameters
 from .optim import Schedule, build_optimizer, learning_rate, new_parameters
@@ -43,7 +43,7 @@ def train(
     Args:
         args: from `parse_options`.
         progress: called with the row of every finished epoch, in the first process only.
-        argv: words of the command, for the record.
+        argv: words behind `tokenzoo train`, for the record.
 
     Returns:
         The result as one JSON-safe dict; None in all processes but the first.
@@ -66,6 +66,13 @@ def train(
             if run.output is not None:
                 run.output.loggers.close(failed)
         return result
+
+
+def _diverged(value: float, epoch: int, batch: int) -> str:
+    return (
+        f"the loss is no number in epoch {epoch}, at or before batch {batch}; the last good checkpoint is kept. Lower "
+        "--lr, set --clip-grad, or use --amp-dtype bfloat16, in another --output"
+    )
 
 
 class _Run:
@@ -134,7 +141,8 @@ class _Run:
             batches=batches,
             precision=self.precision,
             world=world,
-            args=args,
+            pace=Pace(**{name: getattr(args, name) for name in Pace.__dataclass_fields__}),
+            diverged=_diverged,
         )
 
     # ---- the run
@@ -222,7 +230,7 @@ class _Run:
 
     def _result(self, argv: Sequence[str] | None) -> dict[str, Any]:
         record = environment(self.world.device)
-        record["command"] = None if argv is None else command_line(argv).replace("tokenzoo", "train_imagenet.py", 1)
+        record["command"] = None if argv is None else command_line(["train", *argv])
         costs = report(self.model, self.input_size[1:]) if self.recipe is not None else None
         return {
             "model": self.args.model,

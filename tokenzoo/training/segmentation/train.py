@@ -5,24 +5,26 @@ from __future__ import annotations
 import copy
 import csv
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ...dense.checkpoints import load_state
 from ...dense.storage import save_segmenter
+from ...evaluation.runs import Precision
 from ...evaluation.segmentation.confusion import areas, confusion_matrix, scores
-from .augment import IGNORE, Gallery, Views
+from ..checkpoints import write_whole
+from ..distributed import World
+from ..engine import Engine, Pace
+from .augment import Gallery, Views
+from .step import RisingAverage, SegmentStep, StepRates, ViewBatches, class_weights, normalisation
 
 _log = logging.getLogger(__name__)
 COLUMNS = ("epoch", "lr", "train_loss", "val_miou", "val_aacc", "seconds")
@@ -130,19 +132,20 @@ def train_segmenter(
     )  # fmt: skip
     if scheduler is None:  # older timm does not refuse unknown names
         raise ValueError(f"sched={options.sched!r} is no schedule that timm knows; use 'cosine', 'poly' or 'step'")
-    averaged = copy.deepcopy(model).eval() if options.ema else None
+    average = RisingAverage(copy.deepcopy(model).eval(), options.ema) if options.ema else None
     settings = {**asdict(options), **asdict(views), "pictures": len(train)}
-    state = _State(model, averaged, optimizer, output / "last.pt", settings)
+    state = _State(model, None if average is None else average.module, optimizer, output / "last.pt", settings)
     rows = state.load() if resume else []
-    weight = _class_weights(train, model.num_classes, options.class_weights)
-    weight = None if weight is None else weight.to(next(model.parameters()).device)
+    engine = _engine(model, average, train, views, options, optimizer, scheduler)
+    kept = model if average is None else average.module
     for epoch in range(len(rows), options.epochs):
         start = time.perf_counter()
-        loss = _epoch(model, averaged, train, views, options, optimizer, scheduler, epoch, steps, weight)
+        engine.clear()
+        loss = engine.run_epoch(epoch)["train_loss"]
         row = dict.fromkeys(COLUMNS, "") | {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss}
         last = epoch == options.epochs - 1
         if val is not None and (last or (epoch + 1) % options.eval_every == 0):
-            found = evaluate_whole(averaged or model, val, options.amp)
+            found = evaluate_whole(kept, val, options.amp)
             row |= {"val_miou": float(found.miou), "val_aacc": float(found.aacc)}
         row["seconds"] = round(time.perf_counter() - start, 1)
         rows.append(row)
@@ -150,64 +153,40 @@ def train_segmenter(
         _write_rows(rows, output / "summary.csv")
         if progress is not None:
             progress(row)
-    save_segmenter(averaged or model, output / "model.safetensors")
+    save_segmenter(kept, output / "model.safetensors")
     return rows
 
 
-def _epoch(
+def _engine(
     model: nn.Module,
-    averaged: nn.Module | None,
+    average: RisingAverage | None,
     train: Gallery,
     views: Views,
     options: SegmentTraining,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    epoch: int,
-    steps: int,
-    weight: Tensor | None,
-) -> float:
-    """One pass; returns the mean loss."""
+) -> Engine:
+    """The engine of all trainers, with what segmentation brings."""
     device = next(model.parameters()).device
-    rng = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
-    torch.manual_seed(options.seed * 1_000_003 + epoch)  # stochastic depth and dropout draw from here
-    order = torch.randperm(len(train), generator=rng)[: steps * options.batch_size]
-    model.train()
-    if options.freeze_encoder:
-        model.encoder.eval()
-    total = 0.0
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (model.mean, model.std))
-    for step, batch in enumerate(order.split(options.batch_size)):
-        scheduler.step_update(epoch * steps + step)
-        drawn = [views.draw(train.images[i], train.masks[i], rng) for i in batch.tolist()]
-        images = (torch.stack([image for image, _ in drawn]).to(device) - mean) / std
-        masks = torch.stack([mask for _, mask in drawn]).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16) if options.amp else nullcontext():
-            logits = model(images)
-        if bool((masks != IGNORE).any()):
-            loss = F.cross_entropy(logits.float(), masks, weight=weight, ignore_index=IGNORE)
-        else:  # the mean over no pixels is no number
-            _log.warning("epoch %d, step %d: every pixel is ignored; its loss counts as 0", epoch, step)
-            loss = 0 * logits.float().sum()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()} in epoch {epoch}, step {step}; lower lr={options.lr}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if options.clip_grad is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
-        optimizer.step()
-        if averaged is not None:
-            _average(averaged, model, min(options.ema, (epoch * steps + step + 1) / (epoch * steps + step + 10)))
-        total += loss.item()
-    return total / steps
-
-
-@torch.no_grad()
-def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
-    for kept, new in zip(averaged.state_dict().values(), model.state_dict().values()):
-        if kept.is_floating_point():
-            kept.lerp_(new, 1 - decay)
-        else:
-            kept.copy_(new)
+    batches = ViewBatches(train, views, options.batch_size, options.seed, model)
+    weight = class_weights(train, model.num_classes, options.class_weights)
+    weight = None if weight is None else weight.to(device)
+    step = SegmentStep(model, weight, options.amp, options.freeze_encoder, len(batches))
+    optimizer.zero_grad(set_to_none=True)
+    return Engine(
+        step=step,
+        wrapped=step,
+        optimizer=optimizer,
+        schedule=StepRates(optimizer, scheduler),
+        ema=average,
+        batches=batches,
+        precision=Precision(),
+        world=World(0, 1, device),
+        pace=Pace(clip_grad=options.clip_grad),
+        diverged=lambda value, epoch, batch: (
+            f"the loss is {value} in epoch {epoch}, step {batch}; lower lr={options.lr}"
+        ),
+    )
 
 
 @torch.no_grad()
@@ -215,23 +194,15 @@ def evaluate_whole(model: nn.Module, data: Gallery, amp: bool = False) -> Any:
     """Scores of whole pictures, counts summed over all of them (see `evaluation.segmentation.confusion.Scores`)."""
     was, device = model.training, next(model.parameters()).device
     model.eval()
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (model.mean, model.std))
+    mean, std = normalisation(model)
     total = np.zeros((model.num_classes, model.num_classes))
     for image, mask in zip(data.images, data.masks):
         x = (image[None].to(device).float() / 255 - mean) / std
-        with torch.autocast(device.type, dtype=torch.bfloat16) if amp else nullcontext():
+        with Precision(amp=torch.bfloat16 if amp else None).autocast(device):
             labels = model(x).argmax(1)[0].cpu().numpy()
         total += confusion_matrix(labels, mask.numpy(), model.num_classes)
     model.train(was)
     return scores(areas(total))
-
-
-def _class_weights(train: Gallery, num_classes: int, kind: str) -> Tensor | None:
-    if kind == "none":
-        return None
-    share = train.class_pixels(num_classes)
-    weight = torch.where(share > 0, (share / share.sum()).clamp(min=1e-4).rsqrt(), 0)
-    return (weight / weight[share > 0].mean()).float()
 
 
 def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
@@ -259,10 +230,9 @@ class _State:
         self.options = {k: v for k, v in settings.items() if k not in ("threads", "eval_every")}
 
     def save(self, rows: list[dict[str, Any]]) -> None:
-        part = self.path.with_name(self.path.name + ".part")
         modules = {name: module.state_dict() for name, module in self.modules.items()}
-        torch.save({**modules, "optimizer": self.optimizer.state_dict(), "rows": rows, "options": self.options}, part)
-        os.replace(part, self.path)
+        optimizer = self.optimizer.state_dict()
+        write_whole(self.path, {**modules, "optimizer": optimizer, "rows": rows, "options": self.options})
 
     def load(self) -> list[dict[str, Any]]:
         """The rows so far; none where there is no file."""

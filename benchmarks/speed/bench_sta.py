@@ -1,6 +1,6 @@
 """Super token attention in a plain ViT at high resolution: speed at 512 pixels, peak memory at 1024.
 
-    python scripts/bench_sta.py --results-file results/sta_vit_small.csv
+    python benchmarks/speed/bench_sta.py --results-file benchmarks/speed/sta_vit_small.csv
 
 Speed: one thread, processor time, both sides in turn on fused attention; median and quartiles of the ratio. Memory: a
 process a side, the C library returns freed memory at once, so that what is measured is what is alive (Linux only).
@@ -18,9 +18,9 @@ import time
 
 import timm
 import torch
-from resident_memory import growth
 
 import tokenzoo
+from tokenzoo.evaluation.resident import growth
 
 SIDES = {"unpatched": None, "first half": {"cell": 4}, "all blocks": {"cell": 4, "layers": tuple(range(12))}}
 

@@ -1,7 +1,7 @@
 """Every method at several strengths on a segmentation model: mIoU, paired difference, multiply-adds, speed.
 
-    python scripts/segment_table.py --checkpoint checkpoints/camvid320_linear.safetensors --data test/ --ignore 11 \
-        --output results/camvid320_linear
+    python benchmarks/segmentation/segment_table.py --checkpoint checkpoints/camvid320_linear.safetensors \
+        --data test/ --ignore 11 --output benchmarks/segmentation/camvid320_linear
 
 DATA is a folder with images/ and masks/. Strengths are shares of the encoder's multiply-adds; a method that cannot
 reach one is named and left out there. The last rows compare methods at one place: half of the tokens after one third of

@@ -1,7 +1,7 @@
 """Times and memory of every form of the selective scan on the CPU, one thread.
 
-    python scripts/bench_scan.py --output results/scan_cpu.csv
-    python scripts/bench_scan.py --model vim_tiny_patch16_224     # the whole model as well
+    python benchmarks/speed/bench_scan.py --output benchmarks/speed/scan_cpu.csv
+    python benchmarks/speed/bench_scan.py --model vim_tiny_patch16_224     # the whole model as well
 
 Shapes are those of one Vim-T layer, both directions in one call: batch 4, 2 x 384 channels in two groups, 16 states.
 Forms are timed in turn, so that a busy machine slows all of them. Times are CPU times of the process. Memory is the

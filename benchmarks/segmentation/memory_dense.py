@@ -1,6 +1,6 @@
 """Peak memory of one forward pass at 2048 x 1024 pixels: unpatched against clustering and reconstruction.
 
-    python scripts/memory_dense.py --encoder vit_small_patch16_224
+    python benchmarks/segmentation/memory_dense.py --encoder vit_small_patch16_224
 
 Each side runs in a process of its own on one thread; the C library returns freed memory at once, so that what is
 measured is what is alive. Linux only.
@@ -14,10 +14,10 @@ import subprocess
 import sys
 
 import torch
-from resident_memory import growth
 
 import tokenzoo
 from tokenzoo.dense import create_segmenter
+from tokenzoo.evaluation.resident import growth
 
 SIDES = ("unpatched", "norm", "maps")  # where the reconstruction acts
 GRID = (45, 90)  # of 64 x 128 patches

@@ -1,12 +1,13 @@
 """Accuracy of every method on real pictures, off the shelf and after fine-tuning: tables and curves.
 
-    python scripts/accuracy_curves.py free --config checkpoints/tin100_vit.yaml --data-dir tin100 \
-        --output results/tin100_free.csv
-    python scripts/accuracy_curves.py tuned --config checkpoints/tin100_vit.yaml --data-dir tin100 \
-        --methods evit tome mctf ats pool --runs runs --output results/tin100_tuned.csv --train --epochs 1 --lr 2e-4
-    python scripts/plot_accuracy.py results/*_free.csv results/*_tuned.csv
+    python benchmarks/accuracy/accuracy_curves.py free --config checkpoints/tin100_vit.yaml --data-dir tin100 \
+        --output benchmarks/accuracy/tin100_free.csv
+    python benchmarks/accuracy/accuracy_curves.py tuned --config checkpoints/tin100_vit.yaml --data-dir tin100 \
+        --methods evit tome mctf ats pool --runs runs \
+        --output benchmarks/accuracy/tin100_tuned.csv --train --epochs 1 --lr 2e-4
+    python benchmarks/accuracy/plot_accuracy.py benchmarks/accuracy/*_free.csv benchmarks/accuracy/*_tuned.csv
 
-The configuration is one of train_imagenet.py and names a model with its weights; DATA_DIR holds train/ and val/. `free`
+The configuration is one of `tokenzoo train` and names a model with its weights; DATA_DIR holds train/ and val/. `free`
 takes every method at four strengths, shares of the unpatched multiply-adds. `tuned` trains one model a method with the
 options behind its own, all from the same weights with the same budget, and the unpatched model beside them; runs that
 are complete already are only evaluated. Differences are paired, picture by picture.
@@ -61,7 +62,7 @@ class Pictures(NamedTuple):
 
 
 def options(args: argparse.Namespace, *more: str) -> argparse.Namespace:
-    """Options of train_imagenet.py from the configuration."""
+    """Options of `tokenzoo train` from the configuration."""
     return parse_options(["-c", args.config, "--data-dir", args.data_dir, "--output", "unused", *more])
 
 
@@ -186,7 +187,7 @@ def tuned(args: argparse.Namespace) -> None:
             rows[-1] |= {f"diff_{key}": round(diff.mean, 2), f"diff_{key}_se": round(diff.se, 2)}
         rows[-1]["free_top1"] = round(estimate(before.hits).mean, 2)
         words[3], words[5] = Path(args.data_dir).name, f"runs/{name}"
-        rows[-1]["command"] = f"python train_imagenet.py {shlex.join(words)}"
+        rows[-1]["command"] = f"tokenzoo train {shlex.join(words)}"
         print("  ".join(str(rows[-1][column]) for column in TUNED), flush=True)
     write(args, [dict.fromkeys(TUNED, "") | r for r in rows], TUNED)
 
@@ -201,7 +202,7 @@ def finished(folder: Path, words: Sequence[str]) -> bool:
 def tool(args: argparse.Namespace) -> str:
     """This script's own command."""
     data = Path(args.data_dir).name
-    return f"python scripts/accuracy_curves.py {args.command} --config {args.config} --data-dir {data}"
+    return f"python benchmarks/accuracy/accuracy_curves.py {args.command} --config {args.config} --data-dir {data}"
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
@@ -228,7 +229,7 @@ def main() -> None:
             command.add_argument("--methods", nargs="+", required=True)
             command.add_argument("--flops", type=float, default=0.6)
             command.add_argument("--runs", type=Path, default=Path("runs"))
-            command.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="options of train_imagenet.py")
+            command.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="options of tokenzoo train")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     {"free": free, "tuned": tuned}[args.command](args)

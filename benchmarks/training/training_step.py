@@ -1,6 +1,6 @@
 """Time and peak memory of a training step with every method at 60 % of the multiply-adds, against the unpatched model.
 
-    python scripts/training_step.py --results-file results/training_step_cpu.csv
+    python benchmarks/training/training_step.py --results-file benchmarks/training/training_step_cpu.csv
 
 Time: forward, backward and update on one thread, processor time, all sides in turn, median and quartiles of the ratio.
 Memory: a process of its own a side; what the step adds to model and optimizer at its peak. The C library returns freed
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from resident_memory import growth
 
 import tokenzoo
 from tokenzoo.evaluation import environment, write_results
+from tokenzoo.evaluation.resident import growth
 from tokenzoo.training.build import build
 from tokenzoo.training.losses import TrainStep
 from tokenzoo.training.optim import build_optimizer
@@ -77,7 +77,8 @@ def main() -> None:
     for row in rows:
         print("  ".join(str(row[column]) for column in COLUMNS), flush=True)
     if args.results_file is not None:
-        record = environment("cpu") | {"command": f"python scripts/training_step.py {shlex.join(sys.argv[1:])}"}
+        command = f"python benchmarks/training/training_step.py {shlex.join(sys.argv[1:])}"
+        record = environment("cpu") | {"command": command}
         write_results(args.results_file, rows, COLUMNS, record)
 
 

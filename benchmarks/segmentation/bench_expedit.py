@@ -1,6 +1,7 @@
 """Clustering in a Segmenter of the published size: multiply-adds of the published settings, and time of one of them.
 
-    python scripts/bench_expedit.py --rounds 3 --output results/expedit_segmenter_large.csv
+    python benchmarks/segmentation/bench_expedit.py --rounds 3 \
+        --output benchmarks/segmentation/expedit_segmenter_large.csv
 
 Weights are random: counts and times do not depend on them. Both sides run on the same attention path, interleaved, one
 image at a time on one thread, in processor time.

@@ -1,4 +1,6 @@
-"""Draws the CSV files of accuracy_curves.py: `python scripts/plot_accuracy.py results/*_free.csv results/*_tuned.csv`.
+"""Draws the CSV files of accuracy_curves.py.
+
+    python benchmarks/accuracy/plot_accuracy.py benchmarks/accuracy/*_free.csv benchmarks/accuracy/*_tuned.csv
 
 A file of methods off the shelf becomes curves of accuracy over multiply-adds, a file of fine-tuned models a column a
 method with its accuracy before and after. Pictures lie beside their file, NAME.csv gives NAME.png.

@@ -1,7 +1,8 @@
 """A very small Vision Mamba on handwritten digits: training, and what pruning without training costs it.
 
-    python scripts/vim_digits.py train --output checkpoints/vim_digits.safetensors
-    python scripts/vim_digits.py table --checkpoint checkpoints/vim_digits.safetensors --output results/vim_digits
+    python benchmarks/accuracy/vim_digits.py train --output checkpoints/vim_digits.safetensors
+    python benchmarks/accuracy/vim_digits.py table --checkpoint checkpoints/vim_digits.safetensors \
+        --output benchmarks/accuracy/vim_digits
 
 The digits are the 1797 that scikit-learn carries (8 x 8), enlarged to 40 x 40: 100 patches and a class token in their
 middle. Accuracies are on 360 images that training did not see; differences are paired, image by image. Writes
@@ -31,7 +32,7 @@ from tokenzoo.evaluation.results import table
 from tokenzoo.models import VisionMamba
 from tokenzoo.view.maps import plot_curves
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import digits  # noqa: E402
 from train_digits import augment  # noqa: E402
 

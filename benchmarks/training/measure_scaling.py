@@ -1,6 +1,6 @@
 """The measured parts of the throughput model in docs/scaling.md, on one thread of this machine.
 
-    python scripts/measure_scaling.py --results-file results/scaling_cpu.csv
+    python benchmarks/training/measure_scaling.py --results-file benchmarks/training/scaling_cpu.csv
 
 Steps and decoding: processor time, so that other work on the machine hardly counts; all variants in turn, median and
 quartiles. Checkpoints: wall time and size of a file with model, average, and optimizer, read back and checked as in a
@@ -55,7 +55,8 @@ def main() -> None:
     for row in rows:
         print("  ".join(str(row[column]) for column in COLUMNS), flush=True)
     if args.results_file is not None:
-        record = environment("cpu") | {"command": f"python scripts/measure_scaling.py {shlex.join(sys.argv[1:])}"}
+        command = f"python benchmarks/training/measure_scaling.py {shlex.join(sys.argv[1:])}"
+        record = environment("cpu") | {"command": command}
         write_results(args.results_file, rows, COLUMNS, record)
 
 
