@@ -170,6 +170,16 @@ class Method:
         return "merge" in self.kind or "fuse" in self.kind
 
     @property
+    def drops(self) -> bool:
+        """Whether tokens may be left without a new one of their own (kept ones stay as they are)."""
+        return "prune" in self.kind
+
+    @property
+    def fuses(self) -> bool:
+        """Whether one token more stands for all that are left out."""
+        return "fuse" in self.kind
+
+    @property
     def mixes(self) -> bool:
         """Whether values of tokens are mixed, so that a mask has to treat all patches alike that it does not hide."""
         return self.kind not in ("prune", "sample")

@@ -163,18 +163,18 @@ def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
     family = _family(model)
     if family is None:
         return model(images), None
-    windows = family.layout is not None  # methods see one window, the head the whole map, reduced or not
-    if is_patched(model) and not windows:
+    view = family.view(model)
+    if is_patched(model) and view.gives_tokens:
         tokens = model.forward_tokens(images)
         logits = model.forward_head(tokens)
         if tokens.valid is not None:
             return logits, tokens.valid.sum(1)
         count = tokens.length
     else:
-        grid = tuple(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        grid = tuple(view.grid_of(images.shape[-2:]))
         info = describe(model, grid)
         layout = info.sequence(info.depth - 1)[0]
-        count = grid[0] * grid[1] if windows else layout.num_prefix + layout.num_patches
+        count = view.all_tokens(layout.num_prefix + layout.num_patches, grid, layout)
         logits = model(images)
     return logits, torch.full((len(images),), count, device=images.device)
 
