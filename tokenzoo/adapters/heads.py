@@ -16,6 +16,8 @@ def embed_macs(embed: nn.Module, grid: tuple[int, int]) -> int:
     total = 0
     if hasattr(embed, "macs"):  # embeddings of tokenzoo.models know their cost
         return embed.macs(grid)
+    if is_conv(embed):
+        return conv_macs(embed) * grid[0] * grid[1]
     patch = embed.patch_size if isinstance(embed.patch_size, tuple) else (embed.patch_size,) * 2
     if is_conv(unwrapped(getattr(embed, "proj", None))) and not hasattr(embed, "backbone"):
         return conv_macs(embed.proj) * grid[0] * grid[1]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.graphs import refuse_open_sizes
 from ..core.recipe import Recipe
 from ..core.tokens import Layout, Tokens
+from ..ops.layer_macs import is_conv
 from .flow import Flow
 from .heads import embed_macs, head_macs
 from .masks import four_dims
@@ -54,7 +55,9 @@ class Walk(Unscriptable):
     # ---- spelled by the family; those without a pass are asked of unpatched models too
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Patches (high, wide) of an image of that size."""
+        """Patches (high, wide) of an image of that size; by default as `patch_embed` cuts it."""
+        if is_conv(self.patch_embed):
+            return tuple(side // step for side, step in zip(size, self.patch_embed.stride))
         return self.patch_embed.dynamic_feat_size(size)
 
     @property

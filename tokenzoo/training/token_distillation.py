@@ -57,7 +57,7 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
 
 def full_layout(model: nn.Module, images: Tensor) -> Layout:
     """The last token sequence of an unpatched model for images [B, C, H, W]."""
-    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    grid = find_family(model).view(model).grid_of(images.shape[-2:])
     info = describe(model, tuple(grid))
     return info.sequence(info.depth - 1)[0]
 
