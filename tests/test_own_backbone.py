@@ -56,6 +56,32 @@ def test_registered(model):
     assert tokenzoo.register_family is registry.register_family
 
 
+def test_classes_that_cannot_stand_for_others_are_refused(example):
+    wrong = type("Wrong", (example.MyViT, tokenzoo.adapters.ReducingModel), {})
+    other = type("Other", (example.MyViT,), {})
+    for models in ({example.MyViT: wrong}, {other: example.ReducingMyViT}, {example.MyViT: other}):
+        with pytest.raises(TypeError, match=r"write class \w+\(ReducingModel, \w+\), in this order"):
+            tokenzoo.register_family(tokenzoo.adapters.Family(name="wrong", models=models, blocks={}))
+    for inner in ({"blocks": {example.Layer: example.Layer}}, {"attentions": {example.Attention: example.Layer}}):
+        classes = {"models": {}, "blocks": {}, **inner}
+        with pytest.raises(TypeError, match="ReducingBlock|AttentionLayer"):
+            tokenzoo.register_family(tokenzoo.adapters.Family(name="wrong", **classes))
+    assert "wrong" not in tokenzoo.list_backbones()
+
+
+def test_unknown_parts_are_refused(example, model):
+    class Mine(example.Attention):
+        pass
+
+    model.layers[1].attn = Mine(32, 2)
+    with pytest.raises(TypeError, match="blocks.1 attends with .*Mine"):
+        tokenzoo.patch_model(model, "tome", r=2)
+    model.layers[2].__class__ = type("Layer", (example.Layer,), {})
+    with pytest.raises(TypeError, match="blocks.1 attends|blocks.2 is"):
+        tokenzoo.patch_model(model, "tome", r=2)
+    assert not tokenzoo.is_patched(model)
+
+
 @methods
 @torch.no_grad()
 def test_identity_reduction_and_undoing(model, method):

@@ -94,7 +94,7 @@ def _check(backbone: nn.Module, family: Family) -> None:
             refuse_derived(inner, f"a part of blocks.{index}")
             raise TypeError(
                 f"blocks.{index} attends with {path_of(type(inner))}, which the {family.name} family does not know; "
-                "use timm's own attention layers"
+                f"use {' or '.join(map(path_of, family.attentions)) or 'the layers that the model comes with'}"
             )
     refuse_overrides(backbone, family)
 
