@@ -1,7 +1,7 @@
 """tokenzoo: token reduction for vision backbones, one call on the model you have."""
 
 from . import methods, models
-from .adapters import builtin  # noqa: F401 (registers the families)
+from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
 from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
 from .core.method import Method
@@ -37,6 +37,7 @@ __all__ = [
     "patched",
     "recipe",
     "register",
+    "register_family",
     "report",
     "unpatch_model",
     "update_method",

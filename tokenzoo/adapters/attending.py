@@ -41,8 +41,8 @@ class AttentionLayer:
         raise NotImplementedError
 
     def project_values(self, z: Tensor) -> Tensor:
-        """Values of inputs z [B, N, C] -> [B, H, N, Dv]."""
-        raise NotImplementedError
+        """Values of inputs z [B, N, C] -> [B, H, N, Dv]; worth spelling where `project` does more than that."""
+        return self.project(z, None).v
 
     def output(self, out: Tensor, z: Tensor | None) -> Tensor:
         """What the layer returns [B, N, C] for attention outputs [B, N, H * Dv]; z as `output_reads_input` asks for."""

@@ -1,4 +1,9 @@
-"""A backbone family: which exact classes it serves, and with what."""
+"""A backbone family: which exact classes it serves, and what they become when they reduce tokens.
+
+The contract has three parts, and no fourth: this record (classes and refusals), the reducing model (`Walk` in walk.py,
+or `ReducingModel` in model.py for models that answer with tokens), and the reducing block (block.py). Everything that
+the library asks of a model, patched or not, it asks of these. docs/backbones.md tells how to write them.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +23,24 @@ class BackboneInfo(NamedTuple):
 
     Attributes:
         depth: number of blocks.
-        dim: channels of the residual stream.
-        layout: token layout at the model's own image size.
-        restarts: blocks after block 0 that a new sequence begins at, with its layout; None where one runs through.
+        layout: the sequence that block 0 sees.
+        restarts: blocks after block 0 that a new sequence begins at, with its layout.
+        grid: patches (high, wide) of the image.
     """
 
     depth: int
-    dim: int
     layout: Layout
-    restarts: Mapping[int, Layout] | None = None
+    restarts: Mapping[int, Layout]
+    grid: tuple[int, int]
 
     def sequence(self, block: int) -> tuple[Layout, int]:
         """Layout of the sequence that a block sees, and the block behind the last one that sees it."""
-        firsts = sorted({0, *(self.restarts or {})})
-        first = max(i for i in firsts if i <= block)
-        stop = min((i for i in firsts if i > block), default=self.depth)
-        return self.layout if first == 0 else self.restarts[first], stop
+        first = max(i for i in (0, *self.restarts) if i <= block)
+        stop = min((i for i in self.restarts if i > block), default=self.depth)
+        return self.restarts.get(first, self.layout), stop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One backbone family.
 
@@ -45,32 +49,25 @@ class Family:
         summary: what it covers, for the table of backbones.
         models: exact model class -> reducing subclass.
         blocks: exact block class -> reducing subclass.
-        check: raises ValueError for settings of a model that cannot be served.
-        check_block: returns an inner module of a block that is not exactly known, None if all are.
-        check_recipe: raises ValueError for recipes that a model of the family cannot follow.
-        layout: what methods see where that is not the sequence of all tokens (windows); None for the usual.
-        sequences: where blocks see one sequence after the other (stages), the first block of each and what it sees at
-            a grid of tokens (None for the model's own) under a recipe (None for none); None for the usual.
-        costs: reads what counting needs, at a grid of tokens, where the usual formulas do not hold; the result has
-            `rows(recipe, layout)`, the fields of the rows of a report. None for the usual.
-        scans: blocks scan their tokens instead of attending.
         attentions: exact class of an attention layer inside a block -> reducing subclass.
+        check: raises ValueError for settings of a model that cannot be served.
+        check_block: returns an inner module of a block that is not exactly known, None if all are; None looks at the
+            attention layers.
+        check_recipe: raises ValueError for recipes that a model of the family cannot follow.
+        scans: blocks scan their tokens instead of attending.
         bypassed: (name, module, what to do instead) of the modules that the unpatched model calls and the patched one
             does not, running their parts one by one: hooks on them would never fire.
     """
 
     name: str
-    summary: str
-    models: dict[type, type]
-    blocks: dict[type, type]
-    check: Callable[[nn.Module], None]
-    check_block: Callable[[nn.Module], nn.Module | None]
-    check_recipe: Callable[[nn.Module, Recipe], None] = lambda model, recipe: None
-    layout: Callable[[nn.Module], Layout] | None = None
-    sequences: Callable[[nn.Module, tuple[int, int] | None, Recipe | None], dict[int, Layout]] | None = None
-    costs: Callable[[nn.Module, tuple[int, int]], Any] | None = None
-    scans: bool = False
+    models: Mapping[type, type]
+    blocks: Mapping[type, type]
     attentions: Mapping[type, type] = field(default_factory=dict)
+    summary: str = ""
+    check: Callable[[nn.Module], None] = lambda model: None
+    check_block: Callable[[nn.Module], nn.Module | None] | None = None
+    check_recipe: Callable[[nn.Module, Recipe], None] = lambda model, recipe: None
+    scans: bool = False
     bypassed: Callable[[nn.Module], list[tuple[str, nn.Module, str]]] = lambda model: []
 
     def model_kind(self, model: nn.Module) -> type:
@@ -81,7 +78,31 @@ class Family:
         """The reducing class of a block, patched or not, wrapped or not."""
         return _kind(self.blocks, unwrapped(block))
 
+    def view(self, model: nn.Module) -> Any:
+        """A model, patched or not, as its reducing class sees it: for questions, not to be run or changed."""
+        return _seen_as(model, self.model_kind(model))
 
-def _kind(table: dict[type, type], module: nn.Module) -> type:
+    def block_view(self, block: nn.Module) -> Any:
+        """A block, patched or not, wrapped or not, as its reducing class sees it; see `view`."""
+        return _seen_as(unwrapped(block), self.block_kind(block))
+
+    def unknown_part(self, block: nn.Module) -> nn.Module | None:
+        """An inner module of an unpatched block that is no exactly known class, None if all are."""
+        if self.check_block is not None:
+            return self.check_block(block)
+        view = self.block_view(block)
+        layers = [layer for layer in view.attention_layers() if layer is not view]
+        return next((layer for layer in layers if type(layer) not in self.attentions), None)
+
+
+def _kind(table: Mapping[type, type], module: nn.Module) -> type:
     cls = class_of(module)
     return cls if cls in table.values() else table[cls]
+
+
+def _seen_as(module: nn.Module, kind: type) -> nn.Module:
+    if isinstance(module, kind):
+        return module
+    view = kind.__new__(kind)
+    vars(view).update(vars(module))  # the same parameters and parts, under the methods of the reducing class
+    return view

@@ -13,7 +13,9 @@ from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..maps import TokenMap
 from ..ops.attention import Heads, key_bias
+from ..ops.layer_macs import linear_macs
 from .attending import Attending, join_heads
+from .flow import Flow
 from .hooked import Aside, HookedBlock
 from .masks import four_dims, gather_mask, refuse_uneven, visible_tokens
 from .merging import Merging
@@ -73,8 +75,8 @@ class ReducingBlock(HookedBlock):
     """Mixin that lets an attention block take and return `Tokens`.
 
     A family's subclass says how its halves are spelled: `attention_input`, `attention_layers`, `attention_branch`,
-    `mlp_input`, `mlp_branch`, `shape` and `macs`. The residual stream, the flow between the halves, and everything
-    about maps, is here and in `Attending` once.
+    `mlp_input`, `mlp_branch` and `shape`, and `macs` where attention is not plain. The residual stream, the flow
+    between the halves, and everything about maps, is here and in `Attending` once.
     """
 
     tokenzoo: BlockPlan
@@ -102,7 +104,7 @@ class ReducingBlock(HookedBlock):
 
     def attention_branch(self, outs: list[Tensor]) -> Tensor:
         """What attention adds to the residual stream, of the outputs of its layers [B, N, C]."""
-        raise NotImplementedError
+        return outs[0]
 
     def mlp_input(self, x: Tensor) -> Tensor:
         """What the MLP reads."""
@@ -110,20 +112,34 @@ class ReducingBlock(HookedBlock):
 
     def mlp_branch(self, z: Tensor) -> Tensor:
         """What the MLP adds to the residual stream."""
-        raise NotImplementedError
+        return self.mlp(z)
 
     def shape(self) -> BlockShape:
         """Sizes for cost formulas."""
         raise NotImplementedError
 
     def macs(self) -> BlockMacs:
-        """Multiply-adds by what they scale with."""
-        raise NotImplementedError
+        """Multiply-adds by what they scale with; those of plain attention and of the layers in `mlp` by default."""
+        shape = self.shape()
+        width, dim = shape.num_heads * shape.head_dim, shape.dim
+        return BlockMacs(2 * width * dim, width * dim, 2 * width, width * dim, linear_macs(self.mlp))
 
     @property
-    def fused(self) -> bool:
+    def fused(self) -> bool | None:
         """Whether attention runs on the fused kernel."""
-        raise NotImplementedError
+        return all(getattr(layer, "fused_attn", True) for layer in self.attention_layers())
+
+    # ---- what it costs, for one image
+
+    def cost(self, flow: Flow) -> int:
+        """Multiply-adds of the block itself."""
+        macs = self.macs()
+        total = macs.qk * flow.projected + macs.v * flow.values + macs.pair * flow.pairs
+        return total + macs.out * flow.attended + macs.mlp * flow.mlp
+
+    def overhead(self, flow: Flow) -> int:
+        """Multiply-adds of what reduction asks of the block besides, without those of the methods."""
+        return self.macs().qk * flow.looked if flow.looked else 0
 
     # ---- the projections of all attention layers together
 
@@ -246,6 +262,17 @@ class ReducingBlock(HookedBlock):
         rows = gather_mask(mask, tokens)
         return rows if bias is None else rows + bias
 
+    def forward(
+        self,
+        x: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Any = None,
+        aside: Aside | None = None,
+    ) -> Any:
+        """Tokens to tokens; the arguments behind the first are timm's."""
+        return self.call(x, rope, attn_mask, is_causal, aside)
+
     def call(
         self, x: Tensor | Tokens, rope: Any, attn_mask: Tensor | None, is_causal: bool, aside: Aside | None = None
     ) -> Tensor | Tokens:
@@ -272,7 +299,6 @@ class ReducingBlock(HookedBlock):
         if tokens.layout.standalone and self.tokenzoo.index == self.tokenzoo.depth - 1:
             return tokens.x
         return tokens
-
 
     def _seen_alone(self, tokens: Tokens, mask: Tensor) -> Tokens:
         """Reads a mask where no model has done so for all blocks: its blocks are called by hand."""

@@ -50,6 +50,8 @@ class Aside:
 class HookedBlock(Unscriptable):
     """Mixin of patched blocks; `forward` takes an `Aside` where there are hooks."""
 
+    reads_recipe: bool = False  # whether the block needs the recipe, as `tokenzoo_recipe`
+
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         # a compiler around the block holds this function, also once the block is a plain one again

@@ -6,10 +6,9 @@ from torch import nn
 
 from ..core.method import Step
 from ..core.recipe import Recipe
-from ..core.tokens import Layout
 from .backbone import BackboneInfo
 from .classes import unwrapped
-from .registry import families, family_of
+from .registry import families, find_family
 from .wrappers import backbone_of
 
 
@@ -24,32 +23,17 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Recipe | None = None) -> BackboneInfo:
-    """Depth, width and token layout of a served model.
+    """Depth and token layout of a served model.
 
     Args:
         model: patched or not.
         grid: patch grid; None for the model's own image size.
         recipe: decides which side data is tracked.
     """
-    family = family_of(model)
-    if family is not None and family.layout is not None:
-        return BackboneInfo(len(model.blocks), model.embed_dim, family.layout(model))
-    if family is not None and family.sequences is not None:
-        layouts = family.sequences(model, grid, recipe)
-        return BackboneInfo(len(model.blocks), model.embed_dim, layouts.pop(0), layouts)
-    if grid is None:
-        grid = model.patch_embed.grid_size
-        if grid is None:
-            raise ValueError(
-                f"{type(model).__name__}.patch_embed has no grid size; call model.set_input_size(img_size=...) first"
-            )
-    size = recipe is not None and recipe.track_size
-    positions = recipe is not None and recipe.track_positions
-    keep = recipe is not None and recipe.keeps_trace
-    added = 0 if recipe is None else recipe.protect
-    prefix = model.num_prefix_tokens + added
-    layout = Layout(prefix, model.cls_token is not None, tuple(grid), size, positions, keep_values=keep, added=added)
-    return BackboneInfo(len(model.blocks), model.embed_dim, layout)
+    view = find_family(model).view(model)
+    grid = view.own_grid if grid is None else tuple(grid)
+    layouts = view.sequences(grid, recipe)
+    return BackboneInfo(len(view.blocks), layouts[0], {i: layouts[i] for i in layouts if i > 0}, grid)
 
 
 def total_blocks(backbone: nn.Module) -> int:
@@ -69,4 +53,4 @@ def running_steps(backbone: nn.Module) -> dict[int, tuple[Step, ...]]:
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
     """The blocks of a model that run, without what is wrapped around them."""
-    return [unwrapped(block) for block in backbone.blocks]
+    return [unwrapped(block) for block in find_family(backbone).view(backbone).blocks]

@@ -1,41 +1,40 @@
-"""A reducing model: one loop over the blocks for features, intermediates and logits alike."""
+"""A reducing model that answers with tokens: features, intermediates and logits from one loop over the blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..core.graphs import refuse_open_sizes
 from ..core.lift import lift
 from ..core.recipe import Recipe
 from ..core.signals import EmbedSignals
 from ..core.tokens import Layout, Tokens
-from ..ops.layer_macs import unwrapped
 from ..ops.rows import split_dim
 from .block import refuse_causal
 from .features import Reads, decode, encode
+from .halving import embed_half
 from .masks import four_dims, refuse_uneven, visible_tokens
-from .refusals import Unscriptable, refuse_symbols, refuse_vmap
+from .pooling import pool_plain
+from .refusals import refuse_symbols
 from .swapping import hooked
+from .walk import Walk
 
 
-class ReducingModel(Unscriptable):
-    """Mixin that owns the loop over the blocks, for features, intermediates and logits alike.
+class ReducingModel(Walk):
+    """Mixin of models that answer with tokens: features, intermediates and logits from the one loop over the blocks.
 
-    A family's subclass gives `embed` (image to tokens and a rotary table) and `rope_of` (the table of one block).
+    A family's subclass gives `embed` (image to tokens and a rotary table), `rope_of` (the table of one block) and
+    `forward_head`; `head_reads` and `pool_tokens` where pooling is not plain. See docs/backbones.md.
     """
 
-    tokenzoo_recipe: Recipe
-    blocks: nn.Module
     norm: nn.Module
-    grad_checkpointing: bool
     num_prefix_tokens: int
+
+    gives_tokens = True
+    takes_added = True
 
     # ---- spelled by the family
 
@@ -43,21 +42,48 @@ class ReducingModel(Unscriptable):
         """Image [B, C, H, W] -> token values before block 0 and the rotary table (None without)."""
         raise NotImplementedError
 
-    def rope_of(self, rope: Any, index: int) -> Any:
-        """The rotary table of one block."""
-        return rope
+    @property
+    def has_class(self) -> bool:
+        """Whether the first token is a class token."""
+        return self.cls_token is not None
+
+    @property
+    def pooling(self) -> str:
+        """How tokens are pooled: "token", "avg", "avgmax", "max" or "" (not at all)."""
+        return getattr(self, "global_pool", "token" if self.has_class else "avg")
+
+    def head_reads(self) -> Reads:
+        """What the head does with tokens, for the form that `forward_features` gives them."""
+        return Reads.of(self.pooling)
+
+    def pool_tokens(self, tokens: Tokens, kind: str) -> Tensor:
+        """Pooling with side data at hand."""
+        return pool_plain(tokens, kind, include_prefix=False, mass_weighted=self.tokenzoo_recipe.mass_weighted_pool)
+
+    def tap(self, x: Tensor, index: int, norm: bool) -> Tensor:
+        """Values [B, N, C] behind a block as `forward_intermediates` hands them out.
+
+        Args:
+            x: values of tokens.
+            index: the block.
+            norm: apply the final norm.
+        """
+        return self.norm(x) if norm else x
+
+    # ---- the sequence
+
+    def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
+        size = recipe is not None and recipe.track_size
+        positions = recipe is not None and recipe.track_positions
+        keep = recipe is not None and recipe.keeps_trace
+        added = 0 if recipe is None else recipe.protect
+        prefix = self.num_prefix_tokens + added
+        return {0: Layout(prefix, self.has_class, tuple(grid), size, positions, keep_values=keep, added=added)}
 
     def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
-        """Facts about the sequence at a patch grid."""
-        recipe = self.tokenzoo_recipe
-        return Layout(
-            self.num_protected,
-            self.cls_token is not None,
-            grid,
-            recipe.track_size,
-            recipe.track_positions or rope is not None,
-            added=recipe.protect,
-        )
+        """Facts about the sequence of one pass, which a rotary table adds to."""
+        layout = self.sequences(grid, self.tokenzoo_recipe)[0]
+        return layout._replace(track_positions=layout.track_positions or rope is not None)
 
     @property
     def num_protected(self) -> int:
@@ -67,69 +93,24 @@ class ReducingModel(Unscriptable):
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """The model's own `set_input_size`; blocks that are called without the model follow."""
         super().set_input_size(*args, **kwargs)
-        layout = self.layout(tuple(self.patch_embed.grid_size))
-        for block in self.blocks:
+        layouts = self.sequences(self.own_grid, self.tokenzoo_recipe)
+        for index, block in enumerate(self.blocks):
+            layout = layouts[max(first for first in layouts if first <= index)]
             own = block.tokenzoo.layout._replace(grid=layout.grid, scan_rows=layout.scan_rows)
             block.tokenzoo = block.tokenzoo._replace(layout=own)
 
     def embed_half(self, images: Tensor) -> Tensor:
-        """Embedding of the images at half resolution: a token for every 2 x 2 patches [B, H / 2 * W / 2, C].
+        """Embedding of the images at half resolution: a token for every 2 x 2 patches [B, C, H, W] -> [B, N / 4, D]."""
+        return embed_half(self, images)
 
-        Positions are the means of the four that a token covers; no norm or prefix is added.
+    # ---- the pass
 
-        Raises:
-            ValueError: an odd grid, or a patch embedding that is no single convolution.
-        """
-        embed = self.patch_embed
-        high, wide = embed.dynamic_feat_size(images.shape[-2:])
-        if high % 2 or wide % 2:
-            raise ValueError(f"{type(self).__name__}: the {high} x {wide} patches cannot be halved; use even grids")
-        proj = unwrapped(getattr(embed, "proj", None))
-        if not isinstance(proj, nn.Conv2d) or proj.in_channels != images.shape[1]:
-            raise ValueError(
-                f"{type(self).__name__}.patch_embed is {type(embed).__name__}, not one convolution: images of half "
-                "the size cannot be embedded by it"
-            )
-        pad = embed.patch_size[0] * high - images.shape[-2], embed.patch_size[1] * wide - images.shape[-1]
-        images = F.pad(images, (0, pad[1], 0, pad[0]))
-        half = F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=False)
-        half = embed.norm(embed.proj(half).flatten(2).transpose(1, 2))
-        # positions alone are what the model adds to patches of zeros
-        zeros = half.new_zeros(1, high, wide, half.shape[-1])
-        zeros = zeros if getattr(embed, "output_fmt", "NLC") == "NHWC" or not embed.flatten else zeros.flatten(1, 2)
-        placed = self._pos_embed(zeros)
-        placed = placed[0] if isinstance(placed, tuple) else placed
-        places = placed[:, -high * wide :].transpose(1, 2)
-        places = split_dim(places, 2, high, wide)
-        return half + F.avg_pool2d(places.float(), 2).to(half.dtype).flatten(2).transpose(1, 2)
-
-    # ---- the loop
-
-    def walk(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        last: int | None = None,
-        trace: bool = False,
-        dense: bool = False,
-    ) -> Iterator[Tokens]:
-        """Yields the tokens before block 0 and after every block up to `last`.
-
-        Args:
-            x: images [B, C, H, W].
-            mask: attention mask in original positions, or None.
-            last: index of the last block to run, None for all.
-            trace: keep the maps.
-            dense: also keep the values that dropped tokens had.
-        """
+    def start(self, x: Tensor, mask: Tensor | None, trace: bool, dense: bool) -> tuple[Tokens, Any]:
         recipe, images = self.tokenzoo_recipe, x
-        refuse_symbols(self, x)
-        refuse_open_sizes(self, x)
-        refuse_vmap(recipe)
         dense = dense or self.pools_all or recipe.keeps_trace
         # whoever watches the blocks has to know what happened in front of them
         trace = trace or dense or (len(self.blocks[0].tokenzoo.at("embed")) > 0 and hooked(self.blocks[0]))
-        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        grid = self.grid_of(x.shape[-2:])
         x, rope = self.embed(x)
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
             grid = tuple(int(side) for side in grid)
@@ -151,15 +132,7 @@ class ReducingModel(Unscriptable):
             token_map = step.decide(tokens, signals)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
-        yield tokens
-        blocks = self.blocks if last is None else self.blocks[: last + 1]
-        for index, block in enumerate(blocks):
-            table = self.rope_of(rope, index)
-            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
-                tokens = checkpoint(_call, block, tokens, table, mask, use_reentrant=False)
-            else:
-                tokens = _call(block, tokens, table, mask)
-            yield tokens
+        return tokens, rope
 
     def forward_tokens(
         self,
@@ -210,10 +183,6 @@ class ReducingModel(Unscriptable):
         recipe = self.tokenzoo_recipe
         return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.norm)
 
-    def head_reads(self) -> Reads:
-        """What the head does with tokens, for the form that `forward_features` gives them."""
-        raise NotImplementedError
-
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens after the final norm as one tensor, of which `forward_head` makes what `forward` does.
 
@@ -242,7 +211,7 @@ class ReducingModel(Unscriptable):
     @property
     def pools_all(self) -> bool:
         """Whether the head gets all tokens back before it pools them: `forward_features` gives no others."""
-        return self.tokenzoo_recipe.dense and (not self.global_pool or any(self.head_reads()))
+        return self.tokenzoo_recipe.dense and (not self.pooling or any(self.head_reads()))
 
     def read(self, x: Tensor | Tokens) -> Tokens:
         """Tokens as the head sees them; with dense=True in the recipe, all of them.
@@ -265,29 +234,15 @@ class ReducingModel(Unscriptable):
         Raises:
             ValueError: features that were given out for another pooling.
         """
-        kind = self.global_pool if pool_type is None else pool_type
-        if isinstance(x, Tensor) and kind not in ("token", "", self.global_pool) and self.attn_pool is None:
+        kind = self.pooling if pool_type is None else pool_type
+        if isinstance(x, Tensor) and kind not in ("token", "", self.pooling) and not self.head_reads().attends:
             recipe = self.tokenzoo_recipe
             if recipe.mass_weighted_pool and not recipe.dense:
                 raise ValueError(
-                    f"{type(self).__name__}.pool: features for pooling {self.global_pool!r} do not tell pooling "
+                    f"{type(self).__name__}.pool: features for pooling {self.pooling!r} do not tell pooling "
                     f"{kind!r} the size of every token; call model.pool(model.forward_tokens(images), {kind!r})"
                 )
         return self.pool_tokens(self.read(x), kind)
-
-    def pool_tokens(self, tokens: Tokens, kind: str) -> Tensor:
-        """Pooling with side data at hand."""
-        raise NotImplementedError
-
-    def tap(self, x: Tensor, index: int, norm: bool) -> Tensor:
-        """Values [B, N, C] behind a block as `forward_intermediates` hands them out.
-
-        Args:
-            x: values of tokens.
-            index: the block.
-            norm: apply the final norm.
-        """
-        return self.norm(x) if norm else x
 
     def forward_intermediates(
         self,
@@ -354,10 +309,6 @@ class ReducingModel(Unscriptable):
             return result
         out = list(zip(spatial, prefixes)) if return_prefix_tokens and prefix else spatial
         return out if intermediates_only else (self.features(self._finish(tokens)), out)
-
-
-def _call(block: nn.Module, tokens: Tokens, rope: Any, mask: Tensor | None) -> Tokens:
-    return block(tokens, rope=rope, attn_mask=mask)
 
 
 def _patch_coords(layout: Layout, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def reducing_modules(backbone: nn.Module, family: Family) -> Iterator[tuple[str,
     """Modules that patching gives another class: (name, module, plain class, reducing class); patched or not."""
     inner = {**family.blocks, **family.attentions}
     named = [("", backbone, family.models)]
-    for index, block in enumerate(backbone.blocks):
+    for index, block in enumerate(family.view(backbone).blocks):
         named += [(f"blocks.{index}.{name}".rstrip("."), module, inner) for name, module in block.named_modules()]
     for name, module, classes in named:
         for plain, reducing in classes.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.lift import Fill
 from ..core.tokens import TraceStep
-from ..maps import AssignMap, ChainMap, FuseMap, KeepMap, MergeMap, TokenMap
+from ..maps import TokenMap
 from ..ops.rows import add_rows, scatter_values, stable_order, take_rows
 
 
@@ -75,13 +75,13 @@ def places_of(trace: tuple[TraceStep, ...], fill: Fill, dtype: torch.dtype) -> P
     if not trace or (drops and fill.kind == "nearest"):
         return None
     dtype = torch.promote_types(dtype, torch.float32)
-    shares = [_shares(step.map, dtype) for step in trace]
+    shares = [step.map.shares(dtype) for step in trace]
     if any(share is None for share in shares):
         return None
     batch, device = shares[0].shape[0], shares[0].device
     token = torch.arange(trace[0].map.n_in, device=device).expand(batch, -1)
     share, extra = torch.ones_like(token, dtype=dtype), torch.full_like(token, -1)
-    heads = token if all(type(step.map) is KeepMap for step in trace) else None
+    heads = token if all(step.map.copies for step in trace) else None
     lost: list[Tensor] = []
     offset = 0
     for step, own in zip(trace, shares):
@@ -110,29 +110,3 @@ def lost_tokens(token_map: TokenMap) -> tuple[Tensor, Tensor]:
     rows = stable_order((~token_map.dropped).long())[:, :count]
     slots = torch.arange(count, device=rows.device).expand_as(rows)
     return rows, scatter_values(token_map.n_in, rows, slots, 0)
-
-
-def _shares(token_map: TokenMap, dtype: torch.dtype) -> Tensor | None:
-    """Share of every old token in the value of its new one [B, N]; None for maps that are nothing like that."""
-    if type(token_map) is KeepMap:
-        return torch.ones(token_map.idx.shape[0], token_map.n_in, device=token_map.idx.device, dtype=dtype)
-    if type(token_map) is FuseMap:
-        return torch.where(token_map.left_out, token_map.weight.to(dtype), 1.0)
-    if type(token_map) is ChainMap:
-        share = _shares(token_map.maps[0], dtype)
-        assign = token_map.maps[0].assign
-        for one in token_map.maps[1:]:
-            own = _shares(one, dtype)
-            if share is None or own is None:
-                return None
-            at = assign.clamp(min=0)
-            share, assign = share * own.gather(1, at), torch.where(assign < 0, -1, one.assign.gather(1, at))
-        return share
-    if type(token_map) is AssignMap or (type(token_map) is MergeMap and token_map.reduce == "mean"):
-        assign, weight = token_map.assign, token_map.weight
-        weight = torch.ones_like(assign, dtype=dtype) if weight is None else weight.squeeze(-1).to(dtype)
-        total = token_map.pool(weight.unsqueeze(-1)).squeeze(-1).gather(1, assign.clamp(min=0))
-        # a group without any weight keeps the value of its head
-        head = token_map.heads.gather(1, assign.clamp(min=0)) == torch.arange(token_map.n_in, device=assign.device)
-        return torch.where(total > 0, weight / total.clamp(min=torch.finfo(total.dtype).tiny), head.to(dtype))
-    return None

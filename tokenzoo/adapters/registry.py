@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .attending import AttentionLayer
 from .backbone import Family
 from .classes import class_of, path_of
+from .hooked import HookedBlock
+from .walk import Walk
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -22,8 +25,12 @@ def register_family(family: Family) -> Family:
         The family.
 
     Raises:
+        TypeError: a reducing class that is not made of a mixin and, behind it, the class that it stands for.
         ValueError: its name is taken, or another family serves one of its model classes.
     """
+    for classes, mixin in ((family.models, Walk), (family.blocks, HookedBlock), (family.attentions, AttentionLayer)):
+        for plain, reducing in classes.items():
+            _refuse_strange(plain, reducing, mixin)
     taken = _FAMILIES.get(family.name)
     if taken is not None and taken is not family:
         raise ValueError(f"family name {family.name!r} is taken; give another one")
@@ -33,6 +40,18 @@ def register_family(family: Family) -> Family:
             raise ValueError(f"{', '.join(map(path_of, both))} is served by the family {other.name!r} already")
     _FAMILIES[family.name] = family
     return family
+
+
+def _refuse_strange(plain: type, reducing: type, mixin: type) -> None:
+    """Refuses a class that objects of the plain class cannot be given."""
+    order = reducing.__mro__
+    if mixin in order and plain in order and order.index(mixin) < order.index(plain):
+        return
+    shown = {Walk: "ReducingModel", HookedBlock: "ReducingBlock"}.get(mixin, mixin.__name__)
+    raise TypeError(
+        f"{path_of(reducing)} cannot stand for {path_of(plain)}: write class {reducing.__name__}({shown}, "
+        f"{plain.__name__}), in this order"
+    )
 
 
 def families() -> tuple[Family, ...]:

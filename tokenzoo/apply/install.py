@@ -9,11 +9,10 @@ from typing import NamedTuple
 from torch import nn
 
 from ..adapters.backbone import BackboneInfo, Family
-from ..adapters.block import OUTSIDE, BlockPlan, ReducingBlock
+from ..adapters.block import OUTSIDE, BlockPlan
 from ..adapters.classes import class_of, refuse_derived
 from ..adapters.inspect import blocks_of
 from ..adapters.swapping import swap_attentions
-from ..core.method import Step
 from ..core.recipe import Placed, Recipe
 
 
@@ -54,7 +53,7 @@ def prepare(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneI
         layout, stop = info.sequence(index)
         kind, modules, kept = family.block_kind(block), {}, []
         for step, n, n_out in row:
-            module = step.method.module(_width(block, kind, step, info), step)
+            module = step.method.module(family.block_view(block).shape().dim, step)
             if module is not None:
                 like = next(block.parameters())
                 modules[step.key] = module.to(like.device, like.dtype).train(block.training)
@@ -66,11 +65,6 @@ def prepare(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneI
     acting += [step._replace(key=None) for index in range(len(changes), total) for step in steps.get(index, ())]
     outside = tuple(step for step in acting if step.method.place in OUTSIDE)
     return [change._replace(plan=change.plan._replace(outside=outside)) for change in changes]
-
-
-def _width(block: nn.Module, kind: type, step: Step, info: BackboneInfo) -> int:
-    """Channels of the residual stream in a block."""
-    return kind.shape(block).dim if issubclass(kind, ReducingBlock) else info.dim
 
 
 def install(backbone: nn.Module, family: Family, recipe: Recipe, changes: list[Change]) -> list[str]:
@@ -89,7 +83,7 @@ def install(backbone: nn.Module, family: Family, recipe: Recipe, changes: list[C
             for name, module in change.modules.items():
                 block.add_module(name, module)
             block.tokenzoo = change.plan
-            if family.sequences is not None:  # such blocks go back to the full map themselves
+            if change.kind.reads_recipe:
                 block.tokenzoo_recipe = recipe
         backbone.tokenzoo_recipe = recipe
         if class_of(backbone) is not kind:
@@ -124,7 +118,7 @@ def remove(backbone: nn.Module, family: Family) -> None:
                 if step.key is not None:
                     delattr(block, step.key)
             del block.tokenzoo
-            if family.sequences is not None:
+            if block.reads_recipe:
                 del block.tokenzoo_recipe
             block.__class__ = plain_blocks[type(block)]
             swap_attentions(block, plain_attentions)

@@ -77,24 +77,25 @@ def _prepared(backbone: nn.Module, family: Family, recipe: Recipe, info: Backbon
 def _check(backbone: nn.Module, family: Family) -> None:
     """Refuses models whose parts are not exactly known, before anything is changed."""
     refuse_derived(backbone, "the model")
-    for index, block in enumerate(backbone.blocks):
+    blocks = family.view(backbone).blocks
+    for index, block in enumerate(blocks):
         refuse_wrapped(block, f"blocks.{index}")
         refuse_derived(block, f"blocks.{index}")
     family.check(backbone)
-    if len(backbone.blocks) == 0:
+    if len(blocks) == 0:
         raise ValueError(f"{type(backbone).__name__}.blocks is empty: there is no block to patch")
-    for index, block in enumerate(backbone.blocks):
+    for index, block in enumerate(blocks):
         if type(block) not in family.blocks:
             raise TypeError(
                 f"blocks.{index} is {path_of(type(block))}, which the {family.name} family does not serve; it serves "
                 f"exactly {', '.join(map(path_of, family.blocks))}"
             )
-        inner = family.check_block(block)
+        inner = family.unknown_part(block)
         if inner is not None:
             refuse_derived(inner, f"a part of blocks.{index}")
             raise TypeError(
                 f"blocks.{index} attends with {path_of(type(inner))}, which the {family.name} family does not know; "
-                "use timm's own attention layers"
+                f"use {' or '.join(map(path_of, family.attentions)) or 'the layers that the model comes with'}"
             )
     refuse_overrides(backbone, family)
 
@@ -104,14 +105,14 @@ def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: Bac
     name = type(backbone).__name__
     if not recipe.steps(total) and all(m.layers in ((), "others") for m in recipe.methods):
         raise ValueError(f"the recipe {recipe.to_dict()} acts in no block of {name}; name layers from 0 to {total - 1}")
-    if recipe.protect and (family.layout is not None or family.sequences is not None):
+    if recipe.protect and not family.model_kind(backbone).takes_added:
         raise ValueError(
             f"protect={recipe.protect}: the sequence of {name} has no place for added tokens, since its blocks see "
             "windows, stages or a scan; leave protect out"
         )
     for method in recipe.methods:
         _check_mixing(method, name, family)
-        for layout in (info.layout, *(info.restarts or {}).values()):
+        for layout in (info.layout, *info.restarts.values()):
             method.check(layout, name)
         if isinstance(method, Companion):
             method.check_recipe(recipe.methods, total)
@@ -194,7 +195,8 @@ def recipe(model: nn.Module) -> dict[str, Any]:
     """
     backbone = _patched_backbone(model, "it has no recipe")
     held, total = backbone.tokenzoo_recipe, total_blocks(backbone)
-    return (held if len(backbone.blocks) == total else held.cut(total, len(backbone.blocks))).to_dict()
+    left = len(blocks_of(backbone))
+    return (held if left == total else held.cut(total, left)).to_dict()
 
 
 def update_method(model: nn.Module, method: str | None = None, **options: Any) -> nn.Module:

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..adapters.backbone import BackboneInfo, Family
 from ..core.recipe import Recipe
-from ..cost.report import block_rows, read_costs
+from ..cost.rows import block_rows, read_costs
 
 
 def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, share: float) -> Recipe:
@@ -24,12 +24,12 @@ def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: Backb
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ValueError(f"flops={share!r}; give a share of the unpatched multiply-adds in (0, 1], such as 0.6")
-    costs = read_costs(backbone, family, info.layout)
-    base = sum(row.macs for row in block_rows(costs, None, info.layout))
+    costs = read_costs(backbone, family, info)
+    base = sum(row.macs for row in block_rows(costs, None))
 
     def reached(t: float) -> tuple[Recipe, float]:
         dialled = recipe.dial(t, info.depth, info.layout, info.restarts)
-        return dialled, sum(row.macs for row in block_rows(costs, dialled, info.layout)) / base
+        return dialled, sum(row.macs for row in block_rows(costs, dialled)) / base
 
     (weakest, high), (strongest, low) = reached(0.0), reached(1.0)
     if share < low - 0.005:

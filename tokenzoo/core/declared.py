@@ -86,6 +86,16 @@ class Declared:
         return "merge" in self.kind or "fuse" in self.kind if declared is None else declared
 
     @property
+    def drops(self) -> bool:
+        """Whether tokens may be left without a new one of their own (kept ones stay as they are)."""
+        return "prune" in self.kind
+
+    @property
+    def fuses(self) -> bool:
+        """Whether one token more stands for all that are left out."""
+        return "fuse" in self.kind
+
+    @property
     def mixes(self) -> bool:
         """Whether values of tokens are mixed."""
         declared = self._of(self.traits.mixes)

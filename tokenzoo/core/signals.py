@@ -158,11 +158,14 @@ class EmbedSignals:
     def half(self) -> Tensor:
         """Tokens of the image at half resolution [B, H / 2 * W / 2, C], ready for block 0."""
         half, model = self._model.embed_half(self.image), self._model
+        norm = getattr(model, "norm_pre", None)
+        if norm is None:
+            return half
         if not model.tokenzoo_recipe.protect:
-            return model.norm_pre(half)
+            return norm(half)
         # a hook there may put tokens behind the prefix
         front = half.new_zeros(half.shape[0], model.num_prefix_tokens, half.shape[2])
-        return model.norm_pre(torch.cat([front, half], dim=1))[:, -half.shape[1] :]
+        return norm(torch.cat([front, half], dim=1))[:, -half.shape[1] :]
 
 
 def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kept: list[TokenMap]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..maps import RestoreMap, TokenMap
+from ..maps import TokenMap
 from ..ops.attention import full_precision
 from ..ops.rows import take_rows
 from .misuse import refuse_attribute, refuse_function, refuse_operator, take_field
@@ -238,7 +238,7 @@ class Tokens(NamedTuple):
         """Applies a map to the values and to all side data.
 
         A new token is visible if one of its members is; then hidden members count for nothing in its side data.
-        A `RestoreMap` takes the steps that it undoes off the trace and gives their side data back.
+        A map that undoes steps takes them off the trace and gives their side data back.
 
         Args:
             token_map: the map; its n_in must equal the current length.
@@ -248,10 +248,10 @@ class Tokens(NamedTuple):
         """
         if token_map.n_in != self.length:
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
-        if isinstance(token_map, RestoreMap):
-            x, undone = token_map.apply(self.x), self.trace[token_map.start]
+        if token_map.undo is not None:
+            x, undone = token_map.apply(self.x), self.trace[token_map.undo]
             side = undone.side._asdict()
-            tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.start], inside=self.inside)
+            tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.undo], inside=self.inside)
             tokens.tell()
             return tokens
         visible, pool = self.visible, token_map.pool

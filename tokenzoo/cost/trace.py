@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.registry import family_of
 from ..adapters.wrappers import backbone_of
 from ..core.graphs import of_one_image
 from ..layers.scan.backends import scan_backend
@@ -71,7 +72,8 @@ def count_macs(
         quiet.setLevel(level)
         backbone.train(training)
     names = {module: name for name, module in backbone.named_modules()}  # blocks may be registered as something else
-    blocks = list(getattr(backbone, "blocks", ()))
+    family = family_of(backbone)
+    blocks = list(getattr(backbone, "blocks", ()) if family is None else family.view(backbone).blocks)
     rows = [(f"blocks.{i}", int(by_module[names[block]])) for i, block in enumerate(blocks)]
     return MacReport(total, (*rows, ("elsewhere", total - sum(macs for _, macs in rows))))
 

@@ -163,18 +163,18 @@ def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
     family = _family(model)
     if family is None:
         return model(images), None
-    windows = family.layout is not None  # methods see one window, the head the whole map, reduced or not
-    if is_patched(model) and not windows:
+    view = family.view(model)
+    if is_patched(model) and view.gives_tokens:
         tokens = model.forward_tokens(images)
         logits = model.forward_head(tokens)
         if tokens.valid is not None:
             return logits, tokens.valid.sum(1)
         count = tokens.length
     else:
-        grid = tuple(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        grid = tuple(view.grid_of(images.shape[-2:]))
         info = describe(model, grid)
         layout = info.sequence(info.depth - 1)[0]
-        count = grid[0] * grid[1] if windows else layout.num_prefix + layout.num_patches
+        count = view.all_tokens(layout.num_prefix + layout.num_patches, grid, layout)
         logits = model(images)
     return logits, torch.full((len(images),), count, device=images.device)
 
@@ -186,7 +186,7 @@ def gives_map(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
         model: in eval mode.
         input_size: channels, height and width of the image.
     """
-    if model.num_classes:
+    if getattr(model, "num_classes", None) != 0:  # a model that says nothing of them has some
         return False
     weight = next(model.parameters())
     with torch.inference_mode():
@@ -208,7 +208,7 @@ def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple
     if isinstance(getattr(embed, "backbone", None), nn.Module):  # patches of a network's features
         first = next((m for m in embed.backbone.modules() if isinstance(m, nn.Conv2d)), None)
         size = size if first is None else (first.in_channels, *size[1:])
-    elif isinstance(proj := unwrapped(getattr(embed, "proj", None)), (nn.Conv2d, nn.Linear)):
+    elif isinstance(proj := unwrapped(getattr(embed, "proj", embed)), (nn.Conv2d, nn.Linear)):
         size = (proj.in_channels, *size[1:]) if isinstance(proj, nn.Conv2d) else size
     elif hasattr(model, "in_chans"):  # a stem of several layers
         size = (model.in_chans, *size[1:])

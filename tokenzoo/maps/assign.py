@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.rows import add_rows, scatter_values, take_rows
 from .base import TokenMap
-from .merge import MergeMap, visible_groups
+from .merge import MergeMap, group_shares, visible_groups
 
 
 class AssignMap(TokenMap):
@@ -50,6 +50,9 @@ class AssignMap(TokenMap):
         mass = mass * (self._assign >= 0).unsqueeze(-1).to(mass.dtype)
         zeros = mass.new_zeros(mass.shape[0], self.n_out, mass.shape[2])
         return add_rows(zeros, self._assign.clamp(min=0), mass)
+
+    def shares(self, dtype: torch.dtype) -> Tensor:
+        return group_shares(self, self.weight, dtype)
 
     def masked(self, visible: Tensor) -> AssignMap:
         heads, weight = visible_groups(self._assign, self._heads, self.weight, visible)

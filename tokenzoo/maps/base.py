@@ -27,6 +27,9 @@ class TokenMap(ABC):
     linear: bool = True  # False when `apply` is no matrix (elementwise maximum)
     drops: bool = False  # whether real tokens may be left without a new one that stands for them
     opens_span: bool = False  # whether a later step may rebuild the tokens from what the map remembers
+    copies: bool = False  # whether every new token is one old token as it was (or padding)
+    undo: int | None = None  # where in the trace the steps begin that the map takes back, None where it takes none
+    grid_out: tuple[int, int] | None = None  # grid (down, right) that the new patches form, None where they form none
 
     @property
     @abstractmethod
@@ -45,6 +48,26 @@ class TokenMap(ABC):
     @abstractmethod
     def pool(self, mass: Tensor) -> Tensor:
         """Sums of a per-token quantity over the members of each new token: [B, N, D] -> [B, N', D]."""
+
+    def shares(self, dtype: torch.dtype) -> Tensor | None:
+        """Share of every old token in the value of the one new token that it went into [B, N].
+
+        None for maps that are nothing like that: an old token counts in several, or values are no sums.
+
+        Args:
+            dtype: of the shares, float32 at least.
+        """
+        return None
+
+    def means(self, x: Tensor) -> Tensor:
+        """What the map makes of tokens that are not those it was made for: means with its weights [B, N', C].
+
+        Args:
+            x: [B, N, C].
+        """
+        y = self.apply(x)
+        total = self.apply(torch.ones_like(x[..., :1]))  # exactly 1 where tokens are kept or averaged
+        return torch.where(total > 0, y / total.clamp(min=torch.finfo(total.dtype).tiny), y)
 
     def mass(self, size: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """Token sizes after the map; `size` None stands for ones.

@@ -58,6 +58,21 @@ class ChainMap(TokenMap):
             assign = torch.where(assign >= 0, token_map.assign.gather(1, assign.clamp(min=0)), -1)
         return assign
 
+    def shares(self, dtype: torch.dtype) -> Tensor | None:
+        share, assign = self.maps[0].shares(dtype), self.maps[0].assign
+        for token_map in self.maps[1:]:
+            own = token_map.shares(dtype)
+            if share is None or own is None:
+                return None
+            at = assign.clamp(min=0)
+            share, assign = share * own.gather(1, at), torch.where(assign < 0, -1, token_map.assign.gather(1, at))
+        return share
+
+    def means(self, x: Tensor) -> Tensor:
+        for token_map in self.maps:
+            x = token_map.means(x)
+        return x
+
     def apply(self, x: Tensor) -> Tensor:
         for token_map in self.maps:
             x = token_map.apply(x)

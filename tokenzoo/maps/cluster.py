@@ -46,7 +46,7 @@ class ClusterMap(TokenMap):
     ) -> None:
         self.tokens_seen = tokens_seen
         self.x, self.clusters, self.size, self.grid, self.num_prefix = x, clusters, size, grid, num_prefix
-        self.n_in, self.n_out = x.shape[1], num_prefix + grid[0] * grid[1]
+        self.n_in, self.n_out, self.grid_out = x.shape[1], num_prefix + grid[0] * grid[1], grid
         self.k, self.temperature, self.norm = k, temperature, norm
 
     @classmethod

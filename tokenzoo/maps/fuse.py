@@ -44,6 +44,9 @@ class FuseMap(TokenMap):
     def num_dropped(self) -> int | None:
         return self.n_in - self.n_out + 1 if self.valid is None else None
 
+    def shares(self, dtype: torch.dtype) -> Tensor:
+        return torch.where(self.left_out, self.weight.to(dtype), 1.0)
+
     def masked(self, visible: Tensor) -> FuseMap:
         return FuseMap(self.idx, self.weight * visible, self.left_out, self.valid)
 

@@ -20,6 +20,7 @@ class KeepMap(TokenMap):
 
     whole = True
     drops = True
+    copies = True
 
     def __init__(self, idx: Tensor, n_in: int, valid: Tensor | None = None) -> None:
         self.idx, self.n_in, self.n_out, self.valid = idx, n_in, idx.shape[1], valid
@@ -40,6 +41,9 @@ class KeepMap(TokenMap):
         # padding rows repeat some index: they are written to a column that is cut off again
         idx = torch.where(self.valid, self.idx, self.n_in)
         return scatter_values(self.n_in + 1, idx, slots, -1)[:, : self.n_in]
+
+    def shares(self, dtype: torch.dtype) -> Tensor:
+        return torch.ones(self.idx.shape[0], self.n_in, device=self.idx.device, dtype=dtype)
 
     def masked(self, visible: Tensor) -> KeepMap:
         return self

@@ -121,6 +121,9 @@ class MergeMap(TokenMap):
         given = self._received(weight)[1]
         return torch.where(total > 0, given / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(given))
 
+    def shares(self, dtype: torch.dtype) -> Tensor | None:
+        return group_shares(self, self.weight, dtype) if self.reduce == "mean" else None
+
     def pool(self, mass: Tensor) -> Tensor:
         return add_rows(take_rows(mass, self.order), *self._received(mass))
 
@@ -136,6 +139,22 @@ class MergeMap(TokenMap):
         total = weight.sum(-1, keepdim=True)
         head = torch.nn.functional.one_hot(self.order, self.n_in).to(weight.dtype)
         return torch.where(total > 0, weight / total.clamp(min=torch.finfo(total.dtype).tiny), head)
+
+
+def group_shares(token_map: TokenMap, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Share of every old token in the weighted mean of its group [B, N].
+
+    Args:
+        token_map: says which tokens belong together.
+        weight: weight of every old token [B, N, 1]; None weighs all alike.
+        dtype: of the shares.
+    """
+    assign = token_map.assign
+    weight = torch.ones_like(assign, dtype=dtype) if weight is None else weight.squeeze(-1).to(dtype)
+    total = token_map.pool(weight.unsqueeze(-1)).squeeze(-1).gather(1, assign.clamp(min=0))
+    # a group without any weight keeps the value of its head
+    head = token_map.heads.gather(1, assign.clamp(min=0)) == torch.arange(token_map.n_in, device=assign.device)
+    return torch.where(total > 0, weight / total.clamp(min=torch.finfo(total.dtype).tiny), head.to(dtype))
 
 
 def visible_groups(assign: Tensor, heads: Tensor, weight: Tensor | None, visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,9 @@ class MixMap(TokenMap):
     def apply(self, x: Tensor) -> Tensor:
         return torch.bmm(self.weight.to(x.dtype), x)
 
+    def means(self, x: Tensor) -> Tensor:
+        return self.apply(x)  # learned weights have signs and a scale of their own
+
     def membership(self) -> Tensor:
         share = self.weight.abs()
         return share / share.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)

@@ -53,6 +53,9 @@ class ReplaceMap(TokenMap):
             values = torch.where(self.computed.unsqueeze(-1), means, values)
         return torch.cat([take_rows(x, self.heads[:, :alone]), values], dim=1)
 
+    def means(self, x: Tensor) -> Tensor:
+        return self.grouping.means(x)  # the values that the map sets are those of the tokens it was made for
+
     def pool(self, mass: Tensor) -> Tensor:
         return self.grouping.pool(mass)
 

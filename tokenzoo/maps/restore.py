@@ -20,7 +20,7 @@ class RestoreMap(TokenMap):
     """
 
     def __init__(self, start: int, maps: tuple[TokenMap, ...], before: tuple[Tensor | None, ...]) -> None:
-        self.start, self.maps, self.before = start, maps, before
+        self.undo, self.maps, self.before = start, maps, before
         self.n_in, self.n_out = maps[-1].n_out, maps[0].n_in
 
     @property

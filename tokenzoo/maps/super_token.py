@@ -36,6 +36,7 @@ class SuperTokenMap(TokenMap):
         self.found, self.grid, self.cell, self.num_prefix, self._known = found, grid, cell, num_prefix, known
         down, right = found.weights.shape[1:3]
         self.n_in, self.n_out = num_prefix + grid[0] * grid[1], num_prefix + down * right
+        self.grid_out = (down, right)
 
     @property
     def _cells(self) -> tuple[int, int]:

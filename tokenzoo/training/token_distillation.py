@@ -10,7 +10,6 @@ from ..adapters.classes import class_of
 from ..adapters.inspect import describe, is_patched
 from ..adapters.registry import find_family
 from ..core.tokens import Layout, Tokens
-from ..maps import ChainMap, MixMap, ReplaceMap, TokenMap
 from ..ops.attention import full_precision
 from ..ops.scan_order import from_scan
 
@@ -48,7 +47,7 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
     with torch.no_grad(), full_precision(student.x):
         wanted = F.pad(teacher.to(kind), (0, 0, prefix, 0))
         for step in student.trace or ():
-            wanted = _means(step.map, wanted)
+            wanted = step.map.means(wanted)
     apart = (student.x[:, prefix:].to(kind) - wanted[:, prefix:]).square().mean(2)
     if student.valid is None:
         return apart.sum() / max(1, apart.shape[0] * apart.shape[1])
@@ -56,24 +55,9 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
     return (apart * real).sum() / real.sum().clamp(min=1)
 
 
-def _means(token_map: TokenMap, x: Tensor) -> Tensor:
-    """What a map makes of tokens that are not those it was made for: means with its weights [B, N', C]."""
-    if isinstance(token_map, ChainMap):
-        for part in token_map.maps:
-            x = _means(part, x)
-        return x
-    if isinstance(token_map, ReplaceMap):
-        return _means(token_map.grouping, x)  # the values that it sets are the student's
-    y = token_map.apply(x)
-    if isinstance(token_map, MixMap):
-        return y  # learned weights have signs and a scale of their own
-    total = token_map.apply(torch.ones_like(x[..., :1]))  # exactly 1 where tokens are kept or averaged
-    return torch.where(total > 0, y / total.clamp(min=torch.finfo(total.dtype).tiny), y)
-
-
 def full_layout(model: nn.Module, images: Tensor) -> Layout:
     """The last token sequence of an unpatched model for images [B, C, H, W]."""
-    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    grid = find_family(model).view(model).grid_of(images.shape[-2:])
     info = describe(model, tuple(grid))
     return info.sequence(info.depth - 1)[0]
 
@@ -105,7 +89,7 @@ def check_tokens(model: nn.Module, who: str) -> None:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{remedy}: {error}; give another model, or --kd-token-weight 0") from error
         served = family.model_kind(model)
-    if not hasattr(served, "forward_tokens"):
+    if not served.gives_tokens:
         raise ValueError(
             f"{remedy}: a neck mixes its tokens behind the last norm; give another model, or --kd-token-weight 0"
         )

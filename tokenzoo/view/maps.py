@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,11 +82,9 @@ def token_maps(model: nn.Module, images: Tensor) -> TokenMaps:
             f"{type(model).__name__} is not patched, it has no token maps; call tokenzoo.patch_model first"
         )
     backbone = backbone_of(model)
-    # models that work on maps say what their maps are as tokens
-    walk = getattr(backbone, "walk_tokens", None) or partial(backbone.walk, trace=True)
     with torch.no_grad():
         # reconstruction takes its steps off the trace: the longest one on the way shows them all
-        walked = list(walk(images))
+        walked = list(backbone.walk_tokens(images))
         tokens = max(reversed(walked), key=lambda t: len(t.trace))
         layout, batch = tokens.layout, images.shape[0]
         total = layout.num_prefix + layout.num_patches

@@ -23,8 +23,6 @@ from ..block import BlockMacs
 from ..vit.attention import attention_output, output_macs, split_heads
 from .rope import rotate
 
-ATTENTIONS = (EvaAttention, AttentionRope)
-
 
 def head_width(attn: nn.Module) -> int:
     """Width of a head."""

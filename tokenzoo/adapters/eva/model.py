@@ -26,7 +26,7 @@ from ..features import Reads
 from ..hooked import Aside
 from ..model import ReducingModel
 from ..pooling import pool_plain
-from .attention import ATTENTIONS, REDUCING_ATTENTIONS, head_width, input_width, rotary_macs
+from .attention import REDUCING_ATTENTIONS, head_width, input_width, rotary_macs
 from .rope import Rope, check_rebuild, waves_of
 
 
@@ -41,10 +41,6 @@ class _Rotary(ReducingBlock):
 
     def macs(self) -> BlockMacs:
         return rotary_macs(self.attn)._replace(mlp=linear_macs(self.mlp))
-
-    @property
-    def fused(self) -> bool:
-        return self.attn.fused_attn
 
     def forward(
         self,
@@ -157,11 +153,6 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
         check_rebuild(model.rope, model.patch_embed.grid_size)
 
 
-def check_block(block: nn.Module) -> nn.Module | None:
-    """The attention layer of a block if it is no exactly known class."""
-    return None if type(block.attn) in ATTENTIONS else block.attn
-
-
 FAMILY = Family(
     name="eva",
     summary="timm eva.py: EVA, EVA-02, ROPE-ViT, Perception Encoder (PE), DINOv3, LingBot-Vision, Sapiens2",
@@ -169,6 +160,5 @@ FAMILY = Family(
     blocks={EvaBlock: ReducingEvaBlock, EvaBlockPostNorm: ReducingEvaBlockPostNorm},
     attentions=REDUCING_ATTENTIONS,
     check=check,
-    check_block=check_block,
     check_recipe=check_recipe,
 )

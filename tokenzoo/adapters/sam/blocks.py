@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from timm.models.vision_transformer_sam import Block
 from torch import Tensor
 
-from ...core.method import Step
+from ...core.method import BlockShape, Step
 from ...core.misuse import refuse_attribute, refuse_function, refuse_operator, take_field
 from ...core.tokens import Tokens, TraceStep
-from ...maps import ClusterMap, RestoreMap
 from ...ops.rows import split_dim
 from ..block import BlockPlan
+from ..flow import Flow
 from ..hooked import Aside, HookedBlock
 from ..refusals import refuse_symbols
+from ..vit.attention import input_width
+from .costs import block_macs, rebuild_macs
 
 
 class WindowedMap(NamedTuple):
@@ -69,7 +71,9 @@ class ReducingSamBlock(HookedBlock, Block):
 
     tokenzoo: BlockPlan
 
-    def forward(self, x: Tensor | WindowedMap, aside: Aside | None = None) -> Any:
+    def forward(
+        self, x: Tensor | WindowedMap, rope: None = None, attn_mask: None = None, aside: Aside | None = None
+    ) -> Any:
         if aside is not None:
             return aside.left(self.forward(aside.given(x, self.tokenzoo.index)))
         plan = self.tokenzoo
@@ -89,6 +93,26 @@ class ReducingSamBlock(HookedBlock, Block):
             return state.x if state.standalone else state
         return state
 
+    # ---- what it costs
+
+    @property
+    def fused(self) -> bool:
+        return self.attn.fused_attn
+
+    def shape(self) -> BlockShape:
+        """Sizes for cost formulas."""
+        return BlockShape(input_width(self.attn), self.attn.num_heads, self.attn.head_dim)
+
+    def cost(self, flow: Flow) -> int:
+        """Multiply-adds of the block on the whole map, or on one whose windows were shrunk."""
+        return block_macs(self, flow)
+
+    def overhead(self, flow: Flow) -> int:
+        """Multiply-adds of rebuilding windows that are still shrunk behind the last block."""
+        return rebuild_macs(self.shape().dim, flow)
+
+    # ---- the flow
+
     def _block(self, state: WindowedMap) -> Tensor:
         x, window = state.x, state.window
         if window is None or self.window_size == 0:
@@ -104,14 +128,14 @@ class ReducingSamBlock(HookedBlock, Block):
         token_map = step.decide(tokens, None)
         if token_map is None:
             return state
-        if isinstance(token_map, RestoreMap):
+        if token_map.undo is not None:
             full = tokens.reduce(token_map, step.block, step.method.name)
             x = from_windows(split_dim(full.x, 1, *layout.grid), state.size)
             return state._replace(x=x, window=None, trace=full.trace)
-        if not isinstance(token_map, ClusterMap):
+        if token_map.grid_out is None:
             raise step.error(f"leaves no grid inside the windows of a SAM model ({type(token_map).__name__})")
         fewer = tokens.reduce(token_map, step.block, step.method.name)
-        cells = token_map.grid
+        cells = token_map.grid_out
         rows, columns = (-(-length // side) for length, side in zip(state.size, layout.grid))
         x = from_windows(split_dim(fewer.x, 1, *cells), (rows * cells[0], columns * cells[1]))
         return state._replace(x=x, window=cells, trace=fewer.trace)

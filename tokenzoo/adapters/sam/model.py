@@ -1,6 +1,6 @@
 """timm's vision_transformer_sam.py: the image encoder of Segment Anything and relatives.
 
-Differences from upstream: the model's subclass owns the loop over the blocks (features, intermediates). Only reductions
+Differences from upstream: tokenzoo's loop runs the blocks (features, intermediates). Only reductions
 that leave a grid inside every attention window are served, and the windows are rebuilt after the last block at the
 latest, before the neck: everything after it sees the full map. Windows at the border are filled up with zeros, which
 take part as in the released code of Liang et al. (NeurIPS 2022); there, many centres coincide, and which of them count
@@ -13,56 +13,56 @@ from collections.abc import Iterator
 
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models.vision_transformer_sam import Attention, Block, VisionTransformerSAM
-from torch import Tensor, is_grad_enabled, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
-from ...core.graphs import refuse_open_sizes
 from ...core.recipe import Recipe
 from ...core.registry import declaring
 from ...core.tokens import Layout, Tokens
+from ...ops.layer_macs import conv_macs, linear_macs
 from ..backbone import Family
-from ..refusals import Unscriptable, refuse_symbols, refuse_vmap
+from ..walk import Walk
 from .blocks import ReducingSamBlock, WindowedMap, restored
-from .costs import read_sam_costs
+from .costs import windows_across
 from .tokens import as_tokens
 
 
-class ReducingVisionTransformerSAM(Unscriptable, VisionTransformerSAM):
-    """`VisionTransformerSAM` whose blocks shrink the attention windows."""
+class ReducingVisionTransformerSAM(Walk, VisionTransformerSAM):
+    """`VisionTransformerSAM` whose blocks shrink the attention windows; a `WindowedMap` travels from block to block.
 
-    tokenzoo_recipe: Recipe
+    Methods see the windows as sequences of their own, side by side in the batch.
+    """
 
-    def walk(self, x: Tensor, last: int | None = None) -> Iterator[WindowedMap]:
-        """Yields the map before block 0 and after every block up to `last`; the last block leaves the full map.
+    rebuilds = True
 
-        Args:
-            x: images [B, C, H, W].
-            last: index of the last block to run, None for all.
-        """
-        refuse_symbols(self, x)
-        refuse_open_sizes(self, x)
-        refuse_vmap(self.tokenzoo_recipe)
+    def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
+        return {0: Layout(0, False, window_of(self))}  # one window, whatever the size of the map
+
+    def start(self, x: Tensor, mask: Tensor | None, trace: bool, dense: bool) -> tuple[WindowedMap, None]:
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + resample_abs_pos_embed_nhwc(self.pos_embed, x.shape[1:3])
         x = self.norm_pre(self.patch_drop(self.pos_drop(x)))
-        state = WindowedMap(x, (int(x.shape[1]), int(x.shape[2])))
-        yield state
-        for block in self.blocks if last is None else self.blocks[: last + 1]:
-            if self.grad_checkpointing and is_grad_enabled():
-                state = checkpoint(block, state, use_reentrant=False)
-            else:
-                state = block(state)
-            yield state
+        return WindowedMap(x, (int(x.shape[1]), int(x.shape[2]))), None
 
     def walk_tokens(self, x: Tensor) -> Iterator[Tokens]:
-        """The same as tokens of the whole map in raster order, with what became of every one of them.
-
-        Args:
-            x: images [B, C, H, W].
-        """
+        """`walk` as tokens of the whole map in raster order, with what became of every one of them."""
         for state in self.walk(x):
             yield as_tokens(state, window_of(self))
+
+    # ---- what the ends cost
+
+    def head_macs(self, n: int, layout: Layout) -> int:
+        return conv_macs(self.neck) * n + linear_macs(self.head) * (n if self.global_pool == "" else 1)
+
+    def copies(self, grid: tuple[int, int], layout: Layout) -> int:
+        down, right = windows_across(grid, layout.grid)
+        return down * right
+
+    def all_tokens(self, n: int, grid: tuple[int, int], layout: Layout) -> int:
+        # what fills up windows at the border counts once these were shrunk
+        return grid[0] * grid[1] if n == layout.num_patches else n * self.copies(grid, layout)
+
+    # ---- outputs
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The neck's output for images [B, C, H, W]: the full map [B, C', H / patch, W / patch]."""
@@ -100,7 +100,7 @@ class ReducingVisionTransformerSAM(Unscriptable, VisionTransformerSAM):
             raise ValueError(f"output_fmt={output_fmt!r}; SAM models give 'NCHW' only")
         take, max_index = feature_take_indices(len(self.blocks), indices)
         maps = []
-        for index, state in enumerate(self.walk(x, max_index if stop_early else None), -1):
+        for index, state in enumerate(self.walk(x, last=max_index if stop_early else None), -1):
             if index in take:
                 full = self._full(state)
                 maps.append(self.neck(full) if norm else full)
@@ -111,11 +111,6 @@ def window_of(model: nn.Module) -> tuple[int, int]:
     """Tokens (down, right) of the attention windows."""
     side = next(block.window_size for block in model.blocks if block.window_size)
     return side, side
-
-
-def window_layout(model: nn.Module) -> Layout:
-    """What methods see: one window, whatever the size of the map."""
-    return Layout(0, False, window_of(model))
 
 
 def check(model: nn.Module) -> None:
@@ -180,7 +175,5 @@ FAMILY = Family(
     check=check,
     check_block=check_block,
     check_recipe=check_recipe,
-    layout=window_layout,
-    costs=read_sam_costs,
     bypassed=lambda model: [("blocks", model.blocks, "hook the blocks one by one (model.blocks[i])")],
 )

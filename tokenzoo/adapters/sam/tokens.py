@@ -27,6 +27,7 @@ class WindowsMap(TokenMap):
         self.drops, self.linear = inside.drops, inside.linear
         self.fewer = tuple(-(-length // side) * left for length, side, left in zip(size, window, cells))
         self.n_in, self.n_out = size[0] * size[1], self.fewer[0] * self.fewer[1]
+        self.grid_out = self.fewer
 
     def _cut(self, x: Tensor, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
         """Rows [B, N, D] of a map as rows of its windows [B * windows, n, D]."""

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ...core.method import BlockShape, Step
 from ...core.mixer_signals import MixerSignals
 from ...core.mixins import Scanning
-from ...core.tokens import Tokens
+from ...core.tokens import Layout, Tokens
 from ...maps import ChainMap, KeepMap, TokenMap
 from ...models._scan_signals import ScanSignals
 from ...ops.rows import stable_order
 from ...ops.scan_order import Rows, natural_rows
 from ..block import BlockPlan
+from ..flow import Flow
 from ..hooked import Aside, HookedBlock
 
 PLACES = ("before", "ahead", "between", "after")  # "between" is behind the mixer too, the block's only half
@@ -37,7 +38,7 @@ class ScanContext(NamedTuple):
 class ScanBlock(HookedBlock):
     """Mixin that lets a scanning block take and return `Tokens`.
 
-    A family's subclass says how its parts are spelled: `mixer_input`, `mix`, `finish`, `shape` and `mixer_macs`.
+    A family's subclass says how its parts are spelled: `mixer_input`, `mix`, `finish`, `shape` and `macs`.
     """
 
     tokenzoo: BlockPlan
@@ -62,6 +63,20 @@ class ScanBlock(HookedBlock):
     def shape(self) -> BlockShape:
         """Sizes for cost formulas; the scan has no heads."""
         raise NotImplementedError
+
+    def macs(self, tokens: int, layout: Layout, directions: int | None = None) -> int:
+        """Multiply-adds for a number of tokens, with all directions of the scan counted (None) or one."""
+        raise NotImplementedError
+
+    fused = None  # there is no attention
+
+    def cost(self, flow: Flow, directions: int | None = None) -> int:
+        """Multiply-adds of the block for one image."""
+        return self.macs(flow.values, flow.layout, directions)
+
+    def overhead(self, flow: Flow) -> int:
+        """Reduction asks nothing of the block besides."""
+        return 0
 
     def run(self, tokens: Tokens, context: ScanContext) -> Tokens:
         """One block on tokens."""

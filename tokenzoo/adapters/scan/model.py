@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ...core.recipe import Recipe
 from ...core.tokens import Layout, Tokens
 from ...ops.scan_order import from_scan, to_scan
-from ..features import Reads
 from ..model import ReducingModel
 from ..pooling import pool_plain
 from .block import PLACES, ScanContext
@@ -29,16 +28,21 @@ class ScanModel(ReducingModel):
         """Stochastic depth of one block's mixer."""
         raise NotImplementedError
 
-    def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
-        return layout_of(self, grid, self.tokenzoo_recipe, self.scan_rows(grid))
+    has_class = False  # a class token is one place of the scan among others
+    takes_added = False
+
+    def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
+        size = recipe is not None and recipe.track_size
+        keep = recipe is not None and recipe.keeps_trace
+        rows = self.scan_rows(grid)
+        # positions are always tracked, they are the order of the scan
+        layout = Layout(self.num_prefix_tokens, False, tuple(grid), size, True, keep_values=keep, scan_rows=rows)
+        return {0: layout}
 
     def rope_of(self, rope: Any, index: int) -> ScanContext:
         """What one block needs besides tokens."""
         rules = [method.gap_rule for method in self.tokenzoo_recipe.methods if method.gap_rule is not None]
         return ScanContext(self.drop_path_of(index), rules[0] if rules else None)
-
-    def head_reads(self) -> Reads:
-        return Reads.of(self.global_pool)
 
     def features(self, tokens: Tokens) -> Tensor:
         """Normed tokens as one tensor in scan order, class tokens where a sequence of this length has them."""
@@ -79,14 +83,6 @@ class ScanModel(ReducingModel):
             pooled = to_scan(tokens.x, self._rows(tokens.x))
         pooled = self.head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
-
-
-def layout_of(model: nn.Module, grid: tuple[int, int], recipe: Recipe | None, rows: tuple[int, ...]) -> Layout:
-    """What methods see of a scanning model; positions are always tracked, they are the order of the scan."""
-    size = recipe is not None and recipe.track_size
-    keep = recipe is not None and recipe.keeps_trace
-    prefix = model.num_prefix_tokens
-    return Layout(prefix, False, tuple(grid), size, True, keep_values=keep, scan_rows=rows)
 
 
 def check_recipe(model: nn.Module, recipe: Recipe) -> None:

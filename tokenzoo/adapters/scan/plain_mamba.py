@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.method import BlockShape
-from ...core.recipe import Recipe
 from ...core.tokens import Layout, Tokens
 from ...layers.scan.gaps import stretch
 from ...models._scan_signals import ScanSignals
@@ -24,8 +23,7 @@ from ...models.plain_mamba.model import PlainMamba
 from ...models.plain_mamba.orders import kept_paths
 from ..backbone import Family
 from .block import ScanBlock, ScanContext
-from .costs import read_scan_costs
-from .model import ScanModel, check_recipe, layout_of
+from .model import ScanModel, check_recipe
 
 
 class ReducingPlainMambaBlock(ScanBlock, PlainMambaBlock):
@@ -79,15 +77,6 @@ class ReducingPlainMamba(ScanModel, PlainMamba):
         return self._tap(x, index, norm)
 
 
-def scan_layout(model: nn.Module, grid: tuple[int, int] | None, recipe: Recipe | None) -> dict[int, Layout]:
-    """The one sequence that all blocks see."""
-    return {0: layout_of(model, model.patch_embed.grid_size if grid is None else grid, recipe, ())}
-
-
-def check(model: nn.Module) -> None:
-    """Every setting is served."""
-
-
 def check_block(block: nn.Module) -> nn.Module | None:
     """The mixer of a block if it is no exactly known class."""
     return None if type(block.mamba) is PlainMambaMixer else block.mamba
@@ -98,10 +87,7 @@ FAMILY = Family(
     summary="tokenzoo.models: PlainMamba (methods that look at no attention)",
     models={PlainMamba: ReducingPlainMamba},
     blocks={PlainMambaBlock: ReducingPlainMambaBlock},
-    check=check,
     check_block=check_block,
     check_recipe=check_recipe,
-    sequences=scan_layout,
-    costs=read_scan_costs,
     scans=True,
 )

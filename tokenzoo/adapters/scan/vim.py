@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.method import BlockShape
-from ...core.recipe import Recipe
 from ...core.tokens import Layout, Tokens
 from ...layers.scan.gaps import gaps_of, stretch
 from ...models._scan_signals import ScanSignals
@@ -24,8 +23,7 @@ from ...models.vim.model import VisionMamba
 from ...ops.scan_order import from_scan, scan_positions, to_scan
 from ..backbone import Family
 from .block import ScanBlock, ScanContext, rows_of
-from .costs import read_scan_costs
-from .model import ScanModel, check_recipe, layout_of
+from .model import ScanModel, check_recipe
 
 
 class ReducingVimBlock(ScanBlock, VimBlock):
@@ -86,16 +84,6 @@ class ReducingVisionMamba(ScanModel, VisionMamba):
         return self.norm(x) if norm else self._narrow(x)
 
 
-def scan_layout(model: nn.Module, grid: tuple[int, int] | None, recipe: Recipe | None) -> dict[int, Layout]:
-    """The one sequence that all blocks see."""
-    grid = model.patch_embed.grid_size if grid is None else grid
-    return {0: layout_of(model, grid, recipe, class_rows(model.cls_position, grid[0] * grid[1]))}
-
-
-def check(model: nn.Module) -> None:
-    """Every setting is served."""
-
-
 def check_block(block: nn.Module) -> nn.Module | None:
     """The mixer of a block if it is no exactly known class."""
     return None if type(block.mixer) is VimMixer else block.mixer
@@ -106,10 +94,7 @@ FAMILY = Family(
     summary="tokenzoo.models: Vision Mamba (methods that look at no attention)",
     models={VisionMamba: ReducingVisionMamba},
     blocks={VimBlock: ReducingVimBlock},
-    check=check,
     check_block=check_block,
     check_recipe=check_recipe,
-    sequences=scan_layout,
-    costs=read_scan_costs,
     scans=True,
 )

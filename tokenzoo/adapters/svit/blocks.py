@@ -18,21 +18,23 @@ from torch import Tensor, nn
 from ...core.lift import lift
 from ...core.method import BlockShape
 from ...core.recipe import Recipe
-from ...core.tokens import Layout, Tokens, TraceStep
+from ...core.tokens import Tokens, TraceStep
 from ...layers.chunks import at_once
 from ...layers.pointwise import PointwiseConv
 from ...layers.super_token import MapAttention, SuperTokenAttention
 from ...models.svit.blocks import SuperTokenBlock
 from ...ops.attention import Heads
-from ...ops.layer_macs import conv_macs
 from ...ops.projections import is_plain, pointwise
 from ...ops.rows import split_dim, take_rows
 from ..attending import AttentionLayer
 from ..block import BlockMacs, BlockPlan, ReducingBlock, refuse_alone
+from ..flow import Flow
 from ..hooked import Aside
 from ..merging import Merging
 from ..places import Places, lost_tokens, places_of
 from ..refusals import refuse_symbols
+from .costs import attention_macs, grid_macs, kernel_macs
+from .layouts import sequence_layout
 from .token_norm import norm_alike, norm_tokens
 
 
@@ -44,12 +46,6 @@ def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def from_map(x: Tensor) -> Tensor:
     """A map [B, C, H, W] as tokens [B, H * W, C]; no copy where channels lie last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def sequence_layout(grid: tuple[int, int], recipe: Recipe | None, standalone: bool = False) -> Layout:
-    """What the blocks of a stage see: no prefix, and the trace is kept with all it takes to go back to the grid."""
-    size = recipe is not None and recipe.track_size
-    return Layout(0, False, grid, size, recipe is not None and recipe.track_positions, standalone, keep_values=True)
 
 
 def begin(x: Tensor, recipe: Recipe, scores: tuple[Tensor | None, ...] = (None,), standalone: bool = False) -> Tokens:
@@ -122,8 +118,9 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
 
     tokenzoo: BlockPlan
     tokenzoo_recipe: Recipe
+    reads_recipe = True  # such blocks go back to the full map themselves
 
-    def forward(self, x: Tensor | Tokens, aside: Aside | None = None) -> Any:
+    def forward(self, x: Tensor | Tokens, rope: None = None, attn_mask: None = None, aside: Aside | None = None) -> Any:
         """Tokens to tokens; a map (blocks called without their model) is taken by the first block of a stage, and
         handed back by the last one."""
         if aside is not None:
@@ -154,9 +151,13 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
         return BlockShape(attn.num_heads * attn.head_dim, attn.num_heads, attn.head_dim)
 
     def macs(self) -> BlockMacs:
-        dim = self.attn.stoken_refine.num_heads * self.attn.stoken_refine.head_dim
-        mlp = conv_macs(self.mlp2.fc1) + conv_macs(self.mlp2.fc2)
-        return BlockMacs(2 * dim * dim, dim * dim, 2 * dim, dim * dim, mlp)
+        return attention_macs(self.attn, self.mlp2)
+
+    def cost(self, flow: Flow) -> int:
+        return super().cost(flow) + kernel_macs(self.shape().dim, self.mlp2.hidden, flow)
+
+    def overhead(self, flow: Flow) -> int:
+        return super().overhead(flow) + grid_macs(self.shape().dim, self.mlp2.hidden, flow)
 
     # ---- the flow
 

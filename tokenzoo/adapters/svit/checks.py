@@ -1,31 +1,13 @@
-"""What methods see of an SViT, and what cannot be served."""
+"""What cannot be served of an SViT."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from ...core.recipe import Recipe
-from ...core.tokens import Layout
 from ...layers.super_token import MapAttention, SuperTokenAttention
-from ...models.svit.blocks import ChannelNorm, ConvFfn, ResidualDepthwise, halved
-from .blocks import sequence_layout
-
-
-def sequences(model: nn.Module, grid: tuple[int, int] | None, recipe: Recipe | None) -> dict[int, Layout]:
-    """First block of every stage with plain attention, and what it sees.
-
-    Args:
-        model: patched or not.
-        grid: places (high, wide) of the first stage; None for the model's own image size.
-        recipe: decides which side data is tracked.
-    """
-    grid, found, first = model.patch_embed.grid_size if grid is None else grid, {}, 0
-    for stage in model.layers:
-        if stage.is_plain:
-            found[first] = sequence_layout(tuple(grid), recipe)
-            first += len(stage.blocks)
-        grid = halved(grid)
-    return found
+from ...models.svit.blocks import ChannelNorm, ConvFfn, ResidualDepthwise
+from .layouts import stage_layouts
 
 
 def check(model: nn.Module) -> None:
@@ -78,7 +60,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
             rebuilds at a block of another stage than it was reduced in.
     """
     name, depth = type(model).__name__, len(model.blocks)
-    firsts = sorted(sequences(model, (1, 1), recipe))
+    firsts = sorted(stage_layouts(model, (1, 1), recipe))
     opened = {
         max(first for first in firsts if first <= block)
         for method in recipe.methods

@@ -11,77 +11,153 @@ weighs places by size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ...core.graphs import refuse_open_sizes
 from ...core.lift import lift
 from ...core.recipe import Recipe
-from ...core.tokens import Tokens
+from ...core.tokens import Layout, Tokens
 from ...maps import RestoreMap
 from ...models.svit.blocks import SuperTokenBlock
 from ...models.svit.model import SViT
+from ...ops.layer_macs import conv_macs, linear_macs
 from ..backbone import Family
 from ..features import Reads, decode, encode
+from ..flow import Flow
+from ..model import ReducingModel
 from ..pooling import pool_plain
-from ..refusals import Unscriptable, refuse_symbols, refuse_vmap
+from ..walk import Beside
 from .blocks import REDUCING_ATTENTIONS, ReducingSuperTokenBlock, begin, from_map, full_map, to_map
-from .checks import bypassed, check, check_block, check_recipe, sequences
-from .costs import read_svit_costs
+from .checks import bypassed, check, check_block, check_recipe
+from .costs import leaving_rows, stage_rows, stem_macs
+from .layouts import stage_layouts
 from .token_norm import norm_alike, norm_tokens
 
 
-class ReducingSViT(Unscriptable, SViT):
+class Taps(NamedTuple):
+    """Of a pass whose maps are wanted: the context that `start` and `restart` fill.
+
+    Attributes:
+        maps: map that left the blocks of every stage that has ended.
+        last: stage that the pass stops behind.
+    """
+
+    maps: dict[int, Tensor]
+    last: int
+
+
+class ReducingSViT(ReducingModel, SViT):
     """`SViT` whose stages with plain attention reduce tokens."""
 
-    tokenzoo_recipe: Recipe
+    has_class = False
+    takes_added = False
+    num_prefix_tokens = 0
 
-    # ---- the loop
+    @property
+    def pooling(self) -> str:
+        return self.global_pool.pool_type
 
-    def _walk(self, x: Tensor, last: int | None = None) -> Iterator[tuple[int, Tokens]]:
-        """Yields (stage, tokens): at the start of a stage with plain attention, after each of its blocks, and after
-        any other stage as a whole.
+    # ---- the sequences
+
+    def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
+        return stage_layouts(self, grid, recipe)
+
+    def checkpoints(self, index: int) -> bool:
+        return self.layers[self._stage_of(index)].grad_checkpointing
+
+    def _stage_of(self, block: int) -> int:
+        """The stage that a block stands in."""
+        return next(i for i, stage in enumerate(self.layers) if self.blocks[block] in tuple(stage.blocks))
+
+    def _ends(self, stage: int, taps: Taps | None) -> bool:
+        """Whether a pass goes no further than the blocks of a stage."""
+        return isinstance(self.layers[stage].downsample, nn.Identity) or (taps is not None and stage == taps.last)
+
+    # ---- what the ends cost
+
+    def embed_macs(self, grid: tuple[int, int]) -> int:
+        total = stem_macs(self.patch_embed) * grid[0] * grid[1]
+        for index in range(self._stage_of(0)):
+            total += sum(row.macs for row in stage_rows(self, index, grid))
+        return total
+
+    def beside(self, index: int, flow: Flow) -> list[Beside]:
+        stage, rows = self._stage_of(index), []
+        if index + 1 == len(self.blocks):
+            stop = len(self.layers)
+        elif (stop := self._stage_of(index + 1)) == stage:
+            return []
+        rows += leaving_rows(self, stage, flow)
+        for later in range(stage + 1, stop):
+            rows += stage_rows(self, later, flow.grid)
+        return rows
+
+    def head_macs(self, n: int, layout: Layout) -> int:
+        return conv_macs(self.proj) * n + linear_macs(self.head) * (1 if self.pooling else n)
+
+    # ---- the pass
+
+    def start(self, x: Tensor, mask: Tensor | None, trace: bool, dense: bool) -> tuple[Tokens, None]:
+        return self._start(x), None
+
+    def _start(self, x: Tensor, taps: Taps | None = None) -> Tokens:
+        return self._enter(self.patch_embed(x.contiguous(memory_format=torch.channels_last)), 0, (None,), taps)
+
+    def _enter(self, x: Tensor, stage: int, scores: tuple[Tensor | None, ...], taps: Taps | None) -> Tokens:
+        """Tokens of the first stage that methods act in, or of the last one; stages in front of it run as they are.
 
         Args:
-            x: images [B, C, H, W].
-            last: index of the last stage to run, None for all.
+            x: the map in front of a stage.
+            stage: the stage.
+            scores: importance that each method which carries one has of the places.
+            taps: of this pass.
         """
-        refuse_symbols(self, x)
-        refuse_open_sizes(self, x)
-        refuse_vmap(self.tokenzoo_recipe)
-        x, scores = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), (None,)
-        for index, stage in enumerate(self.layers):
-            if not stage.is_plain:
-                x, scores = stage.run_blocks(x), (None,)
-            tokens = begin(x, self.tokenzoo_recipe, scores)
-            yield index, tokens
-            for block in stage.blocks if stage.is_plain else ():
-                if stage.grad_checkpointing and torch.is_grad_enabled():
-                    tokens = checkpoint(block, tokens, use_reentrant=False)
-                else:
-                    tokens = block(tokens)
-                yield index, tokens
-            if index == last or isinstance(stage.downsample, nn.Identity):
-                return
-            x = stage.downsample(full_map(tokens, self.tokenzoo_recipe))
-            grid = int(x.shape[2]), int(x.shape[3])
-            scores = tuple(_carried(held, tokens, grid) for held in (tokens.scores, *tokens.more_scores))
+        while not self.layers[stage].is_plain:
+            x, scores = self.layers[stage].run_blocks(x), (None,)
+            if taps is not None:
+                taps.maps[stage] = x
+            if self._ends(stage, taps):
+                break
+            x, stage = self.layers[stage].downsample(x), stage + 1
+        return begin(x, self.tokenzoo_recipe, scores)
 
-    def walk(self, x: Tensor, trace: bool = True, dense: bool = True) -> Iterator[Tokens]:
-        """Yields the tokens at the start of each stage that methods act in, and after every block of it.
+    def _leave(self, tokens: Tokens, stage: int, taps: Taps | None) -> Tokens:
+        """Tokens of the next sequence behind a stage with plain attention."""
+        full = full_map(tokens, self.tokenzoo_recipe)
+        if taps is not None:
+            taps.maps[stage] = full
+        x = self.layers[stage].downsample(full)
+        grid = int(x.shape[2]), int(x.shape[3])
+        scores = tuple(_carried(held, tokens, grid) for held in (tokens.scores, *tokens.more_scores))
+        return self._enter(x, stage + 1, scores, taps)
 
-        Args:
-            x: images [B, C, H, W].
-            trace: the maps are kept in any case.
-            dense: so are the values that dropped tokens had.
-        """
-        for index, tokens in self._walk(x):
-            if self.layers[index].is_plain:
-                yield tokens
+    def restart(self, tokens: Tokens, index: int, context: Taps | None) -> Tokens:
+        stage = self._stage_of(index - 1)
+        return tokens if stage == self._stage_of(index) else self._leave(tokens, stage, context)
+
+    def rope_of(self, rope: Taps | None, index: int) -> None:
+        return None  # blocks have nothing to do with it
+
+    def _finish(self, tokens: Tokens) -> Tokens:
+        if not self.blocks:  # pruned to stages that methods do not act in
+            return self._project_tokens(tokens)
+        stage = self._stage_of(len(self.blocks) - 1)
+        # stages behind the last block that methods act in run as they are
+        return self._project_tokens(tokens if self._ends(stage, None) else self._leave(tokens, stage, None))
+
+    def _project_tokens(self, tokens: Tokens) -> Tokens:
+        """Tokens at the end of the last stage, projected; padding rows are zero."""
+        for step in self.blocks[-1].tokenzoo.at("norm") if self.blocks else ():
+            token_map = step.decide(tokens, None)
+            if token_map is not None:
+                tokens = tokens.reduce(token_map, step.block, step.method.name)
+        tokens = tokens._replace(x=self._projected(tokens))
+        if tokens.valid is not None:
+            tokens = tokens._replace(x=tokens.x * tokens.valid.unsqueeze(-1).to(tokens.x.dtype))
+        return tokens
 
     def forward_tokens(self, x: Tensor, trace: bool = True, dense: bool = True) -> Tokens:
         """All stages and the projection.
@@ -94,19 +170,7 @@ class ReducingSViT(Unscriptable, SViT):
         Returns:
             The remaining tokens of the last stage, projected, with their side data; padding rows are zero.
         """
-        for _, tokens in self._walk(x):  # noqa: B007 (only the last one is wanted)
-            pass
-        return self._finish(tokens)
-
-    def _finish(self, tokens: Tokens) -> Tokens:
-        for step in self.blocks[-1].tokenzoo.at("norm") if self.blocks else ():
-            token_map = step.decide(tokens, None)
-            if token_map is not None:
-                tokens = tokens.reduce(token_map, step.block, step.method.name)
-        tokens = tokens._replace(x=self._projected(tokens))
-        if tokens.valid is not None:
-            tokens = tokens._replace(x=tokens.x * tokens.valid.unsqueeze(-1).to(tokens.x.dtype))
-        return tokens
+        return super().forward_tokens(x)
 
     def _projected(self, tokens: Tokens) -> Tensor:
         """Projection, norm and activation of tokens in front of them: [B, N, D]."""
@@ -207,14 +271,22 @@ class ReducingSViT(Unscriptable, SViT):
         if output_fmt != "NCHW" or norm:
             raise ValueError("SViT: intermediates are maps in NCHW without a norm; leave output_fmt and norm alone")
         wanted, last = feature_take_indices(len(self.layers), indices)
-        ends = dict(self._walk(x, last if stop_early else None))  # the last tokens of every stage
-        maps = [full_map(tokens, self.tokenzoo_recipe) for index, tokens in ends.items() if index in wanted]
+        taps = Taps({}, last if stop_early else len(self.layers) - 1)
+        run = sum(len(stage.blocks) for stage in self.layers[: taps.last + 1] if stage.is_plain)
+        for tokens in self.follow(self._start(x, taps), taps, last=run - 1):  # noqa: B007 (only the last one is wanted)
+            pass
+        if run > 0:
+            stage = self._stage_of(run - 1)
+            if self._ends(stage, taps):
+                taps.maps[stage] = full_map(tokens, self.tokenzoo_recipe)
+            else:
+                tokens = self._leave(tokens, stage, taps)
+        maps = [taps.maps[index] for index in wanted]
         if intermediates_only:
             return maps
-        index, tokens = max(ends.items())
-        if index < len(self.layers) - 1:
-            return self.layers[index].downsample(full_map(tokens, self.tokenzoo_recipe)), maps
-        return self.features(self._finish(tokens)), maps
+        if taps.last < len(self.layers) - 1:
+            return self.layers[taps.last].downsample(taps.maps[taps.last]), maps
+        return self.features(self._project_tokens(tokens)), maps
 
 
 def _pooled(tokens: Tokens, kind: str, mass_weighted: bool) -> Tensor:
@@ -246,7 +318,5 @@ FAMILY = Family(
     check=check,
     check_block=check_block,
     check_recipe=check_recipe,
-    sequences=sequences,
-    costs=read_svit_costs,
     bypassed=bypassed,
 )

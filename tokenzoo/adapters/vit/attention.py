@@ -22,8 +22,6 @@ try:  # timm >= 1.0.20
 except ImportError:
     DiffAttention = None
 
-ATTENTIONS = tuple(cls for cls in (Attention, DiffAttention) if cls is not None)
-
 
 def is_differential(attn: nn.Module) -> bool:
     """Whether an attention layer (or block that holds one itself) subtracts a second map."""

@@ -27,10 +27,9 @@ from ...ops.layer_macs import linear_macs
 from ..backbone import Family
 from ..block import BlockMacs, ReducingBlock
 from ..features import Reads
-from ..hooked import Aside
 from ..model import ReducingModel
 from ..pooling import pool_plain
-from .attention import ATTENTIONS, REDUCING_ATTENTIONS, attention_macs, input_width, is_differential, split_heads
+from .attention import REDUCING_ATTENTIONS, attention_macs, input_width, is_differential, split_heads
 from .parallel import (
     DiffParallelScalingBlock,
     ReducingDiffParallelScalingBlock,
@@ -48,20 +47,6 @@ class _OneAttention(ReducingBlock):
 
     def macs(self) -> BlockMacs:
         return attention_macs(self.attn)._replace(mlp=linear_macs(self.mlp))
-
-    @property
-    def fused(self) -> bool:
-        return self.attn.fused_attn
-
-    def forward(
-        self,
-        x: Any,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rope: Any = None,
-        aside: Aside | None = None,
-    ) -> Any:
-        return self.call(x, rope, attn_mask, is_causal, aside)
 
 
 class ReducingVitBlock(_OneAttention, Block):
@@ -149,12 +134,6 @@ def check(model: nn.Module) -> None:
         )
 
 
-def check_block(block: nn.Module) -> nn.Module | None:
-    """The attention layer of a block that is no exactly known class, None if all are served."""
-    layers = [block.attn] if hasattr(block, "attn") else [a.attn for a in getattr(block, "attns", ())]
-    return next((layer for layer in layers if type(layer) not in ATTENTIONS), None)
-
-
 def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Modules that are never called as a whole, and what to do instead."""
     found = [("blocks", model.blocks, "hook the blocks one by one (model.blocks[i])")]
@@ -187,6 +166,5 @@ FAMILY = Family(
     blocks=BLOCKS,
     attentions=REDUCING_ATTENTIONS,
     check=check,
-    check_block=check_block,
     bypassed=bypassed,
 )

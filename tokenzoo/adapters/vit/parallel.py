@@ -18,7 +18,6 @@ from ...ops.layer_macs import linear_macs
 from ...ops.projections import linear_part
 from ...ops.rows import split_dim
 from ..block import BlockMacs, ReducingBlock
-from ..hooked import Aside
 from .attention import (
     attention_macs,
     differential_lambda,
@@ -97,20 +96,6 @@ class _ParallelScaling(ReducingBlock):
         pair = dim * (3 if is_differential(self) else 2)
         return BlockMacs(2 * dim * dim, dim * dim, pair, dim * dim + 2 * hidden * dim, 0)
 
-    @property
-    def fused(self) -> bool:
-        return self.fused_attn
-
-    def forward(
-        self,
-        x: Any,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rope: Any = None,
-        aside: Aside | None = None,
-    ) -> Any:
-        return self.call(x, rope, attn_mask, is_causal, aside)
-
 
 class ReducingParallelScalingBlock(_ParallelScaling, ParallelScalingBlock):
     """`ParallelScalingBlock` (ViT-22B)."""
@@ -142,20 +127,6 @@ class ReducingParallelThingsBlock(ReducingBlock, ParallelThingsBlock):
     def macs(self) -> BlockMacs:
         parts = [attention_macs(a.attn) for a in self.attns]
         return BlockMacs(*(sum(column) for column in zip(*parts)))._replace(mlp=linear_macs(self.ffns))
-
-    @property
-    def fused(self) -> bool:
-        return self.attns[0].attn.fused_attn
-
-    def forward(
-        self,
-        x: Any,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rope: Any = None,
-        aside: Aside | None = None,
-    ) -> Any:
-        return self.call(x, rope, attn_mask, is_causal, aside)
 
 
 ReducingDiffParallelScalingBlock: type | None = None

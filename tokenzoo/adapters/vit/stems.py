@@ -10,13 +10,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ...core.recipe import Recipe
-from ...core.tokens import Tokens
+from ...core.tokens import Layout, Tokens
 from ...models.lv_vit import LVViT
 from ...models.t2t_vit import T2TViT
+from ...ops.layer_macs import linear_macs
 from ..backbone import Family
 from ..features import Reads
 from .attention import REDUCING_ATTENTIONS
-from .model import BLOCKS, VitModel, bypassed, check, check_block
+from .model import BLOCKS, VitModel, bypassed, check
 
 
 class ReducingT2TViT(VitModel, T2TViT):
@@ -30,6 +31,10 @@ class ReducingLVViT(VitModel, LVViT):
         # the second classifier takes the best of the patch tokens
         reads = super().head_reads()
         return reads._replace(greatest=reads.greatest or self.aux_head is not None)
+
+    def head_macs(self, n: int, layout: Layout) -> int:
+        second = 0 if self.aux_head is None else linear_macs(self.aux_head) * (n - layout.own_prefix)
+        return super().head_macs(n, layout) + second
 
     def forward_head(self, x: Tensor | Tokens, pre_logits: bool = False) -> Tensor:
         """Logits by the published rule, over the patch tokens that are left."""
@@ -62,7 +67,6 @@ FAMILY = Family(
     blocks=BLOCKS,
     attentions=REDUCING_ATTENTIONS,
     check=check,
-    check_block=check_block,
     check_recipe=check_recipe,
     bypassed=bypassed,
 )
