@@ -48,7 +48,7 @@ class Explanation:
     def __init__(self, model: nn.Module, fill: Fill | str = "zero") -> None:
         self.model, self.fill = backbone_of(model), Fill.parse(fill)
         family = find_family(self.model)
-        if family.scans or family.layout is not None or family.sequences is not None:
+        if not family.model_kind(self.model).takes_added:  # blocks see windows, stages or a scan
             raise ValueError(
                 f"{type(self.model).__name__}: explain carries values back to one grid of patches, but the blocks of "
                 "this model see windows, stages or a scan; use model.forward_intermediates, or for SViT "
