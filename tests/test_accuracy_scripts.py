@@ -108,11 +108,10 @@ def test_fine_tuned(curves, config, tmp_path, monkeypatch, capsys):
     assert 100 * curves.answer(model, curves.read(model, given)).hits.double().mean() == float(row["top1"])
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("checkpoints/*_vit.yaml")), ids=lambda path: path.stem)
-def test_stored_weights_answer(curves, path, monkeypatch):
-    """The stored classifiers load by their configuration, answer with and without reduction, and have a card."""
-    monkeypatch.chdir(ROOT)
-    given = parse_options(["-c", str(path), "--data-dir", "none", "--output", "unused"])
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/models/*_vit.yaml")), ids=lambda path: path.stem)
+def test_configurations_of_the_cards(curves, path):
+    """The models behind the tables are built by their configuration, and their card says where the weights are."""
+    given = parse_options(["-c", str(path), "--data-dir", "none", "--output", "unused", "--initial-checkpoint", ""])
     model = curves.load(given)
     images = torch.randn(2, 3, *given.img_size * 2, generator=torch.Generator().manual_seed(0))
     plain = model(images)
@@ -121,9 +120,14 @@ def test_stored_weights_answer(curves, path, monkeypatch):
         reduced = model(images)
     assert reduced.isfinite().all() and not torch.equal(reduced, plain)
     card = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert path.with_suffix(".safetensors").name in card and f"-c checkpoints/{path.name}" in card
+    weights = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert f"> {weights['initial_checkpoint']}" in card and f"-c benchmarks/models/{path.name}" in card
 
 
-def test_stored_weights_are_small():
-    paths = [*ROOT.glob("checkpoints/*.safetensors"), *ROOT.glob("examples/*.safetensors")]
-    assert len(paths) > 4 and sum(path.stat().st_size for path in paths) < 16 * 2**20
+def test_weights_in_the_tree_are_few_and_small():
+    """Tests and the demo need theirs; others stay out."""
+    folders = ("benchmarks", "configs", "docs", "examples", "scripts", "tokenzoo")
+    paths = [path for folder in folders for path in ROOT.joinpath(folder).rglob("*.safetensors")]
+    kept = [path for path in paths if path.parent != ROOT / "benchmarks" / "models"]  # where users put what cards name
+    assert {path.parent.name for path in kept} == {"examples"}
+    assert sum(path.stat().st_size for path in kept) <= 4_000_000

@@ -33,12 +33,12 @@ from tokenzoo.training.options import options_of, parse_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md"))
-NOTES = sorted([*ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("checkpoints/*.md"), *ROOT.glob("examples/*.md")])
+NOTES = sorted([*ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("examples/*.md")])
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES, *NOTES]
 CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if not path.stem.endswith("_train")]  # recipes
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LARGEST_PICTURE = 300_000  # bytes
-FOLDERS = "tokenzoo|tests|scripts|examples|configs|docs|results|benchmarks|checkpoints"
+FOLDERS = "tokenzoo|tests|scripts|examples|configs|docs|results|benchmarks"
 NEWEST = hasattr(timm.models.vision_transformer, "DiffParallelScalingBlock")
 
 documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -1,8 +1,8 @@
 """Accuracy of every method on real pictures, off the shelf and after fine-tuning: tables and curves.
 
-    python benchmarks/accuracy/accuracy_curves.py free --config checkpoints/tin100_vit.yaml --data-dir tin100 \
+    python benchmarks/accuracy/accuracy_curves.py free --config benchmarks/models/tin100_vit.yaml --data-dir tin100 \
         --output benchmarks/accuracy/tin100_free.csv
-    python benchmarks/accuracy/accuracy_curves.py tuned --config checkpoints/tin100_vit.yaml --data-dir tin100 \
+    python benchmarks/accuracy/accuracy_curves.py tuned --config benchmarks/models/tin100_vit.yaml --data-dir tin100 \
         --methods evit tome mctf ats pool --runs runs \
         --output benchmarks/accuracy/tin100_tuned.csv --train --epochs 1 --lr 2e-4
     python benchmarks/accuracy/plot_accuracy.py benchmarks/accuracy/*_free.csv benchmarks/accuracy/*_tuned.csv

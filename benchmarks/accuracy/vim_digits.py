@@ -1,7 +1,7 @@
 """A very small Vision Mamba on handwritten digits: training, and what pruning without training costs it.
 
-    python benchmarks/accuracy/vim_digits.py train --output checkpoints/vim_digits.safetensors
-    python benchmarks/accuracy/vim_digits.py table --checkpoint checkpoints/vim_digits.safetensors \
+    python benchmarks/accuracy/vim_digits.py train --output out/vim_digits.safetensors
+    python benchmarks/accuracy/vim_digits.py table --checkpoint out/vim_digits.safetensors \
         --output benchmarks/accuracy/vim_digits
 
 The digits are the 1797 that scikit-learn carries (8 x 8), enlarged to 40 x 40: 100 patches and a class token in their
@@ -152,7 +152,7 @@ def _row(name: str, rate: float, hits: Tensor, base: Tensor, report: tokenzoo.Re
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "table"))
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/vim_digits.safetensors"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("out/vim_digits.safetensors"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Every method at several strengths on a segmentation model: mIoU, paired difference, multiply-adds, speed.
 
-    python benchmarks/segmentation/segment_table.py --checkpoint checkpoints/camvid320_linear.safetensors \
+    python benchmarks/segmentation/segment_table.py --checkpoint benchmarks/models/camvid320_linear.safetensors \
         --data test/ --ignore 11 --output benchmarks/segmentation/camvid320_linear
 
 DATA is a folder with images/ and masks/. Strengths are shares of the encoder's multiply-adds; a method that cannot
