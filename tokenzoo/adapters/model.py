@@ -78,7 +78,12 @@ class ReducingModel(Walk):
         keep = recipe is not None and recipe.keeps_trace
         added = 0 if recipe is None else recipe.protect
         prefix = self.num_prefix_tokens + added
-        return {0: Layout(prefix, self.has_class, tuple(grid), size, positions, keep_values=keep, added=added)}
+        raster = recipe is not None and recipe.order == "raster"
+        return {
+            0: Layout(
+                prefix, self.has_class, tuple(grid), size, positions, keep_values=keep, added=added, raster=raster
+            )
+        }
 
     def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
         """Facts about the sequence of one pass, which a rotary table adds to."""

@@ -35,8 +35,8 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
         **options: options of the method, and `merged_positions`, `dense` (forward_features gives all tokens back),
-            `fill` (what dropped tokens get then) and `protect` (tokens added behind the prefix, such as prompts), see
-            `tokenzoo.core.recipe.Recipe`.
+            `fill` (what dropped tokens get then), `protect` (tokens added behind the prefix, such as prompts) and
+            `order` ("raster": patches stand row by row after every reduction), see `tokenzoo.core.recipe.Recipe`.
 
     Returns:
         The same model.

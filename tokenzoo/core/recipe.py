@@ -18,6 +18,7 @@ from .registry import create_method
 from .tokens import Layout, TraceStep
 
 MERGED_POSITIONS = ("destination", "mean")
+ORDERS = ("method", "raster")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Recipe:
             of `tokenzoo.core.lift.Fill` as a dict, or a Fill.
         protect: tokens that are added behind the model's own prefix by a hook or by hand (prompts), which no method
             touches; every sequence has to hold that many more.
+        order: how patches stand after a reduction: as the method leaves them ("method"), or row by row as they stood
+            in the image, a merged one at the place of the token it merged into ("raster").
     """
 
     methods: tuple[Method, ...]
@@ -40,12 +43,15 @@ class Recipe:
     dense: bool = False
     fill: Fill = Fill()
     protect: int = 0
+    order: str = "method"
 
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("a recipe needs at least one method; see tokenzoo.list_methods()")
         if self.merged_positions not in MERGED_POSITIONS:
             raise ValueError(f"merged_positions={self.merged_positions!r}; use one of {MERGED_POSITIONS}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r}; use one of {ORDERS}")
         if not isinstance(self.dense, bool):
             raise TypeError(f"dense={self.dense!r}; give True (all tokens come back) or False")
         if type(self.protect) is not int:
@@ -93,7 +99,7 @@ class Recipe:
     @property
     def track_positions(self) -> bool:
         """Whether the original index of each token is kept for a method's sake."""
-        return any(m.uses_positions for m in self.methods)
+        return self.order == "raster" or any(m.uses_positions for m in self.methods)
 
     def steps(self, depth: int) -> dict[int, tuple[Step, ...]]:
         """The steps of every block: by place, then in list order.
@@ -187,6 +193,8 @@ class Recipe:
             extra["fill"] = self.fill.to_plain()
         if self.protect:
             extra["protect"] = self.protect
+        if self.order != "method":
+            extra["order"] = self.order
         if len(self.methods) == 1:
             return {**self.methods[0].to_dict(), **extra}
         return {"method": [m.to_dict() for m in self.methods], **extra}
@@ -198,12 +206,12 @@ class Recipe:
         Args:
             method: "tome", ToMe(r=8), ["evit", ToMe(r=8)], {"method": "tome", "r": 8}, "recipe.yaml" or a Recipe.
             **options: options of the method when it is given by name, and `merged_positions`, `dense`, `fill`,
-                `protect`.
+                `protect`, `order`.
 
         Raises:
             ValueError, TypeError: with the offending name, value or line.
         """
-        common = {k: options.pop(k) for k in ("merged_positions", "dense", "fill", "protect") if k in options}
+        common = {k: options.pop(k) for k in ("merged_positions", "dense", "fill", "protect", "order") if k in options}
         if isinstance(method, Recipe):
             _no_options(options, "a Recipe")
             return replace(method, **common)

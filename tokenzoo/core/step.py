@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ..maps import TokenMap
 from .graphs import why_counts_are_unknown
+from .raster import in_raster_order
 from .resolved import Resolved
 from .signals import Signals
 from .tokens import Layout, Tokens
@@ -56,7 +57,11 @@ class Step(NamedTuple):
                 + (f", such as {fixed}" if fixed else "")
             )
         token_map = self.method.map(tokens.seen_by(self.scorer), signals, self)
-        return token_map if token_map is None or tokens.visible is None else token_map.masked(tokens.visible)
+        if token_map is None:
+            return None
+        if tokens.visible is not None:
+            token_map = token_map.masked(tokens.visible)
+        return in_raster_order(token_map, tokens) if tokens.layout.raster and not self.branches else token_map
 
     def count(self, n: int, layout: Layout) -> Any:
         """`Method.count` of n tokens, prefix included."""

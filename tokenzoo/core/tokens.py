@@ -42,6 +42,7 @@ class Layout(NamedTuple):
         scan_rows: rows of the prefix tokens in the sequence that a model scans; in attention order says nothing.
         added: how many of the prefix tokens are not the model's own (prompts); pooling takes them for patches.
         watch: told what the layers see from there on, see `Tokens.tell`; None when nobody asks.
+        raster: patches stand in the order of the grid after every reduction.
     """
 
     num_prefix: int
@@ -54,6 +55,7 @@ class Layout(NamedTuple):
     scan_rows: tuple[int, ...] = ()
     added: int = 0
     watch: Callable[[View], None] | None = None
+    raster: bool = False
 
     __getattr__ = refuse_attribute
 

@@ -123,6 +123,14 @@ class TokenMap(ABC):
             "use a method that drops or merges tokens one by one"
         )
 
+    def arranged(self, rows: Tensor) -> TokenMap | None:
+        """The same map with its new tokens in another order; None where this form has none, see `maps.chain.arrange`.
+
+        Args:
+            rows: the new token that comes to stand in each place [B, N'].
+        """
+        return None
+
     def membership(self) -> Tensor:
         """The 0/1 matrix [B, N', N] of which old token stands in which new one."""
         slots = torch.arange(self.n_out, device=self.assign.device).view(1, -1, 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import TokenMap
+from .keep import KeepMap
 
 
 class ChainMap(TokenMap):
@@ -96,3 +97,17 @@ class ChainMap(TokenMap):
         for token_map in self.maps[1:]:
             matrix = token_map.matrix().double() @ matrix
         return matrix
+
+
+def arrange(token_map: TokenMap, rows: Tensor) -> TokenMap:
+    """The map with its new tokens in another order.
+
+    Args:
+        token_map: any map.
+        rows: the new token that comes to stand in each place [B, N'].
+    """
+    own = token_map.arranged(rows)
+    if own is not None:
+        return own
+    valid = None if token_map.valid is None else token_map.valid.gather(1, rows)
+    return ChainMap(token_map, KeepMap(rows, token_map.n_out, valid))

@@ -48,6 +48,10 @@ class KeepMap(TokenMap):
     def masked(self, visible: Tensor) -> KeepMap:
         return self
 
+    def arranged(self, rows: Tensor) -> KeepMap:
+        valid = None if self.valid is None else self.valid.gather(1, rows)
+        return KeepMap(self.idx.gather(1, rows), self.n_in, valid)
+
     def apply(self, x: Tensor) -> Tensor:
         kept = take_rows(x, self.idx)
         return kept if self.valid is None else kept * self.valid.unsqueeze(-1).to(kept.dtype)

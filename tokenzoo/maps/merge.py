@@ -82,6 +82,13 @@ class MergeMap(TokenMap):
         counted = seen > 0 if self.counted is None else (seen > 0) & self.counted
         return MergeMap.from_assign(order, assign, self.weight, self.valid, self.reduce, counted)
 
+    def arranged(self, rows: Tensor) -> MergeMap:
+        order, valid = self.order.gather(1, rows), None if self.valid is None else self.valid.gather(1, rows)
+        places = torch.arange(self.n_out, device=rows.device).expand_as(rows)
+        new = scatter_values(self.n_out, rows, places, 0)  # where each new token goes
+        slot = torch.where(self.slot >= 0, new.gather(1, self.slot.clamp(min=0)), -1)
+        return MergeMap(order, self.src, slot, self.n_in, self.weight, self.reduce, valid, self.counted)
+
     def _received(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Slots to add to, and the source rows, zero where a source is dropped."""
         slot = self.slot.clamp(min=0)

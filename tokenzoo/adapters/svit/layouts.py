@@ -12,7 +12,8 @@ from ...models.svit.blocks import halved
 def sequence_layout(grid: tuple[int, int], recipe: Recipe | None, standalone: bool = False) -> Layout:
     """What the blocks of a stage see: no prefix, and the trace is kept with all it takes to go back to the grid."""
     size = recipe is not None and recipe.track_size
-    return Layout(0, False, grid, size, recipe is not None and recipe.track_positions, standalone, keep_values=True)
+    positions, raster = recipe is not None and recipe.track_positions, recipe is not None and recipe.order == "raster"
+    return Layout(0, False, grid, size, positions, standalone, keep_values=True, raster=raster)
 
 
 def stage_layouts(model: nn.Module, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
