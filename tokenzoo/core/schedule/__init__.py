@@ -6,9 +6,11 @@ from .cells import Cells, Grid, cells_of
 from .keep import Keep, check_rates, kept_of, kept_patches, quarters
 from .per_layer import cosine_keep_rate, even_removal, keep_count, removed_per_layer, spread
 from .remove import Either, Remove, RemoveAll, half_of
+from .share import Share
+from .stages import Stage, Stages
 
 __all__ = [
-    "Budget", "Cells", "Either", "Grid", "Keep", "Remove", "RemoveAll", "Schedule", "cells_of", "check_rates",
-    "cosine_keep_rate", "even_removal", "half_of", "keep_count", "kept_of", "kept_patches", "open_counts", "quarters",
-    "removed_per_layer", "spread",
+    "Budget", "Cells", "Either", "Grid", "Keep", "Remove", "RemoveAll", "Schedule", "Share", "Stage", "Stages",
+    "cells_of", "check_rates", "cosine_keep_rate", "even_removal", "half_of", "keep_count", "kept_of", "kept_patches",
+    "open_counts", "quarters", "removed_per_layer", "spread",
 ]  # fmt: skip
