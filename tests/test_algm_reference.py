@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenzoo
-from tokenzoo.core.adaptive import window_members, window_similarity
 from tokenzoo.core.method import Step
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import AssignMap
 from tokenzoo.methods.algm import ALGM, Stage
+from tokenzoo.ops.cells.windows import window_members, window_similarity
 
 
 def cosine(a, b):

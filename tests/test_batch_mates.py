@@ -25,6 +25,23 @@ BY_IMAGE = {
     "ats": {"method": "ats", "layers": (1, 2, 3)},
     "ats, then algm": [{"method": "ats", "layers": (1,)}, {"method": "algm", "threshold": 0.1, "layers": (2, 3)}],
     "algm, then ats": [{"method": "algm", "threshold": 0.1, "layers": (0, 1)}, {"method": "ats", "layers": (2, 3)}],
+    # steps of algm in which some images merge nothing, behind reductions that leave no grid
+    "tome, then pairs": [
+        {"method": "tome", "r": [2]}, {"method": "algm", "threshold": 2.0, "layers": (1, 2, 3)},
+    ],
+    "tome, then algm": [
+        {"method": "tome", "r": [2]}, {"method": "algm", "threshold": 0.9, "layers": (1, 2)},
+    ],
+    "evit, then algm": [
+        {"method": "evit", "keep_rate": 0.8, "layers": (0,)}, {"method": "algm", "threshold": 0.9, "layers": (1, 2, 3)},
+    ],
+    "cluster, then algm": [  # without iterations, which make centres of flat images equal up to rounding
+        {"method": "cluster", "layers": (0,), "grid": (4, 3), "iterations": 0},
+        {"method": "algm", "threshold": 0.9, "layers": (1, 2, 3)},
+    ],
+    "ats, then hardly any window": [
+        {"method": "ats", "layers": (0,)}, {"method": "algm", "threshold": 0.9, "layers": (1, 2, 3)},
+    ],
 }  # fmt: skip
 
 
@@ -63,6 +80,10 @@ def test_lengths_of_their_own(name: str, backbone: str):
                 real = tokens.length if tokens.valid is None else int(tokens.valid[index].sum())
                 assert count == real
                 lengths.add(count)
+                # the same tokens in the same order
+                assert torch.equal(tokens.original_positions()[index, :count], own.original_positions()[0, :count])
+                assert torch.equal(tokens.sizes()[index, :count], own.sizes()[0, :count])
+                torch.testing.assert_close(tokens.x[index, :count], own.x[0, :count], atol=2e-5, rtol=1e-4)
     assert len(lengths) > 1  # else nothing was tried
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import statistics
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_rooms_stand_one_above_the_other():
 def test_no_method_imports_another():
     for path in (PACKAGE / "methods").glob("*.py"):
         assert not any(target.startswith("methods") for target in imported(path)) or path.name == "__init__.py", path
+
+
+def test_method_files_hold_what_decides():
+    """Schedules, tensor work and counting stand in other rooms: the files stay short."""
+    lines = {
+        path.stem: len(path.read_text(encoding="utf-8").splitlines())
+        for path in (PACKAGE / "methods").glob("*.py") if path.name != "__init__.py"
+    }  # fmt: skip
+    assert statistics.median(lines.values()) <= 85, sorted(lines.values())
+    assert max(lines.values()) <= 160, max(lines, key=lines.get)
+    assert lines["tome"] <= 60
 
 
 @pytest.mark.parametrize("path", KEPT)

@@ -118,5 +118,8 @@ def test_what_a_method_may_override():
     assert len(hooks) <= 15, sorted(hooks)
     from tokenzoo.core.mixins import HOOKS
 
+    accessors = {name for name in vars(Declared) if not name.startswith("_")}
     for name in tokenzoo.list_methods():
-        assert not set(tokenzoo.method_class(name).options()) & (hooks | set(HOOKS.values())), name
+        cls = tokenzoo.method_class(name)
+        assert not set(cls.options()) & (hooks | accessors | set(HOOKS.values())), name
+        assert not set(vars(cls)) & accessors, name  # declared as traits

@@ -11,6 +11,7 @@ from scan_cases import build, images
 
 import tokenzoo
 from tokenzoo.core.method import Step
+from tokenzoo.core.mixer_signals import MixerSignals
 from tokenzoo.core.tokens import Layout, Tokens, trace_assign
 from tokenzoo.maps import KeepMap, MergeMap
 from tokenzoo.methods.famba import FambaV
@@ -42,6 +43,8 @@ class FakeSignals:
 
     def scanned(self, name, direction):
         return self._scan[name][direction]
+
+    step_size = MixerSignals.step_size
 
 
 def sequence(n, prefix, seed=0, batch=2, sizes=True):
@@ -255,10 +258,10 @@ def test_mtr_scores_are_the_steps_of_the_mixer(monkeypatch):
     """Each direction is read at the place of the token, not at that of its scan."""
     model = build("vim")
     mixer, scores, steps = model.layers[0].mixer, [], []
-    plain_scores, plain_drive = MTR.scores, mixer._drive
+    plain_scores, plain_drive = MixerSignals.step_size.fget, mixer._drive
 
-    def spy(method, signals):
-        scores.append(plain_scores(method, signals))
+    def spy(signals):
+        scores.append(plain_scores(signals))
         return scores[-1]
 
     def drive(x, conv, x_proj, dt_proj):
@@ -267,7 +270,7 @@ def test_mtr_scores_are_the_steps_of_the_mixer(monkeypatch):
         steps.append(step if dt_proj is mixer.dt_proj else step.flip(1))
         return found
 
-    monkeypatch.setattr(MTR, "scores", spy)
+    monkeypatch.setattr(MixerSignals, "step_size", property(spy))
     monkeypatch.setattr(mixer, "_drive", drive)
     tokenzoo.patch_model(model, "mtr", r=4, layers=0)
     with torch.no_grad():

@@ -112,7 +112,8 @@ def test_padding_has_no_influence(stride, prefix, ratio):
     metric = "x" if stride is not None else "normed"
     method = ToMeSD(ratio=ratio, stride=stride, metric=metric, clip=True)
     together = decide(method, tokens)
-    assert together.n_out == method.tokens_inside(tokens.length, None, layout)
+    step = tokenzoo.Recipe((method,)).steps(3)[0][0]
+    assert together.n_out == method.tokens_inside(tokens.length, step, layout)
     back = together.lift(together.apply(x))
     for image, count in enumerate(counts):
         real = slice(0, prefix + count)

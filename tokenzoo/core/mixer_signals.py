@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..maps import TokenMap
@@ -87,6 +88,12 @@ class MixerSignals:
             direction: 0 is forward.
         """
         return self._mapped(self._to_tokens(getattr(self._scan, name)[direction]), name)
+
+    @property
+    def step_size(self) -> Tensor:
+        """Step size of every token, mean over channels and sum over directions [B, N] float32; carries no gradient."""
+        with torch.no_grad():
+            return sum(self.scanned("delta", way).float().mean(-1) for way in range(self.directions))
 
     @property
     def gate(self) -> Tensor:

@@ -11,6 +11,11 @@ from .step import Step
 from .tokens import Tokens, TraceStep
 
 
+def scanned_rows(tokens: Tokens) -> tuple[int, ...] | Tensor:
+    """Where the prefix tokens are in the scanned sequence."""
+    return tokens.layout.scan_rows if tokens.rows is None else tokens.rows
+
+
 class Scanning:
     """Mixin of methods that say where prefix tokens go in the sequence that is scanned."""
 

@@ -38,6 +38,12 @@ def host_ranges(*counts: Tensor) -> list[tuple[int, int]] | None:
     return list(zip(ends[::2], ends[1::2]))
 
 
+def longest(counts: Tensor, without: int) -> int:
+    """The largest of the counts of all images [B, 1], in one look of the host; `without` images what is given."""
+    found = host_ranges(counts)
+    return without if found is None else found[0][1]
+
+
 def with_prefix(patches: Tensor, num_prefix: int) -> Tensor:
     """Patch numbers [B, K] as token indices with the prefix tokens in front [B, num_prefix + K]."""
     prefix = torch.arange(num_prefix, device=patches.device).expand(patches.shape[0], -1)

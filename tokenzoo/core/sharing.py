@@ -12,7 +12,23 @@ from torch import Tensor
 
 from ..maps import ReplaceMap, group_map
 from ..ops.rows import split_dim
-from .tokens import Tokens
+from .tokens import Layout, Tokens
+
+
+def groups_of(layout: Layout, who: str) -> tuple[int, int]:
+    """Groups (down, right) of 2 x 2 patches in the grid.
+
+    Args:
+        layout: the sequence.
+        who: who asks, for the message.
+
+    Raises:
+        ValueError: a side of the grid is odd.
+    """
+    high, wide = layout.grid
+    if high % 2 or wide % 2:
+        raise ValueError(f"{who} groups 2 x 2 patches, but the grid of {high} x {wide} is odd; use another image size")
+    return high // 2, wide // 2
 
 
 def colour_variance(images: Tensor, groups: tuple[int, int]) -> Tensor:
@@ -28,6 +44,18 @@ def colour_variance(images: Tensor, groups: tuple[int, int]) -> Tensor:
         images = F.interpolate(images, (high, wide), mode="bilinear", align_corners=False)
     cells = split_dim(split_dim(images, 3, right, -1), 2, down, -1)  # [B, C, down, h, right, w]
     return (cells - cells.mean((3, 5), keepdim=True)).square().mean((3, 5)).sum(1).flatten(1)
+
+
+def visible_pixels(tokens: Tokens, images: Tensor) -> Tensor:
+    """1 for pixels of visible patches, 0 for those that a mask hides [B, 1, H, W]."""
+    prefix, (high, wide) = tokens.layout.num_prefix, tokens.layout.grid
+    place = tokens.original_positions()[:, prefix:] - prefix
+    seen = torch.zeros(images.shape[0], high * wide, device=images.device, dtype=images.dtype)
+    seen = seen.scatter(1, place, tokens.visible[:, prefix:].to(images.dtype)).view(-1, 1, high, wide)
+    # images that the model pads up to whole patches end within the last ones
+    patch = -(-images.shape[-2] // high), -(-images.shape[-1] // wide)
+    pixels = seen.repeat_interleave(patch[0], dim=2).repeat_interleave(patch[1], dim=3)
+    return pixels[..., : images.shape[-2], : images.shape[-1]]
 
 
 def share_groups(tokens: Tokens, scores: Tensor, count: int, values: Tensor) -> ReplaceMap:

@@ -9,7 +9,7 @@ import torch
 from ..core.method import BlockShape, Method, Step
 from ..core.registry import register
 from ..core.schedule import Budget, open_counts
-from ..core.selection import host_ranges, real_rows, with_prefix
+from ..core.selection import longest, real_rows, with_prefix
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import QUERIES, Traits
@@ -24,13 +24,13 @@ class ATS(Method):
     """Samples tokens where the cumulative significance (class attention times value norm) hits evenly spaced heights.
 
     Acts on the queries, so attention itself gets cheaper. Images keep different counts; a batch is padded to its
-    longest one and carries a validity mask. The longest count is read on the host once a block; `max_tokens` gives
+    longest one and carries a validity mask. The longest count is read on the host once per block; `max_tokens` gives
     static shapes without that (compile, export). Results do not depend on batch mates: the lowest token can only be
     dropped while nothing was removed before (`batch_invariant=False` restores the released rule).
 
     Args:
         max_tokens: fixed budget, the class token included: that many heights and that much storage, an int or one
-            entry a layer; None lets the image decide, with as many heights as the model had patches.
+            entry per layer; None lets the image decide, with as many heights as the model had patches.
         batch_invariant: see above.
 
     Source: Fayyaz, Abbasi Koohpayegani, Rezaei Jafari et al., "Adaptive Token Sampling for Efficient Vision
@@ -59,9 +59,8 @@ class ATS(Method):
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         prefix, heights = tokens.layout.num_prefix, step.count(tokens.length, tokens.layout)
         with torch.no_grad():
-            attention = signals.class_attention.sum(1)[:, prefix:]
-            norms = signals.values.float().flatten(2).norm(dim=2)[:, prefix:]
-            scores = attention * norms
+            norms = signals.values.float().flatten(2).norm(dim=2)
+            scores = (signals.class_attention.sum(1) * norms)[:, prefix:]
             if tokens.visible is not None:
                 scores = scores.masked_fill(~tokens.visible[:, prefix:], 0)
             # released: an image without padding loses its lowest token again, whatever was removed before
@@ -74,11 +73,9 @@ class ATS(Method):
                 whole = tokens.valid_patches.unsqueeze(1) == full
             picked, order = sample_heights(scores, heights, whole)
             counts = picked.sum(1, keepdim=True)
+            length = min(tokens.num_patches, heights)
             if step.strength is None:
-                found = host_ranges(counts)  # the one look of the host at the data
-                length = tokens.num_patches if found is None else found[0][1]
-            else:
-                length = min(tokens.num_patches, heights)
+                length = longest(counts, tokens.num_patches)  # the one look of the host at the data
             front = stable_order(~picked)[:, :length]
         idx = with_prefix(order.gather(1, front), prefix)
         return KeepMap(idx, tokens.length, real_rows(counts, length, prefix))

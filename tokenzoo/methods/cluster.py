@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from ..core.method import BlockShape, Method, Step
 from ..core.options import centres, choice, number, odd, option, pair
 from ..core.registry import register
-from ..core.schedule import Grid
+from ..core.schedule import Grid, scaled_cells
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Place, Traits
 from ..maps import ClusterMap, TokenMap
 from ..ops.cells.kmeans import cluster, cluster_macs
-
-
-def _scaled(method: Cluster, layout: Layout) -> tuple[int, int]:
-    return tuple(max(1, round(side * method.scale)) for side in layout.grid)
 
 
 @register
@@ -32,7 +28,7 @@ class Cluster(Method):
     Args:
         layers: the one block after which to cluster; by default at three eighths of the depth.
         grid: cells (down, right), or one number for both; None for `scale`.
-        scale: cells an axis as a share of the patches, rounded, in (0, 1]; 0.7 leaves half of the tokens.
+        scale: cells per axis as a share of the patches, rounded, in (0, 1]; 0.7 leaves half of the tokens.
         iterations: k-means steps; 0 is average pooling.
         window: a token sees window x window cells around its own (odd).
         temperature: inverse temperature of the shares, weights exp(-temperature * squared distance). It goes with the
@@ -58,8 +54,8 @@ class Cluster(Method):
     source = "Liang et al., NeurIPS 2022"
     kind = "merge"
     schedule = Grid(
-        layers=lambda depth: (depth * 3 // 8,), cells=_scaled, remedy="cluster before any other reduction",
-        size=lambda m: m.grid or (None if m.scale == 1 else m.scale),
+        layers=lambda depth: (depth * 3 // 8,), cells=lambda m, layout: scaled_cells(m.scale, layout),
+        size=lambda m: m.grid or (None if m.scale == 1 else m.scale), remedy="cluster before any other reduction",
     )  # fmt: skip
     traits = Traits(
         place=lambda m: Place(m.where), positions=True, proportional=lambda m: m.prop_attn, mass_pool=True,

@@ -11,7 +11,7 @@ from ..core.method import BlockShape, Method, Step
 from ..core.options import choice, number, option, three
 from ..core.registry import register
 from ..core.schedule import Schedule, keep_count
-from ..core.sharing import colour_variance, share_groups
+from ..core.sharing import colour_variance, groups_of, share_groups, visible_pixels
 from ..core.signals import EmbedSignals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import EMBED, Traits
@@ -71,20 +71,18 @@ class CTS(Method):
         return {0: self.shared} if self.shared > 0 else {}
 
     def check(self, layout: Layout, model: str) -> None:
-        _groups(layout, f"cts: {model}")
+        groups_of(layout, f"cts: {model}")
 
     def module(self, dim: int, step: Step) -> nn.Module | None:
         return PolicyNetwork() if self.score == "policy" else None
 
-    # ---- counts
-
     def count(self, n: int, step: Step, layout: Layout) -> int:
         """Groups that the option asks for."""
-        down, right = _groups(layout, "cts")
+        down, right = groups_of(layout, "cts")
         return self.shared if isinstance(self.shared, int) else keep_count(self.shared, down * right)
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        down, right = _groups(layout, f"cts at block {step.block}")
+        down, right = groups_of(layout, f"cts at block {step.block}")
         # every group that is one token already has three patches less
         whole = (n - layout.num_prefix - down * right) // 3
         count = step.count(n, layout)
@@ -92,11 +90,9 @@ class CTS(Method):
             raise step.error(f"shared={self.shared} asks for {count} groups, but there are {whole}; lower it")
         return n - 3 * count
 
-    # ---- the map
-
     def map(self, tokens: Tokens, signals: EmbedSignals, step: Step) -> TokenMap | None:
         step.tokens_out(tokens.length, tokens.layout)  # grids of other images than the model's own
-        count, groups = step.count(tokens.length, tokens.layout), _groups(tokens.layout, "cts")
+        count, groups = step.count(tokens.length, tokens.layout), groups_of(tokens.layout, "cts")
         if count == 0:
             return None
         return share_groups(tokens, self.scores(signals, groups, tokens), count, signals.half)
@@ -106,7 +102,7 @@ class CTS(Method):
         """Score of every group [B, G], high for one thing only; patches that a mask hides from the tokens are blank."""
         images = signals.image
         if tokens is not None and tokens.visible is not None:
-            images = images * _visible_pixels(tokens, images)
+            images = images * visible_pixels(tokens, images)
         if self.score == "variance":
             with full_precision(images):
                 return -colour_variance(images, groups)
@@ -116,31 +112,9 @@ class CTS(Method):
         # grows with the softmax of channel 1 and does not saturate
         return (logits[:, 1] - logits[:, 0]).flatten(1)
 
-    # ---- cost and strength
-
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return layout.num_patches // 4 * macs_per_group() if self.score == "policy" else 0
 
     def dial(self, t: float, depth: int, layout: Layout) -> Method:
-        down, right = _groups(layout, "cts")
+        down, right = groups_of(layout, "cts")
         return replace(self, shared=round(t * down * right))
-
-
-def _groups(layout: Layout, who: str) -> tuple[int, int]:
-    """Groups (down, right) of a grid of patches."""
-    high, wide = layout.grid
-    if high % 2 or wide % 2:
-        raise ValueError(f"{who} groups 2 x 2 patches, but the grid of {high} x {wide} is odd; use another image size")
-    return high // 2, wide // 2
-
-
-def _visible_pixels(tokens: Tokens, images: Tensor) -> Tensor:
-    """1 for pixels of visible patches, 0 for those that a mask hides [B, 1, H, W]."""
-    prefix, (high, wide) = tokens.layout.num_prefix, tokens.layout.grid
-    place = tokens.original_positions()[:, prefix:] - prefix
-    seen = torch.zeros(images.shape[0], high * wide, device=images.device, dtype=images.dtype)
-    seen = seen.scatter(1, place, tokens.visible[:, prefix:].to(images.dtype)).view(-1, 1, high, wide)
-    # images that the model pads up to whole patches end within the last ones
-    patch = -(-images.shape[-2] // high), -(-images.shape[-1] // wide)
-    pixels = seen.repeat_interleave(patch[0], dim=2).repeat_interleave(patch[1], dim=3)
-    return pixels[..., : images.shape[-2], : images.shape[-1]]

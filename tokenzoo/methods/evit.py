@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.fusing import fuse, left_out
 from ..core.keep_rate import KeepRate
 from ..core.method import BlockShape, Step
 from ..core.registry import register
 from ..core.schedule import kept_of, kept_patches
-from ..core.selection import compact, importance_macs, keep_best
+from ..core.selection import importance_macs, keep_best
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits
-from ..maps import ChainMap, FuseMap, TokenMap
+from ..maps import TokenMap
 
 
 @register
@@ -51,16 +52,9 @@ class EViT(KeepRate):
         keep = keep_best(importance, tokens, kept_of(step, tokens.layout))
         if not self.fuse_token:
             return keep
-        left_out = keep.assign < 0
-        if tokens.valid is not None:
-            left_out = left_out & tokens.valid
+        gone = left_out(keep, tokens)
         # the weights carry gradient, the choice does not
-        weight = torch.where(left_out, importance, torch.zeros_like(importance))
-        if keep.valid is None:
-            return FuseMap(keep.idx, weight, left_out)
-        # an image whose count leaves nothing out gets no fused token
-        valid = torch.cat([keep.valid, left_out.any(dim=1, keepdim=True)], dim=1)
-        return ChainMap(FuseMap(keep.idx, weight, left_out, valid), compact(valid))
+        return fuse(keep, torch.where(gone, importance, torch.zeros_like(importance)), gone)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         fused = (n - layout.num_prefix) * shape.dim if self.fuse_token else 0

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.fusing import fuse, left_out
 from ..core.method import BlockShape, Method, Step
 from ..core.mixins import Companion
 from ..core.options import number
 from ..core.registry import register
 from ..core.schedule import Keep
-from ..core.selection import compact, importance_macs, keep_best
+from ..core.selection import importance_macs, keep_best
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits, around
-from ..maps import ChainMap, FuseMap, TokenMap
+from ..maps import TokenMap
 
 _LEAST = 1e-12
 
@@ -32,7 +33,7 @@ class Evo(Companion, Method):
     mean attention received. Drop path and LayerScale act on the representative as on any token.
 
     Args:
-        keep_rate: share of the patches that take the block, in (0, 1]; one value or one a layer; rounded down.
+        keep_rate: share of the patches that take the block, in (0, 1]; one value or one per layer; rounded down.
         blend: share of a block's own attention in the carried importance, in (0, 1].
         layers: blocks to act in, block 0 excluded; by default all after the first third.
 
@@ -105,17 +106,11 @@ class Evo(Companion, Method):
         if scores is None:
             raise step.error("no importance has been carried here; call the model, not its blocks out of order")
         keep = keep_best(scores, tokens, lambda n: step.count(layout.num_prefix + n, layout)[0])
-        left_out = keep.assign < 0
-        if tokens.valid is not None:
-            left_out = left_out & tokens.valid
-        counts = left_out if tokens.visible is None else left_out & tokens.visible
+        gone = left_out(keep, tokens)
+        counts = gone if tokens.visible is None else gone & tokens.visible
         # differential attention can be negative; where nothing is important, all count alike
         weight = torch.where(counts, scores.clamp(min=0) + _LEAST, torch.zeros_like(scores))
-        weight = weight / weight.sum(1, keepdim=True).clamp(min=_LEAST)
-        if keep.valid is None:
-            return FuseMap(keep.idx, weight, left_out)
-        valid = torch.cat([keep.valid, left_out.any(dim=1, keepdim=True)], dim=1)
-        return ChainMap(FuseMap(keep.idx, weight, left_out, valid), compact(valid))
+        return fuse(keep, weight / weight.sum(1, keepdim=True).clamp(min=_LEAST), gone)
 
     def carry(self, tokens: Tokens, signals: Signals, token_map: TokenMap | None, step: Step) -> Tensor | None:
         before = tokens.scores
@@ -131,6 +126,6 @@ class Evo(Companion, Method):
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         inside = self.tokens_out(n, step, layout)
-        # the representative is formed once a branch
+        # the representative is formed once per branch
         scoring = importance_macs(inside, shape, layout) if step.strength[1] else 0
         return scoring + (0 if inside == n else 2 * n * shape.dim)

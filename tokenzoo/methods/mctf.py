@@ -11,6 +11,7 @@ from ..core.method import BlockShape, Method, Step
 from ..core.options import choice, number
 from ..core.registry import register
 from ..core.schedule import Remove
+from ..core.selection import own_counts
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import AFTER, AHEAD, BEFORE, Traits
@@ -37,7 +38,7 @@ class MCTF(Method):
     output rows are averaged, which is the same. Only pooling="max" one step ahead computes maps, a head at a time.
 
     Args:
-        r: tokens to remove a block: an int, a list, (r, slope), or a share of the tokens below 1 (0.35).
+        r: tokens to remove per block: an int, a list, (r, slope), or a share of the tokens below 1 (0.35).
         one_step_ahead: 1 reuses the map, 2 merges first and attends anew (precise), 0 merges at the end of the block.
         tau_sim: temperature of similarity; 0 switches the criterion off.
         tau_info: temperature of attention received; 0 switches it off.
@@ -81,12 +82,10 @@ class MCTF(Method):
         if r == 0:
             return None
         with torch.no_grad():
-            received = signals.attention_received
-            size = tokens.sizes()
-            own_r = None
-            if tokens.valid is not None:
-                table = [min(r, step.count(i, tokens.layout), _most(self, i, prefix)) for i in range(n + 1)]
-                own_r = torch.tensor(table, device=size.device).clamp(min=0)[tokens.valid.sum(1)].unsqueeze(1)
+            received, size = signals.attention_received, tokens.sizes()
+            own_r = own_counts(
+                lambda m: min(r, step.count(prefix + m, tokens.layout), _most(self, prefix + m, prefix)), tokens
+            )
             pairs = fusion_pairs(
                 tokens.x.detach(), received, tokens.size, r, prefix, (self.tau_sim, self.tau_info, self.tau_size),
                 self.bidirectional, tokens.valid, own_r, tokens.visible,

@@ -6,9 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..core.method import BlockShape, Method, Step
 from ..core.mixer_signals import MixerSignals
 from ..core.options import number
@@ -33,9 +30,9 @@ class MTR(Method):
     residual stream as what likeness is measured on, and means weighted by size.
 
     Args:
-        r: patches to remove a layer: an int, a list with one entry a layer (missing ones 0), or (r, slope); None for
-            11, unless `keep_rate` is given.
-        keep_rate: share of the patches to keep at each layer instead, in (0, 1]; one value or one a layer.
+        r: patches to remove per layer: an int, a list with one entry per layer (missing ones 0), or (r, slope); None
+            for 11, unless `keep_rate` is given.
+        keep_rate: share of the patches to keep at each layer instead, in (0, 1]; one value or one per layer.
         targets: target patches for every source patch; all others where fewer are left.
         weighted: means count a token by the patches that it stands for; False for plain means of a target and its
             sources.
@@ -64,22 +61,13 @@ class MTR(Method):
         r = tokens.length - step.tokens_out(tokens.length, tokens.layout)
         if r == 0:
             return None
-        groups = group_by_score(self.scores(signals)[:, prefix:], r, self._targets(r, patches))
+        groups = group_by_score(signals.step_size[:, prefix:], r, self._targets(r, patches))
         pairs = group_pairs(tokens.x, groups, prefix)
         weight = tokens.sizes() if self.weighted else None
         return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, weight)
 
     def _targets(self, r: int, patches: int) -> int:
         return min(math.ceil(self.targets * r), patches - r)
-
-    @torch.no_grad()
-    def scores(self, signals: MixerSignals) -> Tensor:
-        """Mean step size of every token, added up over the directions [B, N] float32.
-
-        Args:
-            signals: view of the scan that ran.
-        """
-        return sum(signals.scanned("delta", way).float().mean(-1) for way in range(signals.directions))
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         r = n - n_out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core.method import BlockShape, Step
 from ..core.mixer_signals import MixerSignals
-from ..core.mixins import Scanning
+from ..core.mixins import Scanning, scanned_rows
 from ..core.options import choice, number
 from ..core.registry import register
 from ..core.remove_count import RemoveCount
@@ -33,9 +33,9 @@ class RMeeTo(Scanning, RemoveCount):
     (`train_imagenet.py --kd-model-name unpatched`).
 
     Args:
-        r: patches to remove a layer: an int, a list with one entry a layer (missing ones 0), or (r, slope). Published:
-            5 for Vim-T, 11 for Vim-S and Vim-B, the same in every layer. The released script removes in the last
-            layer whatever is needed to end with 197 - 11 * compare tokens; a list says the same.
+        r: patches to remove per layer: an int, a list with one entry per layer (missing ones 0), or (r, slope).
+            Published: 5 for Vim-T, 11 for Vim-S and Vim-B, the same in every layer. The released script removes in the
+            last layer whatever is needed to end with 197 - 11 * compare tokens; a list says the same.
         interval: merge in front of the blocks whose index is a multiple of it, not of block 0: layers 1, 3, ... for 2.
         metric: what patches are alike by: "hidden" (the output of the mixer), or its "B", "C" or "delta" (step sizes),
             the mean over the directions of the scan.
@@ -115,7 +115,7 @@ class RMeeTo(Scanning, RemoveCount):
                     f"rmeeto: released=True averages a forward and a backward scan, this one runs {len(parts)} ways; "
                     "leave it out, or use metric='hidden'"
                 )
-            rows = _rows(tokens)
+            rows = scanned_rows(tokens)
             parts[1] = from_scan(to_scan(parts[1], rows).flip(1, 2), rows)
         return sum(parts) / len(parts)
 
@@ -126,15 +126,10 @@ class RMeeTo(Scanning, RemoveCount):
         if not self.ordered:  # the class token stands among the even patches alone
             even = before // 2
             before, after = even, even - (before - after)
-        rows = _rows(tokens)
+        rows = scanned_rows(tokens)
         return rows * after // before if isinstance(rows, Tensor) else tuple(row * after // before for row in rows)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         patches = n - layout.num_prefix
         score = (patches // 2) * (patches - patches // 2) * _WIDTHS[self.metric](shape.dim)
         return score + (0 if self.prune else (n - n_out) * shape.dim)
-
-
-def _rows(tokens: Tokens) -> tuple[int, ...] | Tensor:
-    """Where the class token is in the scanned sequence."""
-    return tokens.layout.scan_rows if tokens.rows is None else tokens.rows

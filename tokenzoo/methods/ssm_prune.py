@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.keep_rate import KeepRate
-from ..core.method import Method, Step
+from ..core.method import Step
 from ..core.mixer_signals import MixerSignals
-from ..core.mixins import Scanning
+from ..core.mixins import Scanning, scanned_rows
 from ..core.options import choice
 from ..core.registry import register
-from ..core.schedule import Keep
-from ..core.tokens import Layout, Tokens
+from ..core.schedule import Balanced
+from ..core.tokens import Tokens
 from ..core.traits import AFTER, Scans, Traits
 from ..maps import KeepMap, TokenMap
 from ..ops.scan_order import from_scan, to_scan
@@ -51,7 +50,7 @@ class SSMPrune(Scanning, KeepRate):
         rule: what decays in gaps, "hold" or "bias"; only read with alignment="decay".
         recentre: put a class token from the middle into the middle of what is left; None for all but "decay", where
             gaps are counted on the original path and it has to stay between its neighbours.
-        tokens: patches to keep instead, an int or one entry a layer; even where there is a class token.
+        tokens: patches to keep instead, an int or one entry per layer; even where there is a class token.
         layers: blocks to act after; by default the 5th and the 15th of 24 (indices 4 and 14), in proportion.
 
     Source: Zhan, Kong, Gong et al., "Exploring Token Pruning in Vision State Space Models", NeurIPS 2024. The paper's
@@ -68,7 +67,7 @@ class SSMPrune(Scanning, KeepRate):
     name = "ssm_prune"
     source = "Zhan et al., NeurIPS 2024"
     kind = "prune"
-    schedule = Keep(layers=lambda depth: tuple(sorted({max(0, depth * part // 24 - 1) for part in (5, 15)})))
+    schedule = Balanced(layers=lambda depth: tuple(sorted({max(0, depth * part // 24 - 1) for part in (5, 15)})))
     traits = Traits(
         place=AFTER,
         scans=Scans(reads=True, ordered=True, gap_rule=lambda m: m.rule if m.alignment == "decay" else None),
@@ -83,33 +82,6 @@ class SSMPrune(Scanning, KeepRate):
                 "ssm_prune: recentre=True moves the class token past patches, which leaves no gaps to decay over; "
                 "leave it out with alignment='decay'"
             )
-
-    # ---- counts
-
-    def count(self, n: int, step: Step, layout: Layout) -> int:
-        """Patches that remain, explicit counts checked."""
-        rate, count = step.strength
-        patches, has_class = n - layout.num_prefix, layout.num_prefix > 0
-        if count is not None:
-            if count > patches:
-                raise step.error(f"tokens={count} cannot be kept of {patches} patches; lower it or use keep_rate")
-            if has_class and count % 2:
-                raise step.error(
-                    f"tokens={count} is odd, but as many patches have to stand on both sides of the class token; give "
-                    f"{count - 1 or 2} or {count + 1}"
-                )
-            return count
-        kept = math.ceil(rate * patches)
-        # released: with the class token the count is odd, and the class token takes one of the kept places
-        return min(kept - 1 + (kept % 2 == 0), patches) if has_class else kept
-
-    def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        kept = step.count(n, layout)
-        if kept < 1:
-            raise step.error(f"keep_rate={step.strength[0]} leaves none of {n - layout.num_prefix} patches; raise it")
-        return layout.num_prefix + kept
-
-    # ---- the map
 
     def map(self, tokens: Tokens, signals: MixerSignals, step: Step) -> TokenMap | None:
         prefix = tokens.layout.num_prefix
@@ -137,7 +109,7 @@ class SSMPrune(Scanning, KeepRate):
         y = y.float() if self.score == "both_ungated" else (y * signals.gate).float()
         if self.score != "released":
             return MEASURES[self.measure](y)
-        rows = tokens.layout.scan_rows if tokens.rows is None else tokens.rows
+        rows = scanned_rows(tokens)
         reversed_ = to_scan(y.sum(-1, keepdim=True), rows).flip(1)
         return from_scan(reversed_, rows).squeeze(-1)
 
@@ -146,14 +118,3 @@ class SSMPrune(Scanning, KeepRate):
         in_middle = layout.num_prefix == 1 and 0 < layout.scan_rows[0] < layout.num_patches
         recentre = self.alignment != "decay" if self.recentre is None else self.recentre
         return ((token_map.n_out - 1) // 2,) if in_middle and recentre else None
-
-    def dial(self, t: float, depth: int, layout: Layout) -> Method:
-        layers, patches = self.resolve_layers(depth), layout.num_patches
-        if t == 0:
-            return replace(self, keep_rate=1.0, tokens=None)
-        step = 2 if layout.num_prefix else 1
-        rate = 1 - t * (1 - (step / patches) ** (1 / max(1, len(layers))))
-        counts = (patches * rate ** (i + 1) for i in range(len(layers)))
-        return replace(
-            self, tokens=tuple(min(max(step, round(n / step) * step), patches // step * step) for n in counts)
-        )

@@ -16,6 +16,11 @@ def cells_of(cell: tuple[int, int], layout: Layout) -> tuple[int, int]:
     return -(-layout.grid[0] // cell[0]), -(-layout.grid[1] // cell[1])
 
 
+def scaled_cells(share: float, layout: Layout) -> tuple[int, int]:
+    """Cells (down, right) that are a share of the patches along each axis, rounded, at least one."""
+    return tuple(max(1, round(side * share)) for side in layout.grid)
+
+
 @dataclass(frozen=True)
 class Cells(Schedule):
     """Cells that cover the grid; the strength of a block is what `size` says.
