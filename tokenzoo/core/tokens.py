@@ -11,138 +11,11 @@ from torch import Tensor
 from ..maps import TokenMap
 from ..ops.attention import full_precision
 from ..ops.rows import take_rows
+from .layout import Layout
 from .misuse import refuse_attribute, refuse_function, refuse_operator, take_field
+from .trace import Inside, SideData, TraceStep, View, trace_assign
 
-
-class View(NamedTuple):
-    """What a layer inside of a block sees.
-
-    Attributes:
-        trace: the reductions that the sequence has gone through.
-        merge: the map around the branch that the layer is part of, None where its tokens are those of the sequence.
-        queries: of an attention map, the reductions behind its rows where these are not those behind its columns.
-    """
-
-    trace: tuple[TraceStep, ...]
-    merge: TokenMap | None = None
-    queries: tuple[TraceStep, ...] | None = None
-
-
-class Layout(NamedTuple):
-    """Facts about the token sequence that hold for a whole forward pass.
-
-    Attributes:
-        num_prefix: class, distillation, register and added tokens at the front, never reduced.
-        has_class: the first token is a class token.
-        grid: patches (high, wide) of the image at the input of block 0.
-        track_size: token sizes are kept (some method or pooling reads them).
-        track_positions: the original index of each token is kept (RoPE, masks, grid methods).
-        standalone: the blocks were called without their model; the last one hands back a plain tensor.
-        keep_values: the trace keeps the values before every map that drops tokens, so that these can be given back.
-        scan_rows: rows of the prefix tokens in the sequence that a model scans; in attention order says nothing.
-        added: how many of the prefix tokens are not the model's own (prompts); pooling takes them for patches.
-        watch: told what the layers see from there on, see `Tokens.tell`; None when nobody asks.
-    """
-
-    num_prefix: int
-    has_class: bool
-    grid: tuple[int, int]
-    track_size: bool = False
-    track_positions: bool = False
-    standalone: bool = False
-    keep_values: bool = False
-    scan_rows: tuple[int, ...] = ()
-    added: int = 0
-    watch: Callable[[View], None] | None = None
-
-    __getattr__ = refuse_attribute
-
-    @property
-    def num_patches(self) -> int:
-        """Patch tokens at the input of block 0."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def own_prefix(self) -> int:
-        """Prefix tokens that the model has by itself."""
-        return self.num_prefix - self.added
-
-    def check_length(self, length: int, model: str) -> None:
-        """Refuses a sequence that is not the prefix and the grid.
-
-        Args:
-            length: tokens in the sequence.
-            model: who got it, for the message.
-
-        Raises:
-            ValueError: another number of tokens.
-        """
-        whole = self.num_prefix + self.num_patches
-        if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
-            length = int(length)
-        if length == whole:
-            return
-        extra = f" (protect={self.added} of them added)" if self.added else ""
-        message = (
-            f"{model} got a sequence of {length} tokens, but {self.num_prefix} prefix tokens{extra} and a grid of "
-            f"{self.grid[0]} x {self.grid[1]} patches make {whole}; "
-        )
-        if length > whole - self.added:
-            message += (
-                f"if prompts were added behind the class token, patch with protect={length - whole + self.added}; "
-            )
-        raise ValueError(
-            f"{message}if the image size has changed, call model.set_input_size(img_size=...); between blocks hand on "
-            "what the block before returned, not its values"
-        )
-
-
-class SideData(NamedTuple):
-    """Everything about tokens but their values, as it was before a map."""
-
-    size: Tensor | None
-    valid: Tensor | None
-    positions: Tensor | None
-    coords: Tensor | None
-    scores: Tensor | None
-    more_scores: tuple[Tensor | None, ...] = ()
-    visible: Tensor | None = None
-
-
-class TraceStep(NamedTuple):
-    """One reduction as it happened.
-
-    Attributes:
-        block: index of the block.
-        method: name of the method.
-        map: the map.
-        before: values before it [B, N, C]; None unless dense output needs them.
-        side: side data before it.
-        prefix: prefix tokens in front of the sequence.
-    """
-
-    block: int
-    method: str
-    map: TokenMap
-    before: Tensor | None
-    side: SideData
-    prefix: int
-
-
-class Inside(NamedTuple):
-    """Tokens that merged around a branch of a block and came apart again after it.
-
-    Attributes:
-        block: index of the block.
-        method: names of the methods.
-        map: the map.
-        after: reductions that the sequence had seen by then.
-    """
-
-    block: int
-    method: str
-    map: TokenMap
-    after: int
+__all__ = ["Inside", "Layout", "SideData", "Tokens", "TraceStep", "View", "trace_assign"]
 
 
 class Tokens(NamedTuple):
@@ -315,12 +188,3 @@ def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:
     """Per-token side data of the tokens that head the new ones, `missing` where there is none."""
     taken = take_rows(values, heads.clamp(min=0))
     return torch.where((heads >= 0).unsqueeze(-1), taken, torch.full_like(taken, missing))
-
-
-def trace_assign(trace: tuple[TraceStep, ...], batch: int, length: int, device: torch.device) -> Tensor:
-    """Final index of every original token [B, length], -1 for dropped ones."""
-    assign = torch.arange(length, device=device).expand(batch, -1)
-    for step in trace:
-        new = step.map.assign.gather(1, assign.clamp(min=0))
-        assign = torch.where(assign >= 0, new, -1)
-    return assign
