@@ -212,10 +212,10 @@ class ReducingBlock(HookedBlock):
     def _bias(self, tokens: Tokens, mask: Tensor | None) -> Tensor | None:
         size = tokens.size if self.tokenzoo.proportional else None
         bias = key_bias(size, tokens.valid)
-        if mask is None:
-            return bias
-        rows = gather_mask(mask, tokens)
-        return rows if bias is None else rows + bias
+        if mask is not None:
+            rows = gather_mask(mask, tokens)
+            bias = rows if bias is None else rows + bias
+        return bias if tokens.gate is None else tokens.gate.bias(bias, itself=True)
 
     def forward(
         self,

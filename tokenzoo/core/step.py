@@ -21,6 +21,7 @@ class Step(NamedTuple):
         key: name of the method's learned module inside the block, None for methods without parameters.
         scorer: number of the method among those of the recipe that carry scores, see `Tokens.seen_by`.
         known: counts at the model's own image size; None outside of a patched block.
+        order: number of the method in its recipe.
     """
 
     method: Any
@@ -29,6 +30,7 @@ class Step(NamedTuple):
     key: str | None = None
     scorer: int = 0
     known: Resolved | None = None
+    order: int = 0
 
     def tokens_out(self, n: int, layout: Layout) -> int:
         """Tokens after the step when `n` come in, prefix included; raises ValueError if the strength is unreachable.
@@ -56,7 +58,12 @@ class Step(NamedTuple):
                 + (f", such as {fixed}" if fixed else "")
             )
         token_map = self.method.map(tokens.seen_by(self.scorer), signals, self)
-        return token_map if token_map is None or tokens.visible is None else token_map.masked(tokens.visible)
+        if token_map is None or tokens.visible is None:
+            return token_map
+        masked = token_map.masked(tokens.visible)
+        if token_map.decision is not None:
+            masked.decision = token_map.decision
+        return masked
 
     def count(self, n: int, layout: Layout) -> Any:
         """`Method.count` of n tokens, prefix included."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..maps import TokenMap
 from ..ops.attention import full_precision
 from ..ops.rows import take_rows
+from .gate import Decision, Gate
 from .layout import Layout
 from .misuse import refuse_attribute, refuse_function, refuse_operator, take_field
 from .trace import Inside, SideData, TraceStep, View, trace_assign
@@ -34,6 +35,9 @@ class Tokens(NamedTuple):
         inside: what merged around branches so far; kept along with the trace.
         rows: rows of the prefix tokens in the sequence that is scanned, a tuple or [B, 1]; None while untouched.
         visible: [B, N] bool, False for tokens that a mask hides from all others and for padding; None without a mask.
+        gate: how open every token is while a method learns which ones to keep; None where nothing is gated. Closed
+            tokens are not `visible`.
+        records: decisions of learned methods so far, for their losses.
     """
 
     x: Tensor
@@ -48,6 +52,8 @@ class Tokens(NamedTuple):
     rows: tuple[int, ...] | Tensor | None = None
     visible: Tensor | None = None
     more_scores: tuple[Tensor | None, ...] = ()
+    gate: Gate | None = None
+    records: tuple[Decision, ...] = ()
 
     def seen_by(self, scorer: int) -> Tokens:
         """The tokens with `scores` of one of the methods that carry some.
@@ -90,6 +96,16 @@ class Tokens(NamedTuple):
         """Real patch tokens of each image [B], None when there is no padding."""
         return None if self.valid is None else self.valid[:, self.layout.num_prefix :].sum(1)
 
+    @property
+    def left(self) -> Tensor:
+        """What is left of every token [B, N] float32: 0 for padding and hidden tokens, and as far as its gate is open.
+
+        Of tokens that a method in training has dropped, 0 as well, with the gradient of its decision.
+        """
+        opened = self.x.new_ones(self.x.shape[:2], dtype=torch.float32) if self.gate is None else self.gate.open
+        real = self.valid if self.visible is None else self.visible
+        return opened if real is None else opened * real
+
     def sizes(self) -> Tensor:
         """Token sizes [B, N, 1] float32, ones where nothing was merged yet."""
         if self.size is not None:
@@ -111,7 +127,8 @@ class Tokens(NamedTuple):
         """Applies a map to the values and to all side data.
 
         A new token is visible if one of its members is; then hidden members count for nothing in its side data.
-        A map that undoes steps takes them off the trace and gives their side data back.
+        A map that undoes steps takes them off the trace and gives their side data back. One with gates closes them
+        and changes nothing else.
 
         Args:
             token_map: the map; its n_in must equal the current length.
@@ -121,12 +138,16 @@ class Tokens(NamedTuple):
         """
         if token_map.n_in != self.length:
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
+        records = self.records if token_map.decision is None else (*self.records, token_map.decision)
         if token_map.undo is not None:
             x, undone = token_map.apply(self.x), self.trace[token_map.undo]
             side = undone.side._asdict()
             tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.undo], inside=self.inside)
+            tokens = tokens._replace(records=records)
             tokens.tell()
             return tokens
+        if token_map.gate is not None:
+            return self._gated(token_map, block, method)._replace(records=records)
         visible, pool = self.visible, token_map.pool
         if visible is not None:
             pool, visible = _pool_of_visible(token_map, visible)
@@ -152,18 +173,37 @@ class Tokens(NamedTuple):
         scores, *more = (
             None if held is None else pool(held.unsqueeze(-1)).squeeze(-1) for held in (self.scores, *self.more_scores)
         )
-        trace = self.trace
-        if trace is not None:
-            before = self.x if self.layout.keep_values and token_map.drops else None
-            side = SideData(
-                self.size, self.valid, self.positions, self.coords, self.scores, self.more_scores, self.visible
-            )
-            trace = (*trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
+        gate = self.gate
+        if gate is not None:
+            mass = self.sizes()
+            opened = pool(gate.open.unsqueeze(-1) * mass) / pool(mass).clamp(min=1e-12)
+            gate = gate._replace(open=opened.squeeze(-1))
+        trace = self._traced(token_map, block, method)
         x = token_map.apply(self.x) if values is None else values
         tokens = Tokens(
             x, self.layout, size, valid, positions, coords, trace, scores, self.inside,
-            visible=visible, more_scores=tuple(more),
+            visible=visible, more_scores=tuple(more), gate=gate, records=records,
         )  # fmt: skip
+        tokens.tell()
+        return tokens
+
+    def _traced(self, token_map: TokenMap, block: int, method: str) -> tuple[TraceStep, ...] | None:
+        """The trace with one reduction more; None where nobody asks for it."""
+        if self.trace is None:
+            return None
+        before = self.x if self.layout.keep_values and token_map.drops else None
+        side = SideData(
+            self.size, self.valid, self.positions, self.coords, self.scores, self.more_scores, self.visible, self.gate
+        )
+        return (*self.trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
+
+    def _gated(self, token_map: TokenMap, block: int, method: str) -> Tokens:
+        """All tokens as they are, some of them behind closed gates; for later methods these are hidden."""
+        gate = Gate(token_map.gate.float(), token_map.sees_itself)
+        gate = gate if self.gate is None else self.gate.behind(*gate)
+        real = self.valid if self.visible is None else self.visible
+        visible = ~gate.closed if real is None else real & ~gate.closed
+        tokens = self._replace(gate=gate, visible=visible, trace=self._traced(token_map, block, method))
         tokens.tell()
         return tokens
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..maps import TokenMap
+from .gate import Gate
 
 
 class SideData(NamedTuple):
@@ -20,6 +21,7 @@ class SideData(NamedTuple):
     scores: Tensor | None
     more_scores: tuple[Tensor | None, ...] = ()
     visible: Tensor | None = None
+    gate: Gate | None = None
 
 
 class TraceStep(NamedTuple):
