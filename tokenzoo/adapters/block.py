@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.method import BlockShape, Step
 from ..core.signals import Signals
-from ..core.tokens import Layout, Tokens
+from ..core.tokens import Tokens
 from ..maps import TokenMap
 from ..ops.attention import Heads, key_bias
 from ..ops.layer_macs import linear_macs
@@ -19,56 +19,11 @@ from .flow import Flow
 from .hooked import Aside, HookedBlock
 from .masks import four_dims, gather_mask, refuse_uneven, visible_tokens
 from .merging import Merging
+from .plan import OUTSIDE, BlockMacs, BlockPlan
 from .refusals import refuse_symbols
 from .swapping import hooked
 
 _SLICE = 1024  # tokens
-OUTSIDE = ("embed", "norm")  # places that a model sees to, in front of its blocks and behind its final norm
-
-
-class BlockPlan(NamedTuple):
-    """What one block does about tokens; the only thing patching adds to it.
-
-    Attributes:
-        index: index of the block.
-        depth: blocks of the model, or the block behind the last one that sees the same sequence.
-        steps: methods in the order in which they act.
-        proportional: attention adds log sizes.
-        layout: layout at the model's own image size, used when the block is called with a plain tensor.
-        outside: steps of the recipe in front of block 0 and behind the final norm; every block holds them, since any
-            of them can come to be the first or the last one.
-        total: blocks of the model when it was patched.
-    """
-
-    index: int
-    depth: int
-    steps: tuple[Step, ...]
-    proportional: bool
-    layout: Layout
-    outside: tuple[Step, ...] = ()
-    total: int = 0
-
-    def at(self, place: str) -> tuple[Step, ...]:
-        """The steps at one place."""
-        return tuple(s for s in (self.outside if place in OUTSIDE else self.steps) if s.method.place == place)
-
-
-class BlockMacs(NamedTuple):
-    """Multiply-adds of a block by what they scale with.
-
-    Attributes:
-        qk: per token that is projected to queries and keys.
-        v: per token that is projected to values.
-        pair: per (query, key) pair.
-        out: per token that leaves attention (output projection, gate).
-        mlp: per token of the MLP.
-    """
-
-    qk: int
-    v: int
-    pair: int
-    out: int
-    mlp: int
 
 
 class ReducingBlock(HookedBlock):
@@ -257,10 +212,10 @@ class ReducingBlock(HookedBlock):
     def _bias(self, tokens: Tokens, mask: Tensor | None) -> Tensor | None:
         size = tokens.size if self.tokenzoo.proportional else None
         bias = key_bias(size, tokens.valid)
-        if mask is None:
-            return bias
-        rows = gather_mask(mask, tokens)
-        return rows if bias is None else rows + bias
+        if mask is not None:
+            rows = gather_mask(mask, tokens)
+            bias = rows if bias is None else rows + bias
+        return bias if tokens.gate is None else tokens.gate.bias(bias, itself=True)
 
     def forward(
         self,

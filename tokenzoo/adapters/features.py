@@ -29,7 +29,7 @@ from torch import Tensor
 from ..core.recipe import Recipe
 from ..core.tokens import Layout, Tokens, trace_assign
 from ..ops.rows import take_rows
-from .pooling import pool_plain
+from .pooling import open_tokens, pool_plain
 
 
 class Reads(NamedTuple):
@@ -70,6 +70,14 @@ def encode(tokens: Tokens, reads: Reads, recipe: Recipe) -> Tensor:
         reads: what the head does.
         recipe: of the model.
     """
+    if tokens.gate is not None and (reads.attends or reads.mean or reads.greatest):
+        if reads.attends:
+            raise ValueError(
+                "forward_features has no form in which an attention pool sees the gates of a method in training; call "
+                "model(images), or model.forward_head(model.forward_tokens(images))"
+            )
+        opened = open_tokens(tokens)
+        tokens = tokens._replace(gate=None, valid=opened)
     if tokens.size is None or not reads.weighs(recipe):
         # a mean of the real rows is no greater than the greatest of them
         if tokens.valid is None or reads.attends or not (reads.mean or reads.greatest):

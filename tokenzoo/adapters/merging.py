@@ -77,7 +77,13 @@ class Merging:
     def _decide(self, step: Step, branch: str, tokens: Tokens, z: Tensor | None) -> TokenMap | None:
         signals = self.signals(step, tokens)
         signals.branch, signals.branch_input = branch, z
-        return step.decide(tokens, signals)
+        token_map = step.decide(tokens, signals)
+        if token_map is not None and (token_map.gate is not None or token_map.decision is not None):
+            raise step.error(
+                "decided gates, or notes for its losses, around a branch, behind which all tokens are there again; act "
+                "'before' a block or 'between' attention and MLP"
+            )
+        return token_map
 
 
 def _joined(maps: list[TokenMap]) -> TokenMap | None:

@@ -35,6 +35,7 @@ class ReducingModel(Walk):
 
     gives_tokens = True
     takes_added = True
+    takes_gates = True
 
     # ---- spelled by the family
 

@@ -50,6 +50,7 @@ class Walk(Unscriptable):
 
     gives_tokens: bool = False  # whether `forward_tokens` has the tokens that reach the head
     takes_added: bool = False  # whether tokens may be added behind the prefix (prompts)
+    takes_gates: bool = False  # whether gates and records of a method in training reach attention, head and trainer
     rebuilds: bool = False  # whether the last block gives every sequence all of its tokens back
 
     # ---- spelled by the family; those without a pass are asked of unpatched models too

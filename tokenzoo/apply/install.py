@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -67,6 +67,31 @@ def prepare(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneI
     return [change._replace(plan=change.plan._replace(outside=outside)) for change in changes]
 
 
+def keep_modules(changes: list[Change], method: str) -> list[Change]:
+    """The same changes with the learned modules that the blocks hold left in place.
+
+    Args:
+        changes: with modules as a new patching would make them.
+        method: name of the method whose options change, for the message.
+
+    Raises:
+        ValueError: a module of another form, or one more.
+    """
+    for change in changes:
+        for name, module in change.modules.items():
+            if _form(getattr(change.block, name, None)) != _form(module):
+                raise ValueError(
+                    f"{method} keeps learned modules in its blocks; unpatch and patch again to change its options: "
+                    f"with these, {name} of block {change.plan.index} would be another one"
+                )
+    return [change._replace(modules={}) for change in changes]
+
+
+def _form(module: nn.Module | None) -> Any:
+    """What two modules have in common if one can go on with the weights of the other."""
+    return None if module is None else {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
 def install(backbone: nn.Module, family: Family, recipe: Recipe, changes: list[Change]) -> list[str]:
     """Puts a prepared recipe onto a model that may carry another one already.
 
@@ -114,9 +139,9 @@ def remove(backbone: nn.Module, family: Family) -> None:
     plain_attentions = {new: old for old, new in family.attentions.items()}
     with all_or_nothing([backbone, *(part for block in blocks for part in block.modules())]):
         for block in blocks:
-            for step in block.tokenzoo.steps:
-                if step.key is not None:
-                    delattr(block, step.key)
+            # a learned module stays where an update left its method nothing to do
+            for name in [name for name, _ in block.named_children() if name.startswith("tokenzoo_")]:
+                delattr(block, name)
             del block.tokenzoo
             if block.reads_recipe:
                 del block.tokenzoo_recipe

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapters.backbone import BackboneInfo, Family
@@ -16,11 +17,12 @@ from ..adapters.inspect import blocks_of, describe, is_patched, total_blocks
 from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
 from ..adapters.wrappers import backbone_of, backbone_to_patch
+from ..core.learned import Learned
 from ..core.method import Method
 from ..core.mixins import Companion
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import check_options, declaring
-from .install import Change, install, prepare, remove
+from .install import Change, install, keep_modules, prepare, remove
 from .solve import solve_flops
 
 _log = logging.getLogger(__name__)
@@ -112,6 +114,11 @@ def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: Bac
         )
     for method in recipe.methods:
         _check_mixing(method, name, family)
+        if isinstance(method, Learned) and method.gates and not family.model_kind(backbone).takes_gates:
+            raise ValueError(
+                f"{method.name} learns through gates in attention, which the training of {name} does not carry from "
+                "block to block (windows, stages or a scan); use a plain transformer"
+            )
         for layout in (info.layout, *info.restarts.values()):
             method.check(layout, name)
         if isinstance(method, Companion):
@@ -202,13 +209,16 @@ def recipe(model: nn.Module) -> dict[str, Any]:
 def update_method(model: nn.Module, method: str | None = None, **options: Any) -> nn.Module:
     """Changes options of a patched model's method between two forward passes, for instance a keep rate during training.
 
+    Learned modules stay in place, with their weights; options that would make others are refused.
+
     Args:
         model: a patched model.
         method: which method of the recipe, needed only when there are several.
         **options: the options to change.
 
     Raises:
-        ValueError: not patched, an unknown option, a strength that cannot be reached, or a method with parameters.
+        ValueError: not patched, an unknown option, a strength that cannot be reached, or learned modules of another
+            form.
     """
     backbone = _patched_backbone(model, "call tokenzoo.patch_model first")
     old = backbone.tokenzoo_recipe
@@ -222,9 +232,7 @@ def update_method(model: nn.Module, method: str | None = None, **options: Any) -
     check_options(chosen, type(changed), options)
     new = replace(old, methods=tuple(replace(m, **options) if m is changed else m for m in old.methods))
     family, info = find_family(backbone), describe(backbone, recipe=new)
-    changes = _prepared(backbone, family, new, info, total_blocks(backbone))
-    learned = any(step.key for block in blocks_of(backbone) for step in block.tokenzoo.steps)
-    if learned or any(change.modules for change in changes):
-        raise ValueError(f"{chosen} keeps learned modules in its blocks; unpatch and patch again to change its options")
-    install(backbone, family, new, changes)
+    with torch.random.fork_rng(devices=[]):  # modules that are made to be compared draw weights
+        changes = _prepared(backbone, family, new, info, total_blocks(backbone))
+    install(backbone, family, new, keep_modules(changes, chosen))
     return model

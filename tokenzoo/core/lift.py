@@ -113,6 +113,8 @@ def _nearest(x: Tensor, step: TraceStep, fill: Fill) -> Tensor:
     usable = heads[:, prefix:] >= 0
     if token_map.valid is not None:
         usable = usable & token_map.valid[:, prefix:]
+    if token_map.gate is not None:
+        usable = usable & ~dropped[:, prefix:]  # closed tokens stand there still
     kept = take_rows(step.before, heads[:, prefix:].clamp(min=0))
     # where images may drop different numbers of tokens, every token is looked at
     count = token_map.n_in if token_map.num_dropped is None else token_map.num_dropped

@@ -13,14 +13,15 @@ from .tokens import Tokens
 def in_raster_order(token_map: TokenMap, tokens: Tokens) -> TokenMap:
     """The map with its patches by the places of the tokens that head them, row by row.
 
-    Tokens without a place (a fused rest) stand behind all others, padding behind these. Maps that give tokens back, or
-    whose tokens form a grid of their own, stay as they are.
+    Tokens without a place (a fused rest) stand behind all others, padding behind these. Maps that give tokens back, move
+    none, or whose tokens form a grid of their own, stay as they are.
 
     Args:
         token_map: the map of a method.
         tokens: the tokens in front of it.
     """
-    if token_map.undo is not None or token_map.grid_out is not None or token_map.n_out == tokens.layout.num_prefix:
+    stays = token_map.gate is not None or token_map.undo is not None or token_map.grid_out is not None
+    if stays or token_map.n_out == tokens.layout.num_prefix:
         return token_map
     prefix, heads = tokens.layout.num_prefix, token_map.heads
     place = tokens.original_positions().gather(1, heads.clamp(min=0))[:, prefix:]

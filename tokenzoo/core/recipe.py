@@ -116,7 +116,7 @@ class Recipe:
             resolved = replace(method, layers=rest) if method.layers == "others" else method
             for block, strength in resolved.strengths(depth).items():
                 key = f"tokenzoo_{order}_{method.name}"
-                found[block].append(Step(method, block, strength, key, max(0, scorers)))
+                found[block].append(Step(method, block, strength, key, max(0, scorers), order=order))
         return {
             block: tuple(sorted(steps, key=lambda s: PLACES.index(s.method.place))) for block, steps in found.items()
         }

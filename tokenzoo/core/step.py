@@ -22,6 +22,7 @@ class Step(NamedTuple):
         key: name of the method's learned module inside the block, None for methods without parameters.
         scorer: number of the method among those of the recipe that carry scores, see `Tokens.seen_by`.
         known: counts at the model's own image size; None outside of a patched block.
+        order: number of the method in its recipe.
     """
 
     method: Any
@@ -30,6 +31,7 @@ class Step(NamedTuple):
     key: str | None = None
     scorer: int = 0
     known: Resolved | None = None
+    order: int = 0
 
     def tokens_out(self, n: int, layout: Layout) -> int:
         """Tokens after the step when `n` come in, prefix included; raises ValueError if the strength is unreachable.
@@ -59,9 +61,14 @@ class Step(NamedTuple):
         token_map = self.method.map(tokens.seen_by(self.scorer), signals, self)
         if token_map is None:
             return None
+        decided = token_map
         if tokens.visible is not None:
-            token_map = token_map.masked(tokens.visible)
-        return in_raster_order(token_map, tokens) if tokens.layout.raster and not self.branches else token_map
+            decided = decided.masked(tokens.visible)
+        if tokens.layout.raster and not self.branches:
+            decided = in_raster_order(decided, tokens)
+        if decided is not token_map and token_map.decision is not None:
+            decided.decision = token_map.decision
+        return decided
 
     def count(self, n: int, layout: Layout) -> Any:
         """`Method.count` of n tokens, prefix included."""

@@ -11,140 +11,12 @@ from torch import Tensor
 from ..maps import TokenMap
 from ..ops.attention import full_precision
 from ..ops.rows import take_rows
+from .gate import Decision, Gate
+from .layout import Layout
 from .misuse import refuse_attribute, refuse_function, refuse_operator, take_field
+from .trace import Inside, SideData, TraceStep, View, trace_assign
 
-
-class View(NamedTuple):
-    """What a layer inside of a block sees.
-
-    Attributes:
-        trace: the reductions that the sequence has gone through.
-        merge: the map around the branch that the layer is part of, None where its tokens are those of the sequence.
-        queries: of an attention map, the reductions behind its rows where these are not those behind its columns.
-    """
-
-    trace: tuple[TraceStep, ...]
-    merge: TokenMap | None = None
-    queries: tuple[TraceStep, ...] | None = None
-
-
-class Layout(NamedTuple):
-    """Facts about the token sequence that hold for a whole forward pass.
-
-    Attributes:
-        num_prefix: class, distillation, register and added tokens at the front, never reduced.
-        has_class: the first token is a class token.
-        grid: patches (high, wide) of the image at the input of block 0.
-        track_size: token sizes are kept (some method or pooling reads them).
-        track_positions: the original index of each token is kept (RoPE, masks, grid methods).
-        standalone: the blocks were called without their model; the last one hands back a plain tensor.
-        keep_values: the trace keeps the values before every map that drops tokens, so that these can be given back.
-        scan_rows: rows of the prefix tokens in the sequence that a model scans; in attention order says nothing.
-        added: how many of the prefix tokens are not the model's own (prompts); pooling takes them for patches.
-        watch: told what the layers see from there on, see `Tokens.tell`; None when nobody asks.
-        raster: patches stand in the order of the grid after every reduction.
-    """
-
-    num_prefix: int
-    has_class: bool
-    grid: tuple[int, int]
-    track_size: bool = False
-    track_positions: bool = False
-    standalone: bool = False
-    keep_values: bool = False
-    scan_rows: tuple[int, ...] = ()
-    added: int = 0
-    watch: Callable[[View], None] | None = None
-    raster: bool = False
-
-    __getattr__ = refuse_attribute
-
-    @property
-    def num_patches(self) -> int:
-        """Patch tokens at the input of block 0."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def own_prefix(self) -> int:
-        """Prefix tokens that the model has by itself."""
-        return self.num_prefix - self.added
-
-    def check_length(self, length: int, model: str) -> None:
-        """Refuses a sequence that is not the prefix and the grid.
-
-        Args:
-            length: tokens in the sequence.
-            model: who got it, for the message.
-
-        Raises:
-            ValueError: another number of tokens.
-        """
-        whole = self.num_prefix + self.num_patches
-        if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
-            length = int(length)
-        if length == whole:
-            return
-        extra = f" (protect={self.added} of them added)" if self.added else ""
-        message = (
-            f"{model} got a sequence of {length} tokens, but {self.num_prefix} prefix tokens{extra} and a grid of "
-            f"{self.grid[0]} x {self.grid[1]} patches make {whole}; "
-        )
-        if length > whole - self.added:
-            message += (
-                f"if prompts were added behind the class token, patch with protect={length - whole + self.added}; "
-            )
-        raise ValueError(
-            f"{message}if the image size has changed, call model.set_input_size(img_size=...); between blocks hand on "
-            "what the block before returned, not its values"
-        )
-
-
-class SideData(NamedTuple):
-    """Everything about tokens but their values, as it was before a map."""
-
-    size: Tensor | None
-    valid: Tensor | None
-    positions: Tensor | None
-    coords: Tensor | None
-    scores: Tensor | None
-    more_scores: tuple[Tensor | None, ...] = ()
-    visible: Tensor | None = None
-
-
-class TraceStep(NamedTuple):
-    """One reduction as it happened.
-
-    Attributes:
-        block: index of the block.
-        method: name of the method.
-        map: the map.
-        before: values before it [B, N, C]; None unless dense output needs them.
-        side: side data before it.
-        prefix: prefix tokens in front of the sequence.
-    """
-
-    block: int
-    method: str
-    map: TokenMap
-    before: Tensor | None
-    side: SideData
-    prefix: int
-
-
-class Inside(NamedTuple):
-    """Tokens that merged around a branch of a block and came apart again after it.
-
-    Attributes:
-        block: index of the block.
-        method: names of the methods.
-        map: the map.
-        after: reductions that the sequence had seen by then.
-    """
-
-    block: int
-    method: str
-    map: TokenMap
-    after: int
+__all__ = ["Inside", "Layout", "SideData", "Tokens", "TraceStep", "View", "trace_assign"]
 
 
 class Tokens(NamedTuple):
@@ -163,6 +35,9 @@ class Tokens(NamedTuple):
         inside: what merged around branches so far; kept along with the trace.
         rows: rows of the prefix tokens in the sequence that is scanned, a tuple or [B, 1]; None while untouched.
         visible: [B, N] bool, False for tokens that a mask hides from all others and for padding; None without a mask.
+        gate: how open every token is while a method learns which ones to keep; None where nothing is gated. Closed
+            tokens are not `visible`.
+        records: decisions of learned methods so far, for their losses.
     """
 
     x: Tensor
@@ -177,6 +52,8 @@ class Tokens(NamedTuple):
     rows: tuple[int, ...] | Tensor | None = None
     visible: Tensor | None = None
     more_scores: tuple[Tensor | None, ...] = ()
+    gate: Gate | None = None
+    records: tuple[Decision, ...] = ()
 
     def seen_by(self, scorer: int) -> Tokens:
         """The tokens with `scores` of one of the methods that carry some.
@@ -219,6 +96,16 @@ class Tokens(NamedTuple):
         """Real patch tokens of each image [B], None when there is no padding."""
         return None if self.valid is None else self.valid[:, self.layout.num_prefix :].sum(1)
 
+    @property
+    def left(self) -> Tensor:
+        """What is left of every token [B, N] float32: 0 for padding and hidden tokens, and as far as its gate is open.
+
+        Of tokens that a method in training has dropped, 0 as well, with the gradient of its decision.
+        """
+        opened = self.x.new_ones(self.x.shape[:2], dtype=torch.float32) if self.gate is None else self.gate.open
+        real = self.valid if self.visible is None else self.visible
+        return opened if real is None else opened * real
+
     def sizes(self) -> Tensor:
         """Token sizes [B, N, 1] float32, ones where nothing was merged yet."""
         if self.size is not None:
@@ -240,7 +127,8 @@ class Tokens(NamedTuple):
         """Applies a map to the values and to all side data.
 
         A new token is visible if one of its members is; then hidden members count for nothing in its side data.
-        A map that undoes steps takes them off the trace and gives their side data back.
+        A map that undoes steps takes them off the trace and gives their side data back. One with gates closes them
+        and changes nothing else.
 
         Args:
             token_map: the map; its n_in must equal the current length.
@@ -250,12 +138,16 @@ class Tokens(NamedTuple):
         """
         if token_map.n_in != self.length:
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
+        records = self.records if token_map.decision is None else (*self.records, token_map.decision)
         if token_map.undo is not None:
             x, undone = token_map.apply(self.x), self.trace[token_map.undo]
             side = undone.side._asdict()
             tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.undo], inside=self.inside)
+            tokens = tokens._replace(records=records)
             tokens.tell()
             return tokens
+        if token_map.gate is not None:
+            return self._gated(token_map, block, method)._replace(records=records)
         visible, pool = self.visible, token_map.pool
         if visible is not None:
             pool, visible = _pool_of_visible(token_map, visible)
@@ -281,18 +173,37 @@ class Tokens(NamedTuple):
         scores, *more = (
             None if held is None else pool(held.unsqueeze(-1)).squeeze(-1) for held in (self.scores, *self.more_scores)
         )
-        trace = self.trace
-        if trace is not None:
-            before = self.x if self.layout.keep_values and token_map.drops else None
-            side = SideData(
-                self.size, self.valid, self.positions, self.coords, self.scores, self.more_scores, self.visible
-            )
-            trace = (*trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
+        gate = self.gate
+        if gate is not None:
+            mass = self.sizes()
+            opened = pool(gate.open.unsqueeze(-1) * mass) / pool(mass).clamp(min=1e-12)
+            gate = gate._replace(open=opened.squeeze(-1))
+        trace = self._traced(token_map, block, method)
         x = token_map.apply(self.x) if values is None else values
         tokens = Tokens(
             x, self.layout, size, valid, positions, coords, trace, scores, self.inside,
-            visible=visible, more_scores=tuple(more),
+            visible=visible, more_scores=tuple(more), gate=gate, records=records,
         )  # fmt: skip
+        tokens.tell()
+        return tokens
+
+    def _traced(self, token_map: TokenMap, block: int, method: str) -> tuple[TraceStep, ...] | None:
+        """The trace with one reduction more; None where nobody asks for it."""
+        if self.trace is None:
+            return None
+        before = self.x if self.layout.keep_values and token_map.drops else None
+        side = SideData(
+            self.size, self.valid, self.positions, self.coords, self.scores, self.more_scores, self.visible, self.gate
+        )
+        return (*self.trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
+
+    def _gated(self, token_map: TokenMap, block: int, method: str) -> Tokens:
+        """All tokens as they are, some of them behind closed gates; for later methods these are hidden."""
+        gate = Gate(token_map.gate.float(), token_map.sees_itself)
+        gate = gate if self.gate is None else self.gate.behind(*gate)
+        real = self.valid if self.visible is None else self.visible
+        visible = ~gate.closed if real is None else real & ~gate.closed
+        tokens = self._replace(gate=gate, visible=visible, trace=self._traced(token_map, block, method))
         tokens.tell()
         return tokens
 
@@ -317,12 +228,3 @@ def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:
     """Per-token side data of the tokens that head the new ones, `missing` where there is none."""
     taken = take_rows(values, heads.clamp(min=0))
     return torch.where((heads >= 0).unsqueeze(-1), taken, torch.full_like(taken, missing))
-
-
-def trace_assign(trace: tuple[TraceStep, ...], batch: int, length: int, device: torch.device) -> Tensor:
-    """Final index of every original token [B, length], -1 for dropped ones."""
-    assign = torch.arange(length, device=device).expand(batch, -1)
-    for step in trace:
-        new = step.map.assign.gather(1, assign.clamp(min=0))
-        assign = torch.where(assign >= 0, new, -1)
-    return assign

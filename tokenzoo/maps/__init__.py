@@ -9,6 +9,7 @@ from .base import TokenMap
 from .chain import ChainMap
 from .cluster import ClusterMap
 from .fuse import FuseMap
+from .gate import GateMap
 from .keep import KeepMap
 from .merge import MergeMap
 from .mix import MixMap
@@ -21,6 +22,7 @@ __all__ = [
     "ChainMap",
     "ClusterMap",
     "FuseMap",
+    "GateMap",
     "KeepMap",
     "MergeMap",
     "MixMap",

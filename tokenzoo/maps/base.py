@@ -30,6 +30,9 @@ class TokenMap(ABC):
     copies: bool = False  # whether every new token is one old token as it was (or padding)
     undo: int | None = None  # where in the trace the steps begin that the map takes back, None where it takes none
     grid_out: tuple[int, int] | None = None  # grid (down, right) that the new patches form, None where they form none
+    gate: Tensor | None = None  # how open every token is in training [B, N], None for maps that really reduce
+    sees_itself: bool = False  # of a map with gates: they do not count on the diagonal of attention
+    decision: Any | None = None  # what a learned method notes for its losses, see `tokenzoo.core.learned.Decision`
 
     @property
     @abstractmethod

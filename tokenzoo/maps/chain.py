@@ -19,6 +19,8 @@ class ChainMap(TokenMap):
     """
 
     def __init__(self, *maps: TokenMap) -> None:
+        if any(token_map.gate is not None for token_map in maps):
+            raise ValueError("a GateMap cannot be part of a chain, which would lose its gates; return it by itself")
         self.maps = maps
         self.n_in, self.n_out, self.valid = maps[0].n_in, maps[-1].n_out, maps[-1].valid
         self.whole = all(token_map.whole for token_map in maps)

@@ -127,6 +127,7 @@ class ReducingEva(ReducingModel, Eva):
         if self.attn_pool is None:
             return pool_plain(tokens, kind, include_prefix=False, mass_weighted=recipe.mass_weighted_pool)
         bias = key_bias(tokens.size if recipe.proportional else None, tokens.valid)  # prefix tokens are pooled too
+        bias = bias if tokens.gate is None else tokens.gate.bias(bias)
         return self.attn_pool(tokens.x, attn_mask=None if bias is None else bias.to(tokens.x.dtype))
 
 

@@ -94,8 +94,10 @@ class VitModel(ReducingModel):
         x = tokens.x[:, first:]
         size = tokens.size[:, first:] if tokens.size is not None and self.tokenzoo_recipe.proportional else None
         valid = None if tokens.valid is None else tokens.valid[:, first:]
-        bias = key_bias(size, valid)
-        if isinstance(self.attn_pool, AttentionPoolLatent):
+        bias, latent = key_bias(size, valid), isinstance(self.attn_pool, AttentionPoolLatent)
+        if tokens.gate is not None:
+            bias = tokens.gate._replace(open=tokens.gate.open[:, first:]).bias(bias, itself=not latent)
+        if latent:
             return self.attn_pool(x, attn_mask=None if bias is None else bias.to(x.dtype))
         return _refine_and_pool(self.attn_pool, x, bias, tokens, self.tokenzoo_recipe.mass_weighted_pool)
 

@@ -16,6 +16,7 @@ from ...models.t2t_vit import T2TViT
 from ...ops.layer_macs import linear_macs
 from ..backbone import Family
 from ..features import Reads
+from ..pooling import open_tokens
 from .attention import REDUCING_ATTENTIONS
 from .model import BLOCKS, VitModel, bypassed, check
 
@@ -42,7 +43,8 @@ class ReducingLVViT(VitModel, LVViT):
         out = VisionTransformer.forward_head(self, x, pre_logits)
         if pre_logits or not self.global_pool:
             return out
-        valid = None if x.valid is None else x.valid[:, self.num_prefix_tokens :]
+        valid = open_tokens(x)
+        valid = None if valid is None else valid[:, self.num_prefix_tokens :]
         return self.combine_logits(out, self.dense_logits(x.x), valid)
 
 

@@ -1,0 +1,84 @@
+"""Methods that learn what to decide: their training form, what their decisions owe, and what a teacher offers."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple, final
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..maps import GateMap
+from .gate import Decision, Gate
+from .step import Step
+from .tokens import Tokens
+
+__all__ = ["Decision", "Gate", "Learned", "Teaching"]
+
+
+class Teaching(NamedTuple):
+    """What a teacher says about the same images; a field is None where nobody asked for it.
+
+    Attributes:
+        logits: [B, K].
+        tokens: normed patch tokens [B, H * W, C] in raster order.
+    """
+
+    logits: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class Learned:
+    """Mixin of methods with a learned module and losses of their own; stands in front of the base class.
+
+    `Method.module` makes the module of a block, `Method.map` reads it as `signals.module`. In training
+    (`signals.training`) `map` returns `self.gated(...)`, else a map that really removes tokens.
+    """
+
+    owes: ClassVar[tuple[str, ...]] = ()  # names of the losses
+    gates: ClassVar[bool] = True  # whether it trains with a GateMap, which needs a model that attends
+
+    def losses(self, records: tuple[Decision, ...], teaching: Teaching) -> dict[str, Tensor]:
+        """What its decisions in one forward pass add to the loss of training, by the names in `owes`.
+
+        Args:
+            records: its decisions, in the order of the blocks.
+            teaching: what a teacher offers.
+
+        Returns:
+            Scalars, weighted by the method's own options.
+        """
+        return {}
+
+    @final
+    def gated(
+        self,
+        gate: Tensor,
+        tokens: Tokens,
+        step: Step,
+        share: float | None = None,
+        scores: Tensor | None = None,
+        sees_itself: bool = False,
+    ) -> GateMap:
+        """The training form of keeping some patches, with its decision on record.
+
+        Args:
+            gate: [B, M] of the patches, 1 to keep and 0 to drop, with the gradient of the predictor
+                (`torch.nn.functional.gumbel_softmax(..., hard=True)`, say).
+            tokens: the tokens that `map` got.
+            step: the step that `map` got.
+            share: share of the patches to keep, for the record.
+            scores: what the predictor said [B, M, ...], for the record.
+            sees_itself: see `GateMap`.
+
+        Raises:
+            ValueError: gates of another shape.
+        """
+        prefix = tokens.layout.num_prefix
+        if gate.shape != (tokens.x.shape[0], tokens.num_patches):
+            raise step.error(
+                f"gates have shape {tuple(gate.shape)}; give one per image and patch, "
+                f"({tokens.x.shape[0]}, {tokens.num_patches}), prefix tokens left out"
+            )
+        gate = gate.float()
+        decision = Decision(step.order, step.block, gate, tokens.left[:, prefix:], share, scores)
+        return GateMap(F.pad(gate, (prefix, 0), value=1.0), sees_itself, decision)
