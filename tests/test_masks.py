@@ -46,6 +46,8 @@ MORE = [
     {"method": "tomesd", "seed": 3, "ratio": 0.7},
     {"method": "evo", "keep_rate": 0.2, "layers": (1, 2, 3)},
     {"method": "ats", "layers": (1, 2), "max_tokens": 6},
+    {"method": "topk", "mass": 0.7, "layers": (1, 2)},
+    {"method": "evit", "mass": 0.7, "tokens": 6, "layers": (1, 2)},
 ]  # fmt: skip
 PAIRS = [
     ["ats", "tome"], ["ats", "evit"], ["ats", "uniform"], ["ats", "mctf"], ["ats", "pool"], ["ats", "tomesd"],

@@ -12,6 +12,9 @@ from .method import Method
 SHARED = {
     "keep_rate": "share of the patches to keep at each layer, in (0, 1]; one value or one per layer.",
     "tokens": "patches to keep instead, an int or one entry per layer (None uses the rate there).",
+    "mass": "share of the attention mass to keep instead, in (0, 1]: in each image the fewest patches that hold it "
+    "(the rule of ZipVL, He et al., 2024). Images keep different counts and the longest is read on the host; `tokens` "
+    "is then a budget that no image exceeds, and shapes are static.",
     "r": "tokens to remove per layer: an int, a list with one entry per layer (missing ones 0), or (r, slope), see "
     "`tokenzoo.schedules.removed_per_layer`.",
     "clip": "remove fewer where r exceeds half of the patches, instead of refusing.",

@@ -13,8 +13,8 @@ from .tokens import Tokens
 def in_raster_order(token_map: TokenMap, tokens: Tokens) -> TokenMap:
     """The map with its patches by the places of the tokens that head them, row by row.
 
-    Tokens without a place (a fused rest) stand behind all others, padding behind these. Maps that give tokens back, move
-    none, or whose tokens form a grid of their own, stay as they are.
+    Tokens without a place (a fused rest) stand behind all others, padding behind these. Maps that give tokens back,
+    move none, or whose tokens form a grid of their own, stay as they are.
 
     Args:
         token_map: the map of a method.

@@ -78,6 +78,34 @@ def keep_best(scores: Tensor, tokens: Tokens, kept: Callable[[int], int]) -> Kee
     return KeepMap(with_prefix(best, prefix), tokens.length, valid)
 
 
+def keep_mass(scores: Tensor, tokens: Tokens, share: float, most: int | None) -> KeepMap:
+    """Keeps the prefix and, in each image, the fewest patches that hold a share of its scores; one at least.
+
+    Args:
+        scores: [B, N], not negative; those of prefix tokens are ignored. Hidden tokens and padding hold nothing.
+        tokens: the tokens.
+        share: of the sum over the patches of an image, in (0, 1].
+        most: patches that an image may keep, which makes the shape static; None looks at the longest image.
+    """
+    prefix = tokens.layout.num_prefix
+    with torch.no_grad():
+        patches = scores[:, prefix:].double()
+        for real in (tokens.visible, tokens.valid):
+            patches = patches if real is None else patches * real[:, prefix:]
+        ranked = patches if tokens.valid is None else patches.masked_fill(~tokens.valid[:, prefix:], -1)
+        order = ranked.argsort(dim=1, descending=True, stable=True)
+        held = patches.gather(1, order)
+        before = held.cumsum(1) - held  # what the better ones hold
+        wanted = (before < share * held.sum(1, keepdim=True)) & (held > 0)
+        counts = wanted.sum(1, keepdim=True).clamp(min=1)
+        if tokens.valid is not None:
+            counts = torch.minimum(counts, tokens.valid_patches.unsqueeze(1))
+        if most is not None:
+            counts = counts.clamp(max=most)
+        length = longest(counts, tokens.num_patches) if most is None else min(most, tokens.num_patches)
+    return KeepMap(with_prefix(order[:, :length], prefix), tokens.length, real_rows(counts, length, prefix))
+
+
 def raster_order(tokens: Tokens) -> Tensor | None:
     """Patches by their place in the image [B, M], padding last; None while they stand that way."""
     if tokens.positions is None and tokens.valid is None:

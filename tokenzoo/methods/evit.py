@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from ..core.fusing import fuse, left_out
-from ..core.keep_rate import KeepRate
+from ..core.keep_rate import MASS, KeepBest
 from ..core.method import BlockShape, Step
 from ..core.registry import register
-from ..core.schedule import kept_of, kept_patches
-from ..core.selection import importance_macs, keep_best
+from ..core.schedule import kept_patches
+from ..core.selection import importance_macs
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits
@@ -20,7 +20,7 @@ from ..maps import TokenMap
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class EViT(KeepRate):
+class EViT(KeepBest):
     """Keeps the patches with the highest class attention and fuses the rest into one attention-weighted token.
 
     A fused token is an ordinary candidate at later layers. Without a class token, patches are ranked and weighted by
@@ -38,7 +38,7 @@ class EViT(KeepRate):
     name = "evit"
     source = "Liang et al., ICLR 2022"
     kind = "prune + fuse"
-    traits = Traits(mixes=lambda m: m.fuse_token)
+    traits = Traits(mixes=lambda m: m.fuse_token, **MASS)
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
         patches = n - layout.num_prefix
@@ -46,11 +46,9 @@ class EViT(KeepRate):
         return n if kept == patches else layout.num_prefix + kept + self.fuse_token
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        if kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
-            return None
         importance = signals.importance
-        keep = keep_best(importance, tokens, kept_of(step, tokens.layout))
-        if not self.fuse_token:
+        keep = self.best(importance, tokens, step)
+        if keep is None or not self.fuse_token:
             return keep
         gone = left_out(keep, tokens)
         # the weights carry gradient, the choice does not

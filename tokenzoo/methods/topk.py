@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.keep_rate import KeepRate
+from ..core.keep_rate import KeepBest
 from ..core.method import BlockShape, Step
 from ..core.registry import register
-from ..core.schedule import kept_of, kept_patches
-from ..core.selection import importance_macs, keep_best
+from ..core.selection import importance_macs
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..maps import TokenMap
@@ -16,7 +15,7 @@ from ..maps import TokenMap
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class TopK(KeepRate):
+class TopK(KeepBest):
     """Keeps the patches with the highest class attention and drops the rest, without fusion.
 
     Without a class token, patches are ranked by the mean attention they receive.
@@ -29,9 +28,7 @@ class TopK(KeepRate):
     kind = "prune"
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        if kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
-            return None
-        return keep_best(signals.importance, tokens, kept_of(step, tokens.layout))
+        return self.best(signals.importance, tokens, step)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return importance_macs(n, shape, layout)

@@ -5,13 +5,14 @@ from .base import Schedule
 from .budget import Budget, open_counts
 from .cells import Cells, Grid, cells_of, scaled_cells
 from .keep import Keep, check_rates, kept_of, kept_patches, quarters
+from .keep_mass import KeepMass
 from .per_layer import cosine_keep_rate, even_removal, keep_count, removed_per_layer, spread
 from .remove import Either, Remove, RemoveAll, half_of
 from .share import Share
 from .stages import Stage, Stages
 
 __all__ = [
-    "Balanced", "Budget", "Cells", "Either", "Grid", "Keep", "Remove", "RemoveAll", "Schedule", "Share", "Stage",
-    "Stages", "cells_of", "check_rates", "cosine_keep_rate", "even_removal", "half_of", "keep_count", "kept_of",
-    "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells", "spread",
+    "Balanced", "Budget", "Cells", "Either", "Grid", "Keep", "KeepMass", "Remove", "RemoveAll", "Schedule", "Share",
+    "Stage", "Stages", "cells_of", "check_rates", "cosine_keep_rate", "even_removal", "half_of", "keep_count",
+    "kept_of", "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells", "spread",
 ]  # fmt: skip
