@@ -98,8 +98,8 @@ def test_readme_code_runs(namespace, capsys):
 
 
 # the sketches of docs/architecture.md are methods to come; docs/explain.md needs libraries of others and gradients, and
-# is run by tests/interop/test_grad_cam.py
-ELSEWHERE = {"architecture", "explain"}
+# is run by tests/interop/test_grad_cam.py; docs/learned.md by tests/test_learned.py
+ELSEWHERE = {"architecture", "explain", "learned"}
 CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"), "python") and path.stem not in ELSEWHERE]
 
 

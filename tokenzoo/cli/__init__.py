@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..core.plugins import import_plugins
+from .common import add_import
+
 COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "export")
 
 
@@ -26,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
+        if name not in ("train", "segment"):  # flags of the first can stand in a file, the other has parsers of its own
+            add_import(sub)
         sub.set_defaults(run=module.run)
     return parser
 
@@ -34,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; user errors end with one line on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
+        import_plugins(getattr(args, "imports", ()))
         return args.run(args) or 0
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         sys.stderr.write(f"tokenzoo {args.command}: {error}\n")

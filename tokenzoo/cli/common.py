@@ -23,6 +23,18 @@ def say(text: str = "") -> None:
     sys.stdout.write(text + "\n")
 
 
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """--import MODULE [MODULE ...]."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="modules or Python files that register methods or backbones of your own",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --checkpoint, --pretrained, --num-classes, --img-size, --model-kwargs, --device, --threads, --seed."""
     group = parser.add_argument_group("model")

@@ -6,6 +6,8 @@ import argparse
 from importlib import import_module
 from importlib.util import find_spec
 
+from .common import add_import
+
 # an action is its file: what is not there is not offered
 ACTIONS = tuple(name for name in ("eval", "predict", "train") if find_spec(f"{__package__}.segment_{name}"))
 HELP = f"segmentation with a trained model: {', '.join(ACTIONS)}"
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
+        add_import(sub)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a folder")
-    kept = {key: value for key, value in vars(args).items() if key not in ("run", "command", "action")}
+    kept = {key: value for key, value in vars(args).items() if key not in ("run", "command", "action", "imports")}
     kept = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
     if args.resume and (output / "last.pt").exists():
         _check_same(kept, output / "args.yaml")

@@ -26,7 +26,7 @@ class Step(Protocol):
     """A model with its losses, a module: called with images, target and the number of the update."""
 
     model: nn.Module
-    parts: tuple[str, ...]  # the parts of `PARTS` that come back beside "loss"
+    parts: tuple[str, ...]  # what comes back beside "loss": parts of `PARTS`, then those that methods bring
 
     def __call__(self, images: Tensor, target: Tensor, update: int) -> dict[str, Tensor]: ...
 
@@ -110,6 +110,11 @@ class Engine:
         self.clear()
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """All parts whose sums are kept: those of `PARTS`, there or not, then those that methods bring."""
+        return (*PARTS, *(part for part in self.step.parts if part not in PARTS))
+
+    @property
     def updates(self) -> int:
         """Updates an epoch has; the last may see fewer batches."""
         return -(-len(self.batches) // self.pace.grad_accum_steps)
@@ -117,7 +122,7 @@ class Engine:
     def clear(self) -> None:
         """Forgets the losses summed so far."""
         # batches, losses that are no numbers, the loss and its parts
-        self.sums = torch.zeros(3 + len(PARTS), dtype=torch.float64, device=self.world.device)
+        self.sums = torch.zeros(3 + len(self.parts), dtype=torch.float64, device=self.world.device)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of this."""
@@ -184,7 +189,7 @@ class Engine:
                     save(done)
         self.check(epoch, total - 1)
         values = self.world.total(self.sums).tolist()
-        names = ("train_loss", *(f"train_{part}" for part in PARTS))
+        names = ("train_loss", *(f"train_{part}" for part in self.parts))
         means = {name: value / values[0] for name, value in zip(names, values[2:])}
         absent = {f"train_{part}" for part in PARTS} - {f"train_{part}" for part in self.step.parts}
         return {"lr": lr, "keep_rate": keep_rate, **{k: v for k, v in means.items() if k not in absent}}
@@ -192,7 +197,7 @@ class Engine:
     def _note(self, losses: dict[str, Tensor]) -> None:
         loss = losses["loss"].detach().double()
         zero = torch.zeros_like(loss)
-        parts = [losses[part].detach().double() if part in losses else zero for part in PARTS]
+        parts = [losses[part].detach().double() if part in losses else zero for part in self.parts]
         self.sums += torch.stack([zero + 1, (~loss.isfinite()).double(), loss, *parts])
 
     def _update(self, update: int) -> None:

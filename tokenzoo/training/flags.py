@@ -54,6 +54,10 @@ def _model(parser: argparse.ArgumentParser) -> None:
 def _method(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("token reduction, and what it brings into training")
     add = group.add_argument
+    add(
+        "--import", dest="imports", nargs="+", default=[], metavar="MODULE",
+        help="modules or Python files that register methods or backbones of your own",
+    )  # fmt: skip
     add("--method", default=None, help=f"one of {', '.join(list_methods())}, or a recipe.yaml; none trains unpatched")
     add("--method-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="options of the method")
     add("--flops", type=float, default=None, help="share of the unpatched multiply-adds to solve for")

@@ -1,4 +1,4 @@
-"""The loss of a training step: cross-entropy, a teacher, and a second pass that reduces less."""
+"""The loss of a training step: cross-entropy, a teacher, what methods owe, and a second pass that reduces less."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from ..adapters.inspect import is_patched
 from ..adapters.wrappers import backbone_of
 from ..apply.patch import update_method
+from ..core.learned import Teaching
 from ..core.tokens import Layout, Tokens
 from ..evaluation.runs import shared_copy
 from .consistency import token_consistency
+from .owed import losses_owed, names_owed
 from .seeds import STRENGTH, seed_of
 from .token_distillation import check_tokens, full_layout, patch_tokens, token_distillation
 
 # new parts come last: the sums in a checkpoint go by place
 PARTS = ("task", "distillation", "second_task", "consistency", "token_distillation")
+
+_NOBODY = Teaching()
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -54,18 +58,20 @@ def second_strength(r: int | float, limit: float, seed: int, update: int) -> int
     return drawn / 100 if share else drawn
 
 
-class _Taught(NamedTuple):
-    """What a teacher says about images.
+class _Answer(NamedTuple):
+    """What one forward pass gives to the losses.
 
     Attributes:
-        logits: [B, K], None where they are not asked for.
-        places: normed patch tokens [B, N, C], None where they are not asked for.
-        layout: sequence of a student that is not patched, None for patched ones, who say themselves.
+        logits: [B, K].
+        token: the normed class token [B, C], None where it is not asked for.
+        apart: distance of the tokens from the teacher's, None without.
+        owed: losses of methods by name.
     """
 
-    logits: Tensor | None = None
-    places: Tensor | None = None
-    layout: Layout | None = None
+    logits: Tensor
+    token: Tensor | None = None
+    apart: Tensor | None = None
+    owed: dict[str, Tensor] = {}
 
 
 class TrainStep(nn.Module):
@@ -94,6 +100,7 @@ class TrainStep(nn.Module):
             check_tokens(teacher, "teacher")
         self.consistency, self.limit = args.consistency, args.consistency_r
         self.strength: int | float = 0
+        self.owed = names_owed(model)
         self.threshold, self.second_weight = args.consistency_threshold, args.consistency_task
         # lists hide modules: teacher and second pass are no parameters of their own
         self._teacher = [teacher]
@@ -120,10 +127,10 @@ class TrainStep(nn.Module):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of `PARTS` that this loss has."""
+        """The parts of `PARTS` that this loss has, and what methods owe."""
         answers = self._teacher[0] is not None and self.kd_weight > 0
         has = (True, answers, *[self._second[0] is not None] * 2, self.token_weight > 0)
-        return tuple(part for part, there in zip(PARTS, has) if there)
+        return (*(part for part, there in zip(PARTS, has) if there), *self.owed)
 
     def train(self, mode: bool = True) -> TrainStep:
         super().train(mode)
@@ -139,37 +146,41 @@ class TrainStep(nn.Module):
             target: class indices [B], or soft targets [B, K].
             update: number of the update since the start of the run.
         """
-        second, taught = self._second[0], self._taught(images)
-        logits, token, apart = self._forward(self.model, images, second is not None, taught.places, taught.layout)
+        second, (teaching, layout) = self._second[0], self._taught(images)
+        owing = len(self.owed) > 0
+        logits, token, apart, owed = self._forward(self.model, images, second is not None, teaching, layout, owing)
         parts = {"task": self._task(logits, target)}
         loss = parts["task"]
-        if taught.logits is not None:
-            parts["distillation"] = distillation(logits, taught.logits, self.kd_temperature)
+        if teaching.logits is not None:
+            parts["distillation"] = distillation(logits, teaching.logits, self.kd_temperature)
             loss = loss + self.kd_weight * parts["distillation"]
         if apart is not None:
             parts["token_distillation"] = apart
             loss = loss + self.token_weight * apart
         if second is not None:
             update_method(second, r=second_strength(self.strength, self.limit, self.seed, update))
-            second_logits, second_token, _ = _answer(second, images, True)
-            parts["second_task"] = self._task(second_logits, target)
+            weaker = _answer(second, images, True)
+            parts["second_task"] = self._task(weaker.logits, target)
             parts["consistency"] = token_consistency(
-                token.float(), second_token.float(), logits, target, self.threshold
+                token.float(), weaker.token.float(), logits, target, self.threshold
             ).loss
             loss = loss + self.second_weight * parts["second_task"] + self.consistency * parts["consistency"]
-        return {"loss": loss, **parts}
+        for part in owed.values():  # weighted by the method
+            loss = loss + part
+        return {"loss": loss, **parts, **owed}
 
     @torch.no_grad()
-    def _taught(self, images: Tensor) -> _Taught:
+    def _taught(self, images: Tensor) -> tuple[Teaching, Layout | None]:
+        """What the teacher says, and the sequence of a student that is not patched (patched ones say themselves)."""
         teacher = self._teacher[0]
         if teacher is None:
-            return _Taught()
+            return _NOBODY, None
         if not self.token_weight:
-            return _Taught(teacher(images) if self.kd_weight else None)
+            return Teaching(teacher(images) if self.kd_weight else None), None
         features = teacher.forward_features(images)
         logits = teacher.forward_head(features) if self.kd_weight else None
         layout = None if is_patched(self.model) else full_layout(self.model, images)
-        return _Taught(logits, patch_tokens(features, full_layout(teacher, images)), layout)
+        return Teaching(logits, patch_tokens(features, full_layout(teacher, images))), layout
 
     def _task(self, logits: Tensor, target: Tensor) -> Tensor:
         smoothing = self.smoothing if target.dim() == 1 else 0.0  # mixing smooths its targets itself
@@ -180,27 +191,31 @@ def _answer(
     model: nn.Module,
     images: Tensor,
     with_token: bool,
-    places: Tensor | None = None,
+    teaching: Teaching = _NOBODY,
     layout: Layout | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    owing: bool = False,
+) -> _Answer:
     """One forward pass; losses on tokens are part of it, so that a compiled one hands out tensors only.
 
     Args:
         model: patched or not.
         images: [B, C, H, W].
         with_token: also return the normed class token [B, C].
-        places: the teacher's patch tokens [B, N, C]; also return the distance from them.
-        layout: sequence of a model that is not patched, needed with `places`.
+        teaching: what the teacher says; where it gives tokens, also return the distance from them.
+        layout: sequence of a model that is not patched, needed with the teacher's tokens.
+        owing: also return what methods owe.
     """
-    if not with_token and places is None:
-        return model(images), None, None
+    places = teaching.tokens
+    if not with_token and places is None and not owing:
+        return _Answer(model(images))
     if layout is None:
         x = tokens = model.forward_tokens(images, trace=places is not None)
     else:
         x = model.forward_features(images)
         tokens = Tokens(patch_tokens(x, layout), layout._replace(num_prefix=0, added=0))
     apart = None if places is None else token_distillation(tokens, places)
-    return model.forward_head(x), tokens.x[:, 0] if with_token else None, apart
+    owed = losses_owed(model, tokens, teaching) if owing else {}
+    return _Answer(model.forward_head(x), tokens.x[:, 0] if with_token else None, apart, owed)
 
 
 def unused_parameters(step: TrainStep, batch: tuple[Tensor, Tensor], context: Any) -> list[str]:

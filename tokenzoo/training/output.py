@@ -62,7 +62,8 @@ class Output:
         """summary.csv and curve.png from all rows."""
         part = self.folder / "summary.csv.part"
         with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            owed = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)  # losses of methods
+            writer = csv.DictWriter(file, (*COLUMNS, *owed))
             writer.writeheader()
             writer.writerows(rows)
         os.replace(part, self.folder / "summary.csv")

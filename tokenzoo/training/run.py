@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.plugins import import_plugins
 from ..cost.report import report
 from ..evaluation.environment import command_line, environment
 from ..evaluation.loading import data_config
@@ -52,6 +53,7 @@ def train(
         ValueError: options, data or a recipe that do not fit together, or a loss that is no number.
         TypeError: a model that the method cannot be put on.
     """
+    import_plugins(args.imports)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.deterministic:

@@ -20,7 +20,8 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
     A kept token is compared with the teacher's at its place; a merged one with the mean of the teacher's tokens that it
     was merged from, by the weights that they merged with (a fused token of EViT by the attention to what it stands
     for, scaled to sum to one; a token that CTS cut anew by the patches it covers). Dropped patches and padding do not
-    count, nor do class and other prefix tokens. Where all tokens are left, or there again, all are compared.
+    count, nor do tokens behind closed gates while a method learns, nor class and other prefix tokens. Where all tokens
+    are left, or there again, all are compared.
 
     Args:
         student: normed tokens from `forward_tokens(images, trace=True)`; gradients flow into their values alone, not
@@ -49,9 +50,12 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
         for step in student.trace or ():
             wanted = step.map.means(wanted)
     apart = (student.x[:, prefix:].to(kind) - wanted[:, prefix:]).square().mean(2)
-    if student.valid is None:
+    if student.valid is None and student.gate is None:
         return apart.sum() / max(1, apart.shape[0] * apart.shape[1])
-    real = student.valid[:, prefix:].to(kind)
+    real = student.valid if student.valid is not None else torch.ones_like(student.gate.closed)
+    if student.gate is not None:
+        real = real & ~student.gate.closed
+    real = real[:, prefix:].to(kind)
     return (apart * real).sum() / real.sum().clamp(min=1)
 
 

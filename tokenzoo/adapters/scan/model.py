@@ -30,6 +30,7 @@ class ScanModel(ReducingModel):
 
     has_class = False  # a class token is one place of the scan among others
     takes_added = False
+    takes_gates = False
 
     def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
         size = recipe is not None and recipe.track_size

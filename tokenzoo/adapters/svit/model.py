@@ -54,6 +54,7 @@ class ReducingSViT(ReducingModel, SViT):
 
     has_class = False
     takes_added = False
+    takes_gates = False
     num_prefix_tokens = 0
 
     @property

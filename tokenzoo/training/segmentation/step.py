@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...evaluation.runs import Precision
 from ..batches import Batch
+from ..owed import names_owed
 from .augment import IGNORE, Gallery, Views
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,11 @@ class SegmentStep(nn.Module):
 
     def __init__(self, model: nn.Module, weight: Tensor | None, amp: bool, frozen: bool, steps: int) -> None:
         super().__init__()
+        if owed := names_owed(model):
+            raise ValueError(
+                f"{', '.join(owed)} would be left out: the trainer of segmentation models does not bring in losses of "
+                "methods; train the backbone with tokenzoo train first"
+            )
         self.model, self.weight, self.frozen, self.steps = model, weight, frozen, steps
         self.precision = Precision(amp=torch.bfloat16 if amp else None)
 
