@@ -29,6 +29,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
+    "pitome": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "pool": ({"stride": 1}, {"stride": 2}, {}),
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
