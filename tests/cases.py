@@ -34,6 +34,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
     "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),
+    "tofu": ({"r": 0}, {"r": 2}, {}),
     "tome": ({"r": 0}, {"r": 2}, {}),
     "tomesd": ({"ratio": 0.0}, {"ratio": 0.75, "branches": ("attention", "mlp")}, {}),
     "topk": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),

@@ -46,6 +46,11 @@ MORE = [
     {"method": "tomesd", "seed": 3, "ratio": 0.7},
     {"method": "evo", "keep_rate": 0.2, "layers": (1, 2, 3)},
     {"method": "ats", "layers": (1, 2), "max_tokens": 6},
+    {"method": "pitome", "keep_rate": 0.5, "ordered": "none", "metric": "tokens"},
+    {"method": "pitome", "keep_rate": (0.9, 0.5, 0.6, 0.5), "ordered": "all", "prop_attn": True},
+    {"method": "pitome", "keep_rate": 0.6, "ordered": "none", "energy": "gaussian", "mass_pool": True},
+    {"method": "tofu", "r": [8, 2, 1], "early": 0},
+    {"method": "tofu", "r": 3, "early": 1, "rule": "ports"},
 ]  # fmt: skip
 PAIRS = [
     ["ats", "tome"], ["ats", "evit"], ["ats", "uniform"], ["ats", "mctf"], ["ats", "pool"], ["ats", "tomesd"],
