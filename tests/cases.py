@@ -31,6 +31,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
     "pitome": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "pool": ({"stride": 1}, {"stride": 2}, {}),
+    "ppt": ({"r": 0}, {"r": 2, "threshold": 7e-3}, {}),
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
     "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),

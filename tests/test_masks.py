@@ -51,6 +51,9 @@ MORE = [
     {"method": "pitome", "keep_rate": 0.6, "ordered": "none", "energy": "gaussian", "mass_pool": True},
     {"method": "tofu", "r": [8, 2, 1], "early": 0},
     {"method": "tofu", "r": 3, "early": 1, "rule": "ports"},
+    {"method": "ppt", "r": [6, 3, 2], "layers": (0, 1, 2), "threshold": 2e-2, "prop_attn": False},
+    {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 0},
+    {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 1.0},
 ]  # fmt: skip
 PAIRS = [
     ["ats", "tome"], ["ats", "evit"], ["ats", "uniform"], ["ats", "mctf"], ["ats", "pool"], ["ats", "tomesd"],

@@ -16,7 +16,7 @@ class MlerpMap(MergeMap):
     tokens) gives way to the token that heads the group.
 
     Args:
-        order, src, slot, n_in, weight, valid, counted: as for `MergeMap`.
+        order, src, slot, n_in, weight, valid, counted, drops: as for `MergeMap`.
         divisor: what the mean is divided by before: "mean", its own norm, or "head", that of the token that heads the
             group, which preserves no norm.
     """
@@ -31,8 +31,9 @@ class MlerpMap(MergeMap):
         divisor: str = "mean",
         valid: Tensor | None = None,
         counted: Tensor | None = None,
+        drops: bool = False,
     ) -> None:
-        super().__init__(order, src, slot, n_in, weight, "mean", valid, counted)
+        super().__init__(order, src, slot, n_in, weight, "mean", valid, counted, drops)
         self.divisor, self.linear = divisor, False
 
     def masked(self, visible: Tensor) -> MlerpMap:
@@ -40,7 +41,7 @@ class MlerpMap(MergeMap):
             return self
         assign = self.assign
         order, weight = visible_groups(assign, self.order, self.weight, visible)
-        return MlerpMap.from_assign(order, assign, weight, self.valid, self.divisor)
+        return MlerpMap.from_assign(order, assign, weight, self.valid, self.divisor, drops=self.drops)
 
     def apply(self, x: Tensor) -> Tensor:
         mean = super().apply(x)
