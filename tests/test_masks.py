@@ -48,6 +48,14 @@ MORE = [
     {"method": "ats", "layers": (1, 2), "max_tokens": 6},
     {"method": "topk", "mass": 0.7, "layers": (1, 2)},
     {"method": "evit", "mass": 0.7, "tokens": 6, "layers": (1, 2)},
+    {"method": "pitome", "keep_rate": 0.5, "ordered": "none", "metric": "tokens"},
+    {"method": "pitome", "keep_rate": (0.9, 0.5, 0.6, 0.5), "ordered": "all", "prop_attn": True},
+    {"method": "pitome", "keep_rate": 0.6, "ordered": "none", "energy": "gaussian", "mass_pool": True},
+    {"method": "tofu", "r": [8, 2, 1], "early": 0},
+    {"method": "tofu", "r": 3, "early": 1, "rule": "ports"},
+    {"method": "ppt", "r": [6, 3, 2], "layers": (0, 1, 2), "threshold": 2e-2, "prop_attn": False},
+    {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 0},
+    {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 1.0},
 ]  # fmt: skip
 PAIRS = [
     ["ats", "tome"], ["ats", "evit"], ["ats", "uniform"], ["ats", "mctf"], ["ats", "pool"], ["ats", "tomesd"],

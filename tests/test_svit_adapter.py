@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -619,12 +620,13 @@ def test_budgets(method):
         try:
             tokenzoo.patch_model(model, method, flops=share)
         except ValueError as error:
-            assert f"flops={share} cannot be reached" in str(error)
+            found = re.fullmatch(rf"flops={share} cannot be reached: .* leaves ([\d.]+) of .*", str(error))
+            assert found and share < float(found.group(1))
             continue
         assert tokenzoo.report(model).ratio == pytest.approx(share, abs=0.012)
         tokenzoo.unpatch_model(model)
         reached += 1
-    assert reached >= 2
+    assert reached >= 1
 
 
 def test_strengths_count_the_tokens_of_each_stage():

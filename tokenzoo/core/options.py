@@ -60,6 +60,25 @@ def number(
     return option(default, check)
 
 
+def numbers(hint: str, below: float | None = None) -> Check:
+    """A number, or one per layer.
+
+    Args:
+        hint: what to give instead, for the message.
+        below: value that each has to stay under.
+    """
+
+    def check(name: str, field: str, value: Any) -> Any:
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, bool) or not isinstance(each, (int, float)):
+                raise TypeError(f"{name}: {field}={value!r}; give {hint}, or one per layer")
+            if each != each or (below is not None and each >= below):
+                raise ValueError(f"{name}: {field}={value!r}; give {hint}, or one per layer")
+        return value
+
+    return check
+
+
 def _range(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
     if (most, below) == (None, None):
         return " is negative" if least == 0 else " has to be positive" if above == 0 else f" is below {least or above}"

@@ -50,6 +50,13 @@ def with_prefix(patches: Tensor, num_prefix: int) -> Tensor:
     return torch.cat([prefix, patches + num_prefix], dim=1)
 
 
+def groups_with_prefix(assign: Tensor, is_head: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """A grouping of the patches (see `maps.group_map`) [B, M] each as one of all tokens [B, num_prefix + M]."""
+    front = torch.arange(num_prefix, device=assign.device).expand(assign.shape[0], -1)
+    assign = torch.cat([front, torch.where(assign >= 0, assign + num_prefix, -1)], dim=1)
+    return assign, torch.cat([torch.ones_like(front, dtype=torch.bool), is_head], dim=1)
+
+
 def real_rows(counts: Tensor | None, length: int, num_prefix: int) -> Tensor | None:
     """Validity [B, num_prefix + length] of rows that hold `counts` [B, 1] real patches in front."""
     if counts is None:

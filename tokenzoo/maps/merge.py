@@ -25,6 +25,7 @@ class MergeMap(TokenMap):
         valid: [B, N'] bool or None.
         counted: [B, N, 1] bool, False for sources that a sum or a maximum leaves out (a mask hides them); None where
             all take part.
+        drops: whether a slot of -1 may be that of a real token.
     """
 
     whole = True
@@ -39,10 +40,11 @@ class MergeMap(TokenMap):
         reduce: str = "mean",
         valid: Tensor | None = None,
         counted: Tensor | None = None,
+        drops: bool = False,
     ) -> None:
         self.order, self.src, self.slot, self.n_in, self.weight = order, src, slot, n_in, weight
         self.n_out, self.reduce, self.valid = order.shape[1], reduce, valid
-        self.counted = counted
+        self.counted, self.drops = counted, drops
         self.linear = reduce != "max"
 
     @classmethod
@@ -54,13 +56,14 @@ class MergeMap(TokenMap):
         valid: Tensor | None = None,
         reduce: str = "mean",
         counted: Tensor | None = None,
+        drops: bool = False,
     ) -> MergeMap:
         """A map given by the new index of every token [B, N] (-1 drops it) and the head of every new one [B, N']."""
         n_in, n_out = assign.shape[1], order.shape[1]
         is_head = scatter_values(n_in, order, torch.ones_like(order), 0)
         # heads come last, so the first N - N' entries are the sources
         src = stable_order(is_head)[:, : n_in - n_out]
-        return cls(order, src, assign.gather(1, src), n_in, weight, reduce, valid, counted)
+        return cls(order, src, assign.gather(1, src), n_in, weight, reduce, valid, counted, drops)
 
     @property
     def heads(self) -> Tensor:
@@ -77,10 +80,10 @@ class MergeMap(TokenMap):
         assign = self.assign
         if self.reduce == "mean":
             order, weight = visible_groups(assign, self.order, self.weight, visible)
-            return MergeMap.from_assign(order, assign, weight, self.valid)
+            return MergeMap.from_assign(order, assign, weight, self.valid, drops=self.drops)
         order, seen = visible_groups(assign, self.order, None, visible)
         counted = seen > 0 if self.counted is None else (seen > 0) & self.counted
-        return MergeMap.from_assign(order, assign, self.weight, self.valid, self.reduce, counted)
+        return MergeMap.from_assign(order, assign, self.weight, self.valid, self.reduce, counted, self.drops)
 
     def arranged(self, rows: Tensor) -> MergeMap:
         order, valid = self.order.gather(1, rows), None if self.valid is None else self.valid.gather(1, rows)

@@ -145,6 +145,16 @@ def attention_received(heads: Heads, bias: Tensor | None = None, queries: Tensor
     return received / queries.sum(1, keepdim=True).clamp(min=1)
 
 
+def significance(importance: Tensor, values: Tensor) -> Tensor:
+    """Importance times the norm of the values over all heads [B, N] float32 (Fayyaz et al., ECCV 2022).
+
+    Args:
+        importance: [B, N].
+        values: [B, N, H, Dv].
+    """
+    return importance * values.float().flatten(2).norm(dim=2)
+
+
 def _slices(total: int, heads: Heads) -> list[tuple[int, int]]:
     """(start, stop) of the slices of query rows."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()

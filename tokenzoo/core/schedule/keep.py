@@ -26,11 +26,13 @@ class Keep(Schedule):
     Args:
         rounding: patches that a rate keeps of n.
         lowest: patches that are left at least when `flops=` asks for as few as possible.
+        share: share of the patches that has to stay, rounded down (half of them where tokens merge in pairs).
     """
 
     layers: Callable[[int], Sequence[int]] | None = quarters
     rounding: Callable[[float, int], int] = keep_count
     lowest: float = 0.5
+    share: float = 0.0
 
     def parse(self, method: Any) -> dict[str, Any]:
         check_rates(method)
@@ -48,15 +50,22 @@ class Keep(Schedule):
 
     def count(self, n: int, step: Step, layout: Layout) -> int:
         """Patches that remain."""
-        rate, count = step.strength
+        rate, count = step.strength[:2]  # what follows is the method's own
         return self.rounding(rate, n - layout.num_prefix) if count is None else count
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        return layout.num_prefix + kept_patches(n, step, layout)
+        kept, patches = kept_patches(n, step, layout), n - layout.num_prefix
+        if kept < patches - int(patches * (1 - self.share)):
+            raise step.error(
+                f"keep_rate={step.strength[0]} leaves {kept} of {patches} patches, but at most "
+                f"{int(patches * (1 - self.share))} can go in one block; raise it"
+            )
+        return layout.num_prefix + kept
 
     def dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
         counts = {"tokens": None} if "tokens" in method.options() else {}
-        return {"keep_rate": 1 - t * (1 - self.lowest / layout.num_patches), **counts}
+        lowest = max(self.share, self.lowest / layout.num_patches)
+        return {"keep_rate": 1 - t * (1 - lowest), **counts}
 
 
 def check_rates(method: Any) -> None:

@@ -18,6 +18,11 @@ def half_of(method: Any, n: int, num_prefix: int) -> int:
     return (n - num_prefix) // 2
 
 
+def _asked(step: Step) -> int | float:
+    """r of a step; a method that keeps more per block has it in front."""
+    return step.strength[0] if isinstance(step.strength, tuple) else step.strength
+
+
 @dataclass(frozen=True)
 class Remove(Schedule):
     """A number of patches to remove per block: the options `r` (in ToMe's forms) and, where there is one, `clip`.
@@ -53,15 +58,16 @@ class Remove(Schedule):
 
     def count(self, n: int, step: Step, layout: Layout) -> int:
         """Patches that the strength asks to remove."""
-        return int((n - layout.num_prefix) * step.strength) if isinstance(step.strength, float) else step.strength
+        r = _asked(step)
+        return int((n - layout.num_prefix) * r) if isinstance(r, float) else r
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
-        asked, limit = step.count(n, layout), half_of if isinstance(step.strength, float) else self.limit
+        asked, limit = step.count(n, layout), half_of if isinstance(_asked(step), float) else self.limit
         most, clip = limit(step.method, n, layout.num_prefix), getattr(step.method, "clip", None)
         if asked > most and not clip:
             remedy = "" if clip is None else ", or set clip=True to merge what is possible"
             raise step.error(
-                f"r={step.strength} cannot be reached, at most {most} of {n} tokens can merge{self.why(step.method)}; "
+                f"r={_asked(step)} cannot be reached, at most {most} of {n} tokens can merge{self.why(step.method)}; "
                 f"lower r, give a list with one r per block{remedy}"
             )
         return n - min(asked, most)
