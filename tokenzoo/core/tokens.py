@@ -217,6 +217,12 @@ class Tokens(NamedTuple):
         """Real patch tokens of each image [B], None when there is no padding."""
         return None if self.valid is None else self.valid[:, self.layout.num_prefix :].sum(1)
 
+    @property
+    def seen_patches(self) -> Tensor | None:
+        """Patch tokens that count [B, M] bool, neither padding nor hidden; None when all do."""
+        seen = self.valid if self.visible is None else self.visible
+        return None if seen is None else seen[:, self.layout.num_prefix :]
+
     def sizes(self) -> Tensor:
         """Token sizes [B, N, 1] float32, ones where nothing was merged yet."""
         if self.size is not None:
