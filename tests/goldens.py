@@ -75,8 +75,8 @@ def is_other(file: str) -> bool:
 
 
 def files(method: str) -> list[str]:
-    """Files of a method's folder that record this method, without suffix."""
-    return [file for file in all_files(method) if not is_other(file)]
+    """Files of a method's folder that record this method, without suffix; all of a folder of several methods."""
+    return [file for file in all_files(method) if method in PARTLY or not is_other(file)]
 
 
 def left_alone() -> dict[str, str]:

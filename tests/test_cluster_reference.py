@@ -10,8 +10,10 @@ from tokenzoo.core.grouping import around_centres
 from tokenzoo.core.selection import keep_patches
 from tokenzoo.core.step import Step
 from tokenzoo.core.tokens import Layout, Tokens
+from tokenzoo.methods.kmedoids import KMedoids
 from tokenzoo.methods.radial import Radial, ball, radii
 from tokenzoo.ops.cells.density import peak_scores
+from tokenzoo.ops.cells.medoids import farthest_first, refine
 from tokenzoo.ops.distances import squared_distances
 
 
@@ -101,3 +103,75 @@ def test_balls(grid, pattern):
     bound = sorted(radii(grid, pattern))[kept.n_out - 2]
     inside = [i for i, r in enumerate(radii(grid, pattern)) if r <= bound]
     assert sorted((kept.heads[0, 1:] - 1).tolist()) == inside
+
+
+def medoids(x: Tensor, first: list[int], rounds: int, weight: list[float] | None) -> list[int]:
+    """Medoids of one image after some rounds, from the equations."""
+    d, found = apart(x), list(first)
+    for _ in range(rounds):
+        labels = [min(range(len(found)), key=lambda c: d[i][found[c]]) for i in range(len(d))]
+        for number, centre in enumerate(found):
+            labels[centre] = number
+        for number in range(len(found)):
+            inside = [i for i in range(len(d)) if labels[i] == number]
+            if weight is None:
+                costs = {i: sum(d[i][j] for j in inside) for i in inside}
+            else:
+                costs = {i: weight[i] * sum(d[i]) for i in inside}
+            # two members are exact ties: the first
+            found[number] = min(inside, key=lambda i: round(costs[i], 5))
+    return found
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+def test_medoids(weighs):
+    x = drawn(length=24)
+    weight = torch.rand(3, 24, generator=torch.Generator().manual_seed(1)) if weighs else None
+    distances = squared_distances(x).sqrt()
+    first = farthest_first(x.norm(dim=2), distances, 6)
+    found = refine(distances, first, 4, weight)
+    for i in range(3):
+        d = apart(x[i])
+        chosen = [max(range(24), key=lambda j: math.hypot(*x[i, j].double().tolist()))]
+        while len(chosen) < 6:
+            chosen.append(max(range(24), key=lambda j: min(d[j][c] for c in chosen)))
+        assert first[i].tolist() == chosen
+        assert found[i].tolist() == medoids(x[i], chosen, 4, weight[i].double().tolist() if weighs else None)
+
+
+@pytest.mark.parametrize("options", [
+    {"start": "farthest", "cost": "cluster"}, {"start": "farthest", "cost": "attention"}, {"cost": "cluster"},
+    {"mean": True}, {"mean": True, "start": "farthest", "cost": "cluster"},
+], ids=str)  # fmt: skip
+def test_hidden_and_missing_patches(options):
+    """Every form of k-medoids: no mate and no hidden patch has a part in what an image keeps."""
+    x = drawn(length=17)
+    seen = torch.ones(3, 17, dtype=torch.bool)
+    seen[1, 11:] = seen[2, 4:] = False
+    method = KMedoids(keep_rate=0.5, layers=(1,), **options)
+    step = Step(method, 1, (0.5, None, False))
+    scores = torch.rand(3, 17, generator=torch.Generator().manual_seed(2))
+    for hides in (False, True):
+        kept = []
+        for noise in (0.0, 30.0):
+            values, marks = x + noise * ~seen.unsqueeze(2), scores + noise * ~seen
+            layout = Layout(1, True, (4, 4))
+            tokens = Tokens(values, layout, valid=None if hides else seen, visible=seen, scores=marks)
+            found = method.map(tokens, None, step).masked(seen)
+            visible = found.pool(seen.unsqueeze(2).float()) > 0
+            kept.append(torch.where(visible, found.apply(values), 0.0))
+        torch.testing.assert_close(*kept)
+        if hides:  # visible patches stay before any hidden one
+            assert visible.sum(1).flatten().tolist() == [9, 9, 4]
+        else:
+            alone = Tokens(x[1:2, :11], Layout(1, True, (4, 4)), scores=scores[1:2, :11])
+            torch.testing.assert_close(kept[0][1:2, :6], method.map(alone, None, step).apply(alone.x))
+
+
+def test_many_rounds_settle():
+    """Once medoids stay where they are, further rounds change nothing: no image waits for another."""
+    x = drawn(length=24)
+    distances = squared_distances(x).sqrt()
+    first = farthest_first(x.norm(dim=2), distances, 6)
+    assert torch.equal(refine(distances, first, 50), refine(distances, first, 51))
+    assert not torch.equal(refine(distances, first, 0), refine(distances, first, 50))

@@ -1,4 +1,4 @@
-"""Top-K, DPC-KNN and fixed patterns against the code base that compares reduction methods (Haurum et al.)."""
+"""Top-K, DPC-KNN, K-Medoids and fixed patterns against the code that compares reduction methods (Haurum et al.)."""
 
 import torch
 from goldens import Case, cases, check_settings, close
@@ -11,6 +11,7 @@ from tokenzoo.core.step import Step
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.methods.radial import Radial
 from tokenzoo.ops.cells.density import peak_scores
+from tokenzoo.ops.cells.medoids import clusters, refine
 from tokenzoo.ops.distances import squared_distances
 
 SHARED = ("method", "keep_rate", "reduction_loc")
@@ -84,3 +85,21 @@ def test_fixed_patterns(case: Case):
         kept = method.map(tokens, Signals(lambda: None, None, tokens), step)
         assert kept.n_out - 1 == mask.sum()
         assert torch.equal(kept.assign[0, 1:].view(mask.shape) >= 0, mask > 0)
+
+
+@cases("tokenreduction_zoo", lambda c: of("KMedoids")(c) and not c.settings["equal_weight"])
+def test_kmedoids(case: Case):
+    check_settings(case.settings, *SHARED, "cluster_iters", "equal_weight")
+    check_model(case, "kmedoids", iterations=case.settings["cluster_iters"])
+
+
+@cases("tokenreduction_zoo", lambda c: c.has("in/token_weight"))
+def test_medoids(case: Case):
+    s, x, weight = case.settings, case["in/x"], case["in/token_weight"].squeeze(2)
+    check_settings(s, "cluster_num", "iterations")
+    distances = squared_distances(x).sqrt()
+    first = weight.topk(s["cluster_num"], dim=1).indices
+    medoids = refine(distances, first, s["iterations"], weight)
+    assert torch.equal(medoids, case["out/index_center"])
+    assert torch.equal(clusters(distances, medoids), case["out/assignment"])
+    close(torch.stack([row[i] for row, i in zip(x, medoids)]), case["out/x"], 1e-6)

@@ -17,6 +17,7 @@ def squared_distances(x: Tensor) -> Tensor:
         x: [B, N, C].
     """
     x = x.detach().float()
+    x = x - x.mean(1, keepdim=True)  # what all tokens have in common would cancel to noise
     with full_precision(x):
         norm = x.square().sum(-1)
         found = torch.baddbmm(norm.unsqueeze(1), x, x.transpose(1, 2), alpha=-2) + norm.unsqueeze(2)
