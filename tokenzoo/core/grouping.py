@@ -1,4 +1,5 @@
-"""Which patches go into one token by their place alone: cells of the full grid, stretches where there is none."""
+"""Which patches go into one token: by their place alone (cells of the full grid, stretches where there is none), or
+around centres."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..maps import KeepMap, TokenMap, group_map
+from ..ops.cells.density import nearest_centre
 from ..ops.cells.regular import regular_cells
 from ..ops.rows import stable_order
 from .selection import own_counts, raster_order, real_rows
@@ -72,6 +75,25 @@ def stretches(tokens: Tokens, remaining: Callable[[int], int]) -> Groups:
     if own is not None:
         heads = _fill_unused(heads, assign)
     return Groups(heads, assign, real_rows(own, kept, layout.num_prefix))
+
+
+def around_centres(centres: KeepMap, distances: Tensor, tokens: Tokens, weight: Tensor | None = None) -> TokenMap:
+    """Every patch joins the nearest of some patches, these themselves.
+
+    Args:
+        centres: keeps the prefix and the centres; padding rows are centres of nothing.
+        distances: of all patches [B, M, M].
+        tokens: the tokens.
+        weight: weight of every token in the means [B, N, 1]; None weighs all alike.
+    """
+    prefix, real = tokens.layout.num_prefix, centres.valid
+    at = centres.idx[:, prefix:] - prefix
+    nearest = nearest_centre(distances, at, None if real is None else real[:, prefix:]) + prefix
+    own = centres.assign
+    assign = torch.where(own < 0, torch.cat([own[:, :prefix], nearest], dim=1), own)
+    if tokens.valid is not None:
+        assign = torch.where(tokens.valid, assign, -1)
+    return group_map(assign, own >= 0, centres.n_out, weight, real)
 
 
 def _fill_unused(heads: Tensor, assign: Tensor) -> Tensor:

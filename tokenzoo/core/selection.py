@@ -73,8 +73,12 @@ def keep_best(scores: Tensor, tokens: Tokens, kept: Callable[[int], int]) -> Kee
         tokens: the tokens; hidden ones go before any visible one, and padding is never preferred to a real token.
         kept: patches to keep when there are n of them.
     """
-    prefix = tokens.layout.num_prefix
-    patches = scores[:, prefix:].detach()
+    return keep_patches(scores[:, tokens.layout.num_prefix :], tokens, kept)
+
+
+def keep_patches(scores: Tensor, tokens: Tokens, kept: Callable[[int], int]) -> KeepMap:
+    """`keep_best` by scores of the patches alone [B, M]."""
+    prefix, patches = tokens.layout.num_prefix, scores.detach()
     if tokens.visible is not None:
         patches = patches.masked_fill(~tokens.visible[:, prefix:], torch.finfo(patches.dtype).min)
     if tokens.valid is not None:

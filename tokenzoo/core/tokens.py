@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,12 @@ class Tokens(NamedTuple):
         real = self.valid if self.visible is None else self.visible
         return opened if real is None else opened * real
 
+    @property
+    def seen_patches(self) -> Tensor | None:
+        """Patch tokens that count [B, M] bool, neither padding nor hidden; None when all do."""
+        seen = self.valid if self.visible is None else self.visible
+        return None if seen is None else seen[:, self.layout.num_prefix :]
+
     def sizes(self) -> Tensor:
         """Token sizes [B, N, 1] float32, ones where nothing was merged yet."""
         if self.size is not None:
@@ -122,6 +128,15 @@ class Tokens(NamedTuple):
         """Tells whoever watches the pass that layers see these tokens from here on; see `View`."""
         if self.layout.watch is not None and self.trace is not None:
             self.layout.watch(View(self.trace, merge, queries))
+
+    def _restored_scores(self, token_map: TokenMap, before: SideData) -> dict[str, Any]:
+        """Scores of tokens that are given back: what the tokens since then carry, else what they had themselves."""
+        held = (self.scores, *self.more_scores)
+        old = (before.scores, *before.more_scores, *[None] * len(held))[: len(held)]
+        first, *more = (
+            past if now is None else token_map.pool(now.unsqueeze(-1)).squeeze(-1) for now, past in zip(held, old)
+        )
+        return {"scores": first, "more_scores": tuple(more)}
 
     def reduce(self, token_map: TokenMap, block: int = -1, method: str = "", values: Tensor | None = None) -> Tokens:
         """Applies a map to the values and to all side data.
@@ -141,7 +156,7 @@ class Tokens(NamedTuple):
         records = self.records if token_map.decision is None else (*self.records, token_map.decision)
         if token_map.undo is not None:
             x, undone = token_map.apply(self.x), self.trace[token_map.undo]
-            side = undone.side._asdict()
+            side = undone.side._asdict() | self._restored_scores(token_map, undone.side)
             tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.undo], inside=self.inside)
             tokens = tokens._replace(records=records)
             tokens.tell()
