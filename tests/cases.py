@@ -37,6 +37,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "radial": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
+    "soft_transform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),
     "tofu": ({"r": 0}, {"r": 2}, {}),
     "tome": ({"r": 0}, {"r": 2}, {}),

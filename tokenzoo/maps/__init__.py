@@ -16,6 +16,7 @@ from .mix import MixMap
 from .mlerp import MlerpMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
+from .spread import SpreadMap
 from .super_token import SuperTokenMap
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "MlerpMap",
     "ReplaceMap",
     "RestoreMap",
+    "SpreadMap",
     "SuperTokenMap",
     "TokenMap",
     "group_map",
