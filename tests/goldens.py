@@ -7,7 +7,7 @@ not.
 What a case needs is found by rules, first match wins (m is the first part of a name `m/case`):
 
 - names: everything in front of the last named piece; of two parts where the metadata says so, or where the first is a
-  fixture, "op" or "model".
+  fixture, "op" or "model"; of more where the metadata says so.
 - input: `<case>/input`, `<m>/input`, `input` of the file, of the folder's `input.safetensors`, of the fixture; as many
   images as were recorded from the front, or the slice that the metadata name (`input[2:4]`).
 - weights: `<m>/weights/*`, `weights/*` of the file, the fixture that the metadata name (a path below the folder;
@@ -141,6 +141,9 @@ def case_of(file: str, key: str) -> str | None:
     first, *rest = key.split("/")
     if first in _SHARED or not rest:
         return None if first in _SHARED else first
+    longer = [n for n in _named(file) if n.count("/") > 1 and key.startswith(f"{n}/")]
+    if longer:  # names of more parts are cases where the metadata have an entry for them
+        return max(longer, key=len)
     name = f"{first}/{rest[0]}"
     if name in named:
         return name

@@ -151,7 +151,7 @@ def test_zero_without_reduction(backbone):
         if serves(method, build(backbone)):
             assert learning(build(backbone), given(method, "zero"))(x, TARGET)["token_distillation"].item() == 0, method
             loss = learning(build(backbone), given(method))(x, TARGET)["token_distillation"]
-            assert loss.isfinite() and loss > 1e-4, method
+            assert loss.isfinite() and loss > 1e-6, method
 
 
 @pytest.mark.parametrize("name", ["vim", "vim_both", "vim_none", "plain_mamba"])

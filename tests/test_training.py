@@ -495,7 +495,10 @@ def test_training_configuration_loads_and_patches(path, tmp_path):
     # the training-free settings of the same backbone stand beside it, and are those that are trained with
     tokenzoo.patch_model(beside, path.parent / f"{args.model}.yaml")
     assert tokenzoo.report(beside).total == report.total
-    assert tokenzoo.recipe(beside) == built.recipe
+    free, trained = tokenzoo.recipe(beside), built.recipe
+    if free != trained:  # but for what the authors train with otherwise, which the comment says
+        assert [key for key in {**free, **trained} if free.get(key) != trained.get(key)] == ["threshold"]
+        assert "off the shelf it is" in " ".join(path.read_text(encoding="utf-8").split("\n# "))
 
 
 @pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -508,7 +511,8 @@ def test_training_configuration_says_what_it_does(path, tmp_path):
     assert schedule.epochs == args.epochs and args.warmup_epochs < args.epochs
     low, high = sorted((peak, args.min_lr))
     assert low * 0.999 <= min(rates[args.warmup_epochs :]) and max(rates) <= max(high, args.warmup_lr) * 1.001
-    assert rates[args.warmup_epochs] == pytest.approx(peak, rel=0.08)
+    # a long warm-up ends on the cosine that began with it, as timm's does
+    assert max(rates[: args.warmup_epochs + 1]) == pytest.approx(peak, rel=0.08)
     assert abs(rates[-1] - args.min_lr) <= 0.02 * high
     text = path.read_text(encoding="utf-8")
     comment = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))

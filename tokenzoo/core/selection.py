@@ -117,6 +117,28 @@ def keep_mass(scores: Tensor, tokens: Tokens, share: float, most: int | None) ->
     return KeepMap(with_prefix(order[:, :length], prefix), tokens.length, real_rows(counts, length, prefix))
 
 
+def keep_counts(scores: Tensor, tokens: Tokens, counts: Tensor | None, length: int) -> KeepMap:
+    """Keeps the prefix and, in each image, a number of patches with the highest scores, in the order they stand in.
+
+    Args:
+        scores: [B, N], those of prefix tokens are ignored; hidden tokens go before visible ones.
+        tokens: the tokens.
+        counts: patches to keep in each image [B, 1], no more than it has; None keeps `length` in all.
+        length: the largest count, which images with fewer are padded to.
+    """
+    prefix = tokens.layout.num_prefix
+    patches = scores[:, prefix:].detach()
+    if tokens.visible is not None:
+        patches = patches.masked_fill(~tokens.visible[:, prefix:], torch.finfo(patches.dtype).min)
+    if tokens.valid is not None:
+        patches = patches.masked_fill(~tokens.valid[:, prefix:], float("-inf"))
+    best = patches.topk(length, dim=1).indices
+    taken = torch.ones_like(best, dtype=torch.bool) if counts is None else real_rows(counts, length, 0).expand_as(best)
+    picked = torch.zeros_like(patches, dtype=torch.bool).scatter(1, best, taken)
+    standing = stable_order(~picked)[:, :length]
+    return KeepMap(with_prefix(standing, prefix), tokens.length, real_rows(counts, length, prefix))
+
+
 def raster_order(tokens: Tokens) -> Tensor | None:
     """Patches by their place in the image [B, M], padding last; None while they stand that way."""
     if tokens.positions is None and tokens.valid is None:

@@ -31,8 +31,8 @@ class SoftTransform(KeepRate):
     A reduction from many tokens to many, in the spirit of "Token Transforming" (Zeng et al., 2025), whose rule is not
     published: this definition is ours, and results of that paper are not results of this method. The patches that
     stay are anchors; the softmax of cosines says how each patch is shared out among them. Anchors keep raster order.
-    Without a class token, they are ranked by the mean attention they receive. Dense: K x M shares are stored per image
-    and reduction, for K anchors of M patches.
+    Without a class token, they are ranked by the mean attention they receive. The shares of all pairs of patch and
+    anchor are stored, per image and reduction.
 
     Args:
         temperature: of the softmax over cosines; towards 0 each patch goes to its nearest anchor.
