@@ -44,7 +44,7 @@ def measure(
     batches: Iterable[tuple[Tensor, Tensor]],
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Rows of the table, the unpatched model first; prints a line a method on the way.
+    """Rows of the table, the unpatched model first; prints a line per method on the way.
 
     Args:
         model: unpatched.
@@ -173,8 +173,8 @@ def main() -> None:
     write_results(written[0], rows, COLUMNS, environment("cpu"))
     title = f"scikit-learn digits, {len(data.test_labels)} test images; bars: standard error of the paired difference"
     common = {"error": "diff_top1_se", "ylabel": "test accuracy (%)", "title": title}
-    plot_curves(rows, written[1], "gmacs", "top1", xlabel="GMACs an image", **common)
-    plot_curves(rows, written[2], "infer_samples_per_sec", "top1", xlabel="images a second", **common)
+    plot_curves(rows, written[1], "gmacs", "top1", xlabel="GMACs per image", **common)
+    plot_curves(rows, written[2], "infer_samples_per_sec", "top1", xlabel="images per second", **common)
     for method in MAPPED:
         written.append(args.output / f"token_maps_{method}.png")
         draw_maps(model, method, data, written[-1])

@@ -109,7 +109,7 @@ def run(output: Path, methods: Sequence[str], count: int = scenes.TEST, rounds: 
         write_results(written[0], rows, COLUMNS, environment("cpu"))
         title = f"scenes of digits, {count} test scenes, no retraining"
         plot_curves(
-            rows, written[1], y="miou", error="diff_miou_se", xlabel="GMACs an image", ylabel="mIoU (%)", title=title
+            rows, written[1], y="miou", error="diff_miou_se", xlabel="GMACs per image", ylabel="mIoU (%)", title=title
         )
         draw(model, data, written[2])
     print("\n" + summary(rows))

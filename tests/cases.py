@@ -1,4 +1,4 @@
-"""The table that the matrix runs over: one row a method, one row a backbone."""
+"""The table that the matrix runs over: one row per method, one row per backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models that scan their tokens, and the table of the methods that serve them: one row a method."""
+"""Tiny models that scan their tokens, and the table of the methods that serve them: one row per method."""
 
 from __future__ import annotations
 

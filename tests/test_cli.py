@@ -27,7 +27,7 @@ def folder(tmp_path):
     for name in ("a.jpg", "a.png", "sub/b.jpeg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "in" / name)
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
     return tmp_path / "in"
 
 
@@ -118,17 +118,17 @@ def test_show_grey_pictures(folder, tmp_path):
     assert main([*words, "--images", str(folder / "a.png"), "--output", str(tmp_path / "map.png")]) == 0
     with Image.open(tmp_path / "map.png") as drawn:
         left = np.asarray(drawn).astype(int)[60:300, 12:200]
-    assert np.ptp(left, axis=2).max() == 0 and left.std() > 5, "the picture is there, and grey"
+    assert np.ptp(left, axis=2).max() == 0 and left.std() > 5, "the image is there, and grey"
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--images", "in/none", "--output", "maps"], "--images in/none does not exist"),
-        (["--images", "in/empty", "--output", "maps"], "--images in/empty holds no pictures"),
-        (["--images", "in", "--output", "map.png"], "is one file, in holds 3 pictures; give a folder"),
+        (["--images", "in/empty", "--output", "maps"], "--images in/empty holds no images"),
+        (["--images", "in", "--output", "map.png"], "is one file, in holds 3 images; give a folder"),
         (["--images", "in/a.jpg", "--output", "map.jpg"], "map.jpg is neither a .png file nor a folder"),
-        (["--images", "in/a.png", "--output", "in"], "would replace the picture in/a.png"),
+        (["--images", "in/a.png", "--output", "in"], "would replace the image in/a.png"),
         (["--images", "in", "--output", "maps", "--columns", "0"], "--columns 0 is not positive"),
         (["--images", "in", "--output", "maps", "--method", "topk"], "2 were given; give one --method"),
         (
@@ -154,14 +154,14 @@ def test_show_truncated_picture(folder, tmp_path, capsys):
     words += ["--output", str(tmp_path / "maps")]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert f"picture {folder / 'sub' / 'cut.jpg'} cannot be read" in error and "--skip-broken" in error
+    assert f"image {folder / 'sub' / 'cut.jpg'} cannot be read" in error and "--skip-broken" in error
     assert main([*words, "--skip-broken"]) == 0
     out = capsys.readouterr().out
-    assert "skipped 1 broken pictures:" in out and "cut.jpg" in out
+    assert "skipped 1 broken images:" in out and "cut.jpg" in out
     assert names(tmp_path / "maps") == ["a.jpg.png", "a.png.png", "sub/b.png"]
     only = ["--images", str(folder / "sub" / "cut.jpg"), "--skip-broken"]
     assert main([*words, *only]) == 2
-    assert "none of the 1 pictures" in capsys.readouterr().err
+    assert "none of the 1 images" in capsys.readouterr().err
 
 
 def test_export(tmp_path, capsys):

@@ -123,7 +123,7 @@ def test_files_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_segmenter(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(ValueError, match="no readable safetensors"):
+    with pytest.raises(ValueError, match="not a readable safetensors"):
         load_segmenter(tmp_path / "text.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not written by save_segmenter"):

@@ -35,7 +35,7 @@ def test_eomt_macs(recipe):
 
 
 def test_eomt_refusals():
-    with pytest.raises(ValueError, match="Eva is no timm VisionTransformer"):
+    with pytest.raises(ValueError, match="Eva is not a timm VisionTransformer"):
         EoMT(timm.create_model("eva02_tiny_patch14_224", num_classes=0), 5)
     with pytest.raises(ValueError, match="num_blocks=4, but the backbone has 3 blocks"):
         EoMT(TINY(), 5)
@@ -118,7 +118,7 @@ def test_dtop_refusals():
         DToP(TINY(), heads, (0, 2), (0.5, 0.5))
     with pytest.raises(ValueError, match="3 heads do not divide a width of 16"):
         DToPHead(32, 4, 16, 3)
-    with pytest.raises(ValueError, match="no unpatched timm VisionTransformer"):
+    with pytest.raises(ValueError, match="not an unpatched timm VisionTransformer"):
         DToP(tokenzoo.patch_model(TINY(), "tome", r=1), heads, (0, 2))
     model = DToP(TINY(), heads, (0, 2)).eval()
     tokenzoo.patch_model(model.backbone, "tome", r=1)

@@ -213,7 +213,7 @@ def test_dynamic_image_size(config: str, size: tuple[int, int]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Given(Method):
-    """Applies maps that the test gives, in order, one a block from `first` on."""
+    """Applies maps that the test gives, in order, one per block from `first` on."""
 
     maps: tuple[Any, ...] = ()
     first: int = 1

@@ -89,7 +89,7 @@ def test_equals_a_loop_by_hand(model, folder):
                     logits = model(images)
                     final = model.forward_tokens(images)
                     tokens = final.length if final.valid is None else final.valid.sum(1).double().mean().item()
-                    assert run.method != "ats" or tokens < final.length - 0.5, "all pictures keep the same count"
+                    assert run.method != "ats" or tokens < final.length - 0.5, "all images keep the same count"
             right, base = logits.argmax(1) == targets, plain.argmax(1) == targets
             assert result.n_images == len(targets) == 24
             assert result.top1.mean == pytest.approx(100 * right.double().mean().item())
@@ -200,7 +200,7 @@ def test_scores_that_are_not_finite_are_told(model, folder, caplog):
     with torch.no_grad():
         model.head.bias[1] = float("nan")
     evaluate(model, [], loader_of(model, folder))
-    assert "unpatched: scores of 24 pictures are not finite" in caplog.text
+    assert "unpatched: scores of 24 images are not finite" in caplog.text
 
 
 @pytest.mark.parametrize("target", [-1, 4])
@@ -210,7 +210,7 @@ def test_targets_outside_the_model_are_refused(model, target):
 
 
 def test_no_batches_are_refused(model):
-    with pytest.raises(ValueError, match="no pictures to evaluate"):
+    with pytest.raises(ValueError, match="no images to evaluate"):
         evaluate(model, [], [])
 
 
@@ -291,7 +291,7 @@ def test_truncated_picture_is_named(model, folder, workers):
 def test_broken_pictures_are_skipped_counted_and_named(model, folder, caplog):
     Image.open(folder / "class_1" / "0.png").save(folder / "class_1" / "z.jpg")
     cut(folder / "class_1" / "z.jpg")
-    (folder / "class_0" / "0.png").write_text("no picture")
+    (folder / "class_0" / "0.png").write_text("no image")
     (folder / "class_3" / "5.png").write_bytes(b"")
     loader = loader_of(model, folder, batch_size=1, skip_broken=True)
     (result,) = evaluate(model, [], loader)
@@ -301,7 +301,7 @@ def test_broken_pictures_are_skipped_counted_and_named(model, folder, caplog):
         "class_1/z.jpg",
         "class_3/5.png",
     ]
-    assert "3 broken pictures left out" in caplog.text
+    assert "3 broken images left out" in caplog.text
     for name in ("class_0/0.png", "class_3/5.png"):
         (folder / name).unlink()
     (folder / "class_1" / "z.jpg").unlink()
@@ -348,7 +348,7 @@ def test_stream(model, folder):
             yield Image.new("RGB", (32, 32)), 0
             raise OSError("end of file")
 
-    with pytest.raises(ValueError, match="picture number 1 of the stream cannot be read .*end of file"):
+    with pytest.raises(ValueError, match="image number 1 of the stream cannot be read .*end of file"):
         evaluate(model, [], PictureLoader(PictureStream(Broken()), data_config(model)))
 
 
@@ -370,7 +370,7 @@ def test_grey_models_read_grey(folder):
 
 def no_pictures(folder):
     (folder / "a").mkdir(parents=True)
-    (folder / "a" / "notes.txt").write_text("no picture")
+    (folder / "a" / "notes.txt").write_text("no image")
     return folder
 
 
@@ -378,9 +378,9 @@ def no_pictures(folder):
     "make, message",
     [
         (lambda p: p / "missing", r"missing does not exist; give a folder"),
-        (lambda p: no_pictures(p / "bare"), r"bare holds no pictures.*\.png, \.jpg, \.jpeg"),
-        (lambda p: (p / "file.tar", (p / "file.tar").write_bytes(b"x"))[0], r"file\.tar holds no pictures"),
-        (lambda p: draw(p / "flat", 1, 1) / "class_0", r"class_0 itself holds pictures, such as 0\.png.*one subfolder"),
+        (lambda p: no_pictures(p / "bare"), r"bare holds no images.*\.png, \.jpg, \.jpeg"),
+        (lambda p: (p / "file.tar", (p / "file.tar").write_bytes(b"x"))[0], r"file\.tar holds no images"),
+        (lambda p: draw(p / "flat", 1, 1) / "class_0", r"class_0 itself holds images, such as 0\.png.*one subfolder"),
     ],
 )
 def test_folders_without_labelled_pictures_are_refused(tmp_path, make, message):
@@ -400,7 +400,7 @@ def test_class_map_gives_the_indices(model, folder, tmp_path, caplog):
     targets = torch.cat([t for _, t in PictureLoader(pictures, data_config(model))])
     assert targets.tolist() == [2] * 6 + [1] * 6 + [0] * 6
     assert pictures.num_classes == 3
-    assert "6 pictures left out: the class map does not name class_2" in caplog.text
+    assert "6 images left out: the class map does not name class_2" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_class_map_gives_the_indices(model, folder, tmp_path, caplog):
     [
         ("class_0\nclass_1\nclass_0\n", "holds a name twice"),
         ("class_0\n\nclass_1\n", "holds an empty line"),
-        ("cat\ndog\n", "holds no pictures in subfolders named in the class map"),
+        ("cat\ndog\n", "holds no images in subfolders named in the class map"),
     ],
 )
 def test_unusable_class_maps_are_refused(folder, tmp_path, text, message):
@@ -496,7 +496,7 @@ def test_command_names_what_it_skipped(folder, tmp_path, capsys):
     assert "class_2/3.png cannot be read" in capsys.readouterr().err
     assert main([*command, "--skip-broken", "--results-file", str(tmp_path / "out.json")]) == 0
     out = capsys.readouterr().out
-    assert "broken pictures skipped: 1" in out and "class_2/3.png (OSError" in out
+    assert "broken images skipped: 1" in out and "class_2/3.png (OSError" in out
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["environment"]["skipped"] == ["class_2/3.png"]
     assert written["results"][0]["n_skipped"] == 1 and written["results"][0]["n_images"] == 23
@@ -510,7 +510,7 @@ def test_command_names_what_it_skipped(folder, tmp_path, capsys):
         (["--results-file", "nowhere/out.csv"], "the folder nowhere does not exist"),
         (["--method", "tomee"], "did you mean 'tome'"),
         (["--method", "tome", "r=40"], "r=40 cannot be reached"),
-        (["--num-classes", "3"], "the pictures have 4 classes, the model answers with 3"),
+        (["--num-classes", "3"], "the images have 4 classes, the model answers with 3"),
         (["--batch-size", "0"], "--batch-size 0 is not positive"),
     ],
 )

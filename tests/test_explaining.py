@@ -274,7 +274,7 @@ def test_fills():
             expected = model.forward_intermediates(x, intermediates_only=True)[-1]
         close(seen.activation(taken.out["blocks.3"], "blocks.3"), expected)
     taken, seen = run(model, x, fill="stash")
-    with pytest.raises(ValueError, match="fill='stash': LayerNorm is no whole block.*'zero'"):
+    with pytest.raises(ValueError, match="fill='stash': LayerNorm is not a whole block.*'zero'"):
         seen.activation(taken.out["norm"], "norm")
     with pytest.raises(ValueError, match="fill='none'"):
         tokenzoo.explain(model, fill="none")
@@ -336,5 +336,5 @@ def test_refusals():
     svit = SViT(embed_dim=(8, 12, 16, 24), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), projection=32, img_size=128)
     with pytest.raises(ValueError, match="SViT: explain carries values back to one grid"):
         tokenzoo.explain(svit)
-    with pytest.raises(TypeError, match="no backbone that tokenzoo can patch"):
+    with pytest.raises(TypeError, match="not a backbone that tokenzoo can patch"):
         tokenzoo.explain(nn.Linear(2, 2))

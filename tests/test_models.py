@@ -106,7 +106,7 @@ def test_multiply_adds(name):
     model, published = timm.create_model(name), PUBLISHED[name][1]
     traced = tokenzoo.count_macs(model).total / 1e9
     counted = fvcore_macs(model)
-    if name.startswith("svit"):  # the released code also unfolds twice and folds once a block, by convolutions
+    if name.startswith("svit"):  # the released code also unfolds twice and folds once per block, by convolutions
         cells = 7 * 7
         for stage in model.layers:
             for block in stage.blocks:
@@ -283,9 +283,9 @@ def test_sizes_of_vits(name):
     torch.testing.assert_close(padded(cut), dynamic(whole))
     with pytest.raises(ValueError, match=r"\(64, 32\) pixels does not match the model's \(48, 48\)"):
         model(other)
-    with pytest.raises(ValueError, match="no whole number"):
+    with pytest.raises(ValueError, match="not a whole number"):
         dynamic(image(1, (60, 32)))
-    with pytest.raises(ValueError, match="no whole number"):
+    with pytest.raises(ValueError, match="not a whole number"):
         build(name, img_size=60)
     with pytest.raises(ValueError, match="patch size"):
         copy.deepcopy(model).set_input_size(patch_size=4)
@@ -571,7 +571,7 @@ def test_head_dim():
     same = build("lvvit", head_dim=16)
     same.load_state_dict(build("lvvit", seed=1).state_dict())
     torch.testing.assert_close(same(image()), build("lvvit", seed=1)(image()))
-    with pytest.raises(ValueError, match="head_dim=0 is no width"):
+    with pytest.raises(ValueError, match="head_dim=0 is not a width"):
         build("lvvit", head_dim=0)
     with pytest.raises(ValueError, match="leave attn_layer"):
         build("lvvit", head_dim=8, block_fn=ParallelThingsBlock)

@@ -68,7 +68,7 @@ def test_hugging_face_table(main, folder, tmp_path, capsys):  # noqa: F811
     assert one["eval_top1"] == two["eval_top1"] and one["eval_loss"] == two["eval_loss"]
     for more, expected in (
         (["--val-split", "nothing"], "split 'nothing', could not be opened"),
-        (["--num-classes", "3"], "--num-classes 3, but the pictures have 4 classes"),
+        (["--num-classes", "3"], "--num-classes 3, but the images have 4 classes"),
         (["--dataset", f"hfds/{tmp_path}/none"], "could not be opened"),
     ):
         assert main(named(folder, tmp_path / "c", "hfds", "--epochs", "1", *more)) == 2
@@ -77,7 +77,7 @@ def test_hugging_face_table(main, folder, tmp_path, capsys):  # noqa: F811
 
 def break_two(folder: Path) -> set[str]:
     paths = [folder / "train" / "class_1" / "0.png", folder / "train" / "class_2" / "2.png"]
-    paths[0].write_bytes(b"no picture")
+    paths[0].write_bytes(b"no image")
     paths[1].write_bytes(paths[1].read_bytes()[:200])
     return {str(path) for path in paths}
 
@@ -103,7 +103,7 @@ def test_broken_pictures_inside_tables_are_told_apart(main, folder, tmp_path, ca
         for path in sorted(folder.glob("train/*/*.png"))
     ]
     for place in (0, 3):
-        rows[place]["image"]["bytes"] = b"no picture"
+        rows[place]["image"]["bytes"] = b"no image"
     names = datasets.ClassLabel(names=[f"class_{i}" for i in range(4)])
     features = datasets.Features({"image": datasets.Image(decode=False), "label": names})
     table = tmp_path / "table"

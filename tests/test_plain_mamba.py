@@ -119,7 +119,7 @@ def test_formula_of_fewer_tokens():
     assert macs(model, 36, kept=[36] * 3) == dense
     with pytest.raises(ValueError, match="directions=2"):
         macs(model, 36, directions=2)
-    with pytest.raises(ValueError, match="2 counts of tokens for 3 blocks"):
+    with pytest.raises(ValueError, match="2 token counts for 3 blocks"):
         macs(model, 36, kept=[36, 20])
     with pytest.raises(ValueError, match="37 tokens cannot be left of a grid of 36"):
         macs(model, 36, kept=[37, 36, 36])

@@ -293,7 +293,7 @@ def test_stored_models_are_built_again(name, tmp_path):
 def test_models_of_one_size_are_refused_still():
     with pytest.raises(ValueError, match="'resnet18' takes images of one size only"):
         create_segmenter("resnet18", 4)
-    with pytest.raises(ValueError, match="it is no plain ViT that a token head can follow"):
+    with pytest.raises(ValueError, match="it is not a plain ViT that a token head can follow"):
         create_segmenter("swin_tiny_patch4_window7_224", 4)
 
 
@@ -365,7 +365,7 @@ def test_segment_train_eval_predict(masked, tmp_path, capsys, name):
 
 @encoders
 def test_clusters_are_drawn_over_the_whole_picture(name):
-    """Where patches overlap, the picture is no whole number of tokens."""
+    """Where patches overlap, the picture is not a whole number of tokens."""
     model = segmenter(name)
     tokenzoo.patch_model(model, "tome", r=3)
     predict = Predictor(model, model.mean, model.std, Inference(), "cpu")

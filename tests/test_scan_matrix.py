@@ -284,7 +284,7 @@ def test_number_formats(method, scanner):
 @pytest.mark.parametrize("fill", ["stash", "nearest", "zero"])
 @torch.no_grad()
 def test_lifting_on_an_uneven_grid(method, scanner, fill):
-    """15 x 20 patches; PlainMamba's image is no whole number of them."""
+    """15 x 20 patches; PlainMamba's image is not a whole number of them."""
     torch.manual_seed(0)
     model = shaken(SCANNERS[scanner](img_size=(60, 80), patch_size=4, depth=2))
     x = torch.randn(2, 3, *((58, 77) if scanner.startswith("plain") else (60, 80)))

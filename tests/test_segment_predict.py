@@ -168,17 +168,17 @@ def test_refused(folder, capsys, words, message):
 
 def test_pictures_that_cannot_be_read(folder, capsys):
     folder, _ = folder
-    (folder / "in" / "c.png").write_bytes(b"no picture")
+    (folder / "in" / "c.png").write_bytes(b"no image")
     assert predict(folder)[0] == 2
-    assert "c.png is no readable picture" in capsys.readouterr().err
+    assert "c.png is not a readable image" in capsys.readouterr().err
     status, out = predict(folder, "--skip-broken")
     assert status == 0 and "left out" in capsys.readouterr().out and (out / "a.index.png").exists()
     (folder / "empty").mkdir()
     assert predict(folder, source="empty")[0] == 2
-    assert "holds no pictures" in capsys.readouterr().err
+    assert "holds no images" in capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(folder / "in" / "a.jpg")
     assert predict(folder)[0] == 2
-    assert "two pictures called a" in capsys.readouterr().err
+    assert "two images called a" in capsys.readouterr().err
 
 
 def test_nothing_readable_is_no_success(folder, capsys):
@@ -186,15 +186,15 @@ def test_nothing_readable_is_no_success(folder, capsys):
     (folder / "bad").mkdir()
     (folder / "bad" / "c.png").write_bytes((folder / "in" / "a.png").read_bytes()[:200])  # cut off
     assert predict(folder, "--skip-broken", source="bad")[0] == 2
-    assert "none of the 1 pictures" in capsys.readouterr().err
+    assert "none of the 1 images" in capsys.readouterr().err
     assert predict(folder, source="missing")[0] == 2
-    assert "missing holds no pictures" in capsys.readouterr().err
+    assert "missing holds no images" in capsys.readouterr().err
 
 
 def test_output_that_cannot_be_used(folder, capsys):
     folder, _ = folder
     words = ["segment", "predict", "--checkpoint", str(folder / "model.safetensors"), "--input", str(folder / "in")]
-    for output, message in (("in/a.png", "is a file"), ("in", "is where the pictures are")):
+    for output, message in (("in/a.png", "is a file"), ("in", "is where the images are")):
         assert main([*words, "--output", str(folder / output)]) == 2
         assert message in capsys.readouterr().err
     assert sorted(p.name for p in (folder / "in").iterdir()) == ["a.png", "b.png"]

@@ -203,7 +203,7 @@ def plain(tmp_path):
     for seed, name in enumerate(["b.jpg", "a.png", "sub/c.jpeg"]):
         picture(tmp_path / "images" / name, seed)
         mask(tmp_path / "masks" / Path(name).with_suffix(".png"), [0, 1, 2, 3, 255])
-    text(tmp_path / "images/notes.txt", ["no picture"])
+    text(tmp_path / "images/notes.txt", ["no image"])
     return tmp_path
 
 
@@ -280,11 +280,11 @@ def test_colours_are_those_of_voc():
 def test_faults_of_samples_are_named(plain):
     (plain / "masks/sub/c.png").unlink()
     picture(plain / "masks/b.png")
-    (plain / "images/a.png").write_bytes(b"no picture at all")
+    (plain / "images/a.png").write_bytes(b"no image at all")
     found = open_dataset(plain)
     assert found.without_mask == ["sub/c"]
     for index, name, reason in (
-        (0, "a", "images/a.png cannot be read .not a picture in a format"),
+        (0, "a", "images/a.png cannot be read .not an image in a format"),
         (1, "b", "masks/b.png has colours .mode RGB., not class indices"),
         (2, "sub/c", "images/sub/c.jpeg has no mask; expected images/"),
     ):
@@ -353,7 +353,7 @@ def test_no_masks_at_all(tmp_path, kind):
         root = tmp_path / "folder"
     else:
         root = _empty(tmp_path, kind)
-    with pytest.raises(ValueError, match="none of the 1 pictures in .* has a mask"):
+    with pytest.raises(ValueError, match="none of the 1 images in .* has a mask"):
         open_dataset(root, kind)
     assert open_dataset(root, kind, masks=False)[0].mask is None
 
@@ -361,8 +361,8 @@ def test_no_masks_at_all(tmp_path, kind):
 def test_other_mistakes(plain, tmp_path):
     (tmp_path / "empty/images").mkdir(parents=True)
     for arguments, options, message in (
-        ((tmp_path / "empty",), {}, "holds no pictures; folder expects images/"),
-        ((plain, "folder", "evening"), {}, "holds no pictures of split 'evening'"),
+        ((tmp_path / "empty",), {}, "holds no images; folder expects images/"),
+        ((plain, "folder", "evening"), {}, "holds no images of split 'evening'"),
         ((plain, "ade"), {}, "kind 'ade' is unknown; use one of folder, ade20k"),
         ((plain / "images/a.png",), {}, "is a file; expected images/"),
         ((plain,), {"ignore": 300}, "cannot hold"),
@@ -373,10 +373,10 @@ def test_other_mistakes(plain, tmp_path):
         with pytest.raises(ValueError, match=message):
             open_dataset(*arguments, **options)
     picture(plain / "images/a.jpg")
-    with pytest.raises(ValueError, match="two pictures called a"):
+    with pytest.raises(ValueError, match="two images called a"):
         open_dataset(plain)
     (tmp_path / "ADEChallengeData2016.zip").write_bytes(b"PK no archive")
-    with pytest.raises(ValueError, match="no readable zip archive"):
+    with pytest.raises(ValueError, match="not a readable zip archive"):
         open_dataset(tmp_path / "ADEChallengeData2016.zip", "ade20k")
 
 
@@ -391,5 +391,5 @@ def test_a_listed_picture_that_is_missing_is_named(tmp_path):
         found[1]
     assert found.sizes()[1][0] is None and found.sizes()[0][0] > 0
     (base / "ImageSets/Segmentation/val.txt").unlink()
-    with pytest.raises(ValueError, match="holds no ImageSets/Segmentation/val.txt, the list of pictures"):
+    with pytest.raises(ValueError, match="holds no ImageSets/Segmentation/val.txt, the list of images"):
         open_dataset(base, "voc2012")

@@ -118,7 +118,7 @@ def test_equals_a_loop_by_hand(model, folder):
         assert 100 * result.scores.aacc == pytest.approx(100 * (labels == masks)[counted].double().mean().item())
         assert result.agreement == pytest.approx(100 * (labels == plain)[counted].double().mean().item())
         averaged = np.mean([miou_of(one, mask) for one, mask in zip(labels[:, None], masks[:, None])])
-        assert abs(averaged - result.miou.mean) > 0.1, "the case cannot tell the mean over pictures apart"
+        assert abs(averaged - result.miou.mean) > 0.1, "the case cannot tell the mean over images apart"
         if run is None:
             assert result.diff_miou is None and result.diff_pixel_acc is None and result.method == "unpatched"
             continue
@@ -255,7 +255,7 @@ def test_out_of_memory_halves_the_windows(model, folder, monkeypatch, caplog):
     assert found.results[0].miou == expected.results[0].miou and found.inference.batch_size == 2
     assert "going on with 2 windows at a time" in caplog.text
     limit = 0
-    with pytest.raises(ValueError, match="not even one window of a picture of 32x24"):
+    with pytest.raises(ValueError, match="not even one window of an image of 32x24"):
         evaluate_segmentation(model, [], dataset, inference=settings)
 
 
@@ -263,7 +263,7 @@ def test_scores_that_are_no_numbers_are_reported(model, folder, caplog):
     with torch.no_grad():
         model.decoder.head.bias[1] = math.nan
     evaluate_segmentation(model, [], open_dataset(folder), resamples=5)
-    assert "scores of 7 pictures are not finite" in caplog.text
+    assert "scores of 7 images are not finite" in caplog.text
 
 
 # ---- ended runs
@@ -341,7 +341,7 @@ def test_a_killed_command_goes_on(model, folder, tmp_path, capsys):
     done = subprocess.run([sys.executable, "-c", KILLED, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL and not (tmp_path / "r.json").exists()
     assert main(words) == 0
-    assert "3 pictures were counted already" in capsys.readouterr().out
+    assert "3 images were counted already" in capsys.readouterr().out
     results = json.loads((tmp_path / "r.json").read_text())["results"]
     (tmp_path / "r.json").unlink()
     assert main([*words, "--state", str(tmp_path / "elsewhere")]) == 0
@@ -400,7 +400,7 @@ def test_a_broken_file_in_the_middle(model, folder, tmp_path, monkeypatch, caplo
     assert len(done) == 3 * 2 and found.resumed == 3  # what was counted before the first broken file is not lost
     assert [name for name, _ in found.skipped] == ["p3", "p5"]
     assert "is 32x24, its mask" in found.skipped[1].reason
-    assert "2 broken pictures left out: p3, p5" in caplog.text
+    assert "2 broken images left out: p3, p5" in caplog.text
     for one, other in zip(found.results, expected.results):
         assert one.row(found.classes) == other.row(expected.classes)
     assert all(row["n_skipped"] == 2 for row in found.rows())
@@ -409,7 +409,7 @@ def test_a_broken_file_in_the_middle(model, folder, tmp_path, monkeypatch, caplo
 def test_missing_masks_are_said_at_once(model, folder, monkeypatch):
     (folder / "masks/p6.png").unlink()
     done = stop_after(monkeypatch, 1000)
-    with pytest.raises(ValueError, match="1 of 7 pictures have no mask, such as p6"):
+    with pytest.raises(ValueError, match="1 of 7 images have no mask, such as p6"):
         evaluate_segmentation(model, [], open_dataset(folder))
     assert not done
     report = evaluate_segmentation(model, [], open_dataset(folder), skip_broken=True, resamples=5)
@@ -420,7 +420,7 @@ def test_bad_input_is_named(model, folder, tmp_path):
     dataset = open_dataset(folder)
     for path in (folder / "images").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 7 pictures can be used; the first: .*p0.png cannot be read"):
+    with pytest.raises(ValueError, match="none of the 7 images can be used; the first: .*p0.png cannot be read"):
         evaluate_segmentation(model, [], dataset, skip_broken=True)
     dataset = open_dataset(draw(tmp_path / "more"))
     with pytest.raises(ValueError, match="answers with 4 classes, the data set has 5"):
@@ -447,7 +447,7 @@ def test_command(model, folder, tmp_path, capsys):
     for suffix in ("csv", "json"):
         assert main([*words, "--results-file", str(tmp_path / f"r.{suffix}")]) == 0
     out = capsys.readouterr().out
-    assert "m.safetensors on data, 7 pictures, whole pictures, float32" in out and "GMACs of one crop of 24x32" in out
+    assert "m.safetensors on data, 7 images, whole images, float32" in out and "GMACs of one crop of 24x32" in out
     assert [line.split()[0] for line in out.split("IoU by class")[1].splitlines()[2:6]] == [
         "sky",
         "road",

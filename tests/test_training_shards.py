@@ -101,11 +101,11 @@ def test_many_in_a_row_end_the_run_and_many_apart_do_not(tmp_path):
     found = {broken.name for _, _, several in stream for broken in several}
     assert len(found) == IN_A_ROW
     write_shard(tmp_path / "row.tar", 1, tuple(range(IN_A_ROW)), IN_A_ROW)
-    with pytest.raises(ValueError, match=rf"{IN_A_ROW} pictures or shards in a row.* row.tar/\d+ \(OSError: "):
+    with pytest.raises(ValueError, match=rf"{IN_A_ROW} images or shards in a row.* row.tar/\d+ \(OSError: "):
         list(streamed(tmp_path, f"row.tar|{IN_A_ROW}"))
     for number in range(IN_A_ROW):
         (tmp_path / f"junk-{number:02d}.tar").write_bytes(b"\x01" * 2000)
-    with pytest.raises(ValueError, match=rf"{IN_A_ROW} pictures or shards in a row.* junk-\d+.tar \(ReadError: "):
+    with pytest.raises(ValueError, match=rf"{IN_A_ROW} images or shards in a row.* junk-\d+.tar \(ReadError: "):
         list(streamed(tmp_path, f"junk-{{00..{IN_A_ROW - 1}}}.tar|8"))
 
 
@@ -113,7 +113,7 @@ def test_evaluation_refuses_or_leaves_out(shards):
     model = torch.nn.Linear(1, 1)
     config = data_config(model, [32])
     loader = PictureLoader(open_pictures(shards, "wds/small", "train-{0000..0003}.tar"), config)
-    with pytest.raises(ValueError, match=r"picture train-000\d.tar.* cannot be read \(.*--skip-broken"):
+    with pytest.raises(ValueError, match=r"image train-000\d.tar.* cannot be read \(.*--skip-broken"):
         list(loader)
     loader = PictureLoader(open_pictures(shards, "wds/small", "train-{0000..0003}.tar"), config, skip_broken=True)
     assert sum(len(target) for _, target in loader) == 38

@@ -197,7 +197,7 @@ def test_refusals_name_full_paths():
         """A class with the name of timm's."""
 
     VisionTransformer.__module__, VisionTransformer.__qualname__ = "torchvision.models", "VisionTransformer"
-    words = r"torchvision\.models\.VisionTransformer is no .* timm\.models\.vision_transformer\.VisionTransformer, "
+    words = r"torchvision\.models\.VisionTransformer is not a .* timm\.models\.vision_transformer\.VisionTransformer, "
     with pytest.raises(TypeError, match=words):
         tokenzoo.patch_model(VisionTransformer(), "tome")
     model = build("deit")

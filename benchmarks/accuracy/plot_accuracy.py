@@ -30,7 +30,7 @@ def plot(path: Path) -> None:
         _before_and_after(rows, path.with_suffix(".png"), data, ylabel)
         return
     plot_curves(
-        rows, path.with_suffix(".png"), error="diff_se", xlabel="GMACs an image", ylabel=ylabel,
+        rows, path.with_suffix(".png"), error="diff_se", xlabel="GMACs per image", ylabel=ylabel,
         title=f"{data}: methods off the shelf (bars: error of the paired difference)",
     )  # fmt: skip
 

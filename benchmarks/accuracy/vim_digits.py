@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "uniform": {"method": "uniform"},
 }
-# methods with a count a block; they run in their own blocks at the multiply-adds that ssm_prune has at each rate
+# methods with a count per block; they run in their own blocks at the multiply-adds that ssm_prune has at each rate
 BY_COST = ("rmeeto", "famba", "tome", "pool")
 COLUMNS = ("setting", "keep_rate", "top1", "top1_se", "diff", "diff_se", "tokens_out", "gmacs", "gmacs_one_direction",
            "share")  # fmt: skip

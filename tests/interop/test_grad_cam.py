@@ -19,7 +19,7 @@ def by_hand(seen, out, grad, layer, size):
     values, slopes = seen.activation(out, layer).numpy(), seen.gradient(grad, layer).numpy()
     raw = np.maximum((slopes.mean((2, 3))[:, :, None, None] * values).sum(1), 0)
     scale = cam.utils.image.scale_cam_image
-    return scale(np.maximum(scale(raw, size[::-1]), 0))  # once a layer, and once their mean
+    return scale(np.maximum(scale(raw, size[::-1]), 0))  # once per layer, and once their mean
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,6 +1,6 @@
 """Places of a grid and the tokens they belong to, through a whole trace at once.
 
-Going back map by map copies all values once a map. Where every place belongs to one token, or was dropped, the maps
+Going back map by map copies all values once per map. Where every place belongs to one token, or was dropped, the maps
 compose to one index for reading and one weighted sum for writing, whatever the number of reductions.
 """
 

@@ -77,7 +77,7 @@ def find_family(model: nn.Module) -> Family:
     refuse_around(model)
     served = ", ".join(path_of(cls) for family in families() for cls in family.models)
     raise TypeError(
-        f"{path_of(class_of(model))} is no backbone that tokenzoo can patch; it serves exactly {served} (see "
+        f"{path_of(class_of(model))} is not a backbone that tokenzoo can patch; it serves exactly {served} (see "
         "tokenzoo.list_backbones()); a model that wraps one: patch the wrapped module"
     )
 
@@ -91,7 +91,7 @@ def refuse_around(model: nn.Module) -> None:
     paths = [] if family_of(model) is not None else list(_served_inside(model))
     if paths:
         raise TypeError(
-            f"{path_of(class_of(model))} is no backbone that tokenzoo can patch, but one is wrapped in it: give "
+            f"{path_of(class_of(model))} is not a backbone that tokenzoo can patch, but one is wrapped in it: give "
             f"{' or '.join(paths)} instead"
         )
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_arguments(parser)
     add_precision_arguments(parser)
     group = parser.add_argument_group("measurement")
-    group.add_argument("--batch-size", "-b", type=int, default=8, help="images a step; halved when memory runs out")
+    group.add_argument("--batch-size", "-b", type=int, default=8, help="images per step; halved when memory runs out")
     group.add_argument("--num-warm-iter", type=int, default=3, help="steps of each model before the timing")
     group.add_argument("--num-bench-iter", type=int, default=20, help="rounds; every model is timed once a round")
     group.add_argument("--no-latency", action="store_true", help="leave the batch-1 latency out")
@@ -99,7 +99,7 @@ def setting(model: str, first: Speed, record: dict) -> str:
 
 
 def _print(results: list[Speed]) -> None:
-    header = ("method", "img/s", "ms a batch", "(quartiles)", "ms for one", "tokens", "GMACs", "GMAC ratio")
+    header = ("method", "img/s", "ms per batch", "(quartiles)", "ms for one", "tokens", "GMACs", "GMAC ratio")
     header = (*header, "speed-up", "(quartiles)", "speed-up / GMAC ratio")
     if results[0].peak_memory_mb is not None:
         header = (*header, "peak MiB")

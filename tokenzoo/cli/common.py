@@ -143,7 +143,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     if not timm.is_model(args.model):
         near = timm.list_models(f"*{args.model}*")[:5]
         raise ValueError(
-            f"--model {args.model!r} is no timm model" + (f"; did you mean {', '.join(near)}?" if near else "")
+            f"--model {args.model!r} is not a timm model" + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     kwargs = key_values(args.model_kwargs, "--model-kwargs")
     if args.img_size:

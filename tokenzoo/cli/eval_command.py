@@ -1,4 +1,4 @@
-"""`tokenzoo eval`: accuracy of several methods and strengths over the same pictures."""
+"""`tokenzoo eval`: accuracy of several methods and strengths over the same images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .common import (
 
 _log = logging.getLogger(__name__)
 
-HELP = "top-1 and top-5 of a model, unpatched and with methods, over the same pictures"
+HELP = "top-1 and top-5 of a model, unpatched and with methods, over the same images"
 EXAMPLE = (
     "tokenzoo eval --model vit_tiny_patch16_224 --num-classes 10 --data-dir images/ --method tome r=13 "
     "--method evit keep_rate=0.7"
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_method_arguments(parser)
     add_precision_arguments(parser)
-    data = parser.add_argument_group("pictures")
+    data = parser.add_argument_group("images")
     data.add_argument(
-        "--data-dir", default=None, help="folder with one subfolder a class, or a tar file of such folders"
+        "--data-dir", default=None, help="folder with one subfolder per class, or a tar file of such folders"
     )
     data.add_argument("--dataset", default="", help="timm data set name with its prefix: hfds/..., wds/..., torch/...")
     data.add_argument("--split", default="validation", help="split; a subfolder of that name is used if there is one")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class-map", default=None, help="text file, one class folder per line; line number = class index"
     )
     data.add_argument(
-        "--skip-broken", action="store_true", help="leave unreadable pictures out and name them at the end"
+        "--skip-broken", action="store_true", help="leave unreadable images out and name them at the end"
     )
     data.add_argument("--batch-size", "-b", type=int, default=64, help="halved when memory runs out")
     data.add_argument("--workers", "-j", type=int, default=2, help="processes that decode, 0 for none")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.results_file:
         check_file(args.results_file, (".csv", ".json"), "--results-file")
     if args.data_dir is None and not args.dataset:
-        raise ValueError("no pictures named; give --data-dir (a folder with one subfolder a class) or --dataset")
+        raise ValueError("no images named; give --data-dir (a folder with one subfolder per class) or --dataset")
     runs, precision = runs_of(args), precision_of(args)
     pictures = open_pictures(args.data_dir, args.dataset, args.split, args.class_map)
     model = load_model(args)
@@ -106,12 +106,12 @@ def run(args: argparse.Namespace) -> int:
 def _check_classes(found: int | None, served: int, class_map: str | None) -> None:
     if found is not None and found > served:
         raise ValueError(
-            f"the pictures have {found} classes, the model answers with {served}; give --num-classes {found} with "
+            f"the images have {found} classes, the model answers with {served}; give --num-classes {found} with "
             "weights to match, or a --class-map"
         )
     if found is not None and found < served and class_map is None:
         _log.warning(
-            "the pictures have %d classes, the model %d: folders in sorted order are taken as its classes 0 to %d; "
+            "the images have %d classes, the model %d: folders in sorted order are taken as its classes 0 to %d; "
             "give a --class-map if they are others",
             found,
             served,
@@ -121,8 +121,8 @@ def _check_classes(found: int | None, served: int, class_map: str | None) -> Non
 
 def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, Any], loader: PictureLoader) -> None:
     say(
-        f"{args.model} at {common['img_size']}, {results[0].n_images} pictures, {common['precision']}; percent with "
-        "standard errors, differences to the unpatched model on the same pictures"
+        f"{args.model} at {common['img_size']}, {results[0].n_images} images, {common['precision']}; percent with "
+        "standard errors, differences to the unpatched model on the same images"
     )
     header = ("method", "top-1", "difference", "top-5", "agreement", "tokens", "GMACs", "attention")
     body = [
@@ -140,7 +140,7 @@ def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, 
     ]
     say(table(body, header))
     if loader.skipped:
-        say(f"broken pictures skipped: {len(loader.skipped)}")
+        say(f"broken images skipped: {len(loader.skipped)}")
         for name, reason in loader.skipped:
             say(f"  {name} ({reason})")
 

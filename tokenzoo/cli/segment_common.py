@@ -55,7 +55,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         "--inference",
         choices=MODES,
         default=None,
-        help="whole pictures; windows in Segmenter's or mmsegmentation's form; or EoMT's even windows; by default as "
+        help="whole images; windows in Segmenter's or mmsegmentation's form; or EoMT's even windows; by default as "
         "the checkpoint says",
     )
     group.add_argument("--window", type=int, default=None, help="side of the windows, pixels")
@@ -70,7 +70,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         "for the data set",
     )
     group.add_argument("--scales", type=float, nargs="+", default=[1.0], help="factors on the size, averaged over")
-    group.add_argument("--flip", action="store_true", help="average over mirrored pictures too")
+    group.add_argument("--flip", action="store_true", help="average over mirrored images too")
     group.add_argument("--batch-size", "-b", type=int, default=8, help="windows at a time; halved when memory runs out")
 
 

@@ -1,4 +1,4 @@
-"""`tokenzoo segment eval`: mIoU of several methods and strengths over the same pictures."""
+"""`tokenzoo segment eval`: mIoU of several methods and strengths over the same images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..evaluation.timing import Spread
 from .common import add_method_arguments, add_precision_arguments, argv_of, precision_of, runs_of, say, say_scans
 from .segment_common import add_checkpoint_arguments, add_inference_arguments, inference_of, load_checkpoint
 
-HELP = "mIoU of a segmentation model, unpatched and with methods, over the same pictures"
+HELP = "mIoU of a segmentation model, unpatched and with methods, over the same images"
 EXAMPLE = (
     "tokenzoo segment eval --checkpoint model.safetensors --data-dir camvid/ --split test --ignore 11 --method tome r=8"
 )
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_arguments(parser)
     add_precision_arguments(parser)
     add_inference_arguments(parser)
-    data = parser.add_argument_group("pictures")
+    data = parser.add_argument_group("images")
     data.add_argument("--data-dir", required=True, help="root of the data set, or a folder with images/ and masks/")
     data.add_argument("--dataset", choices=tuple(KINDS), default="folder", help="whose layout and labels")
     data.add_argument("--split", default=None, help="by default the one that results are reported on")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--zero-label", action="store_true", help="value 0 does not count, classes start at 1 (folder)")
     data.add_argument("--classes", default=None, help="text file with one class name a line, or JSON list (folder)")
     data.add_argument(
-        "--skip-broken", action="store_true", help="leave pictures out that cannot be used and name them at the end"
+        "--skip-broken", action="store_true", help="leave images out that cannot be used and name them at the end"
     )
     data.add_argument("--workers", "-j", type=int, default=0, help="processes that decode, 0 for none")
     group = parser.add_argument_group("measurement")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--state",
         default=None,
         metavar="FOLDER",
-        help="keeps counts of the pictures that are done, so that the same command goes on where it was ended and new "
+        help="keeps counts of the images that are done, so that the same command goes on where it was ended and new "
         "methods can be added; by default <results file>.state, none without a results file",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none without a terminal)")
@@ -103,11 +103,11 @@ def _print(report: SegmentationReport, common: dict, record: dict) -> None:
     first, crop = report.results[0], f"{report.crop[0]}x{report.crop[1]}"
     split = f" {common['split']}" if common["split"] else ""
     say(
-        f"{common['model']} on {common['data']}{split}, {first.n_images} pictures, {report.inference}, "
+        f"{common['model']} on {common['data']}{split}, {first.n_images} images, {report.inference}, "
         f"{common['precision']}, {record['device']}, threads {record['threads']}"
     )
     if report.resumed:
-        say(f"{report.resumed} pictures were counted already")
+        say(f"{report.resumed} images were counted already")
     header = ("method", "mIoU", "difference", "mAcc", "pixel acc.", "difference", "agreement", "tokens")
     header = (*header, "GMACs", "encoder", "decoder")
     if first.speed is not None:
@@ -134,8 +134,8 @@ def _print(report: SegmentationReport, common: dict, record: dict) -> None:
         body.append(row)
     say(table(body, header))
     say(
-        "percent; differences to the unpatched model on the same pictures: of the mIoU of the whole set, and mean over "
-        "pictures of the pixel accuracy; ± standard errors over pictures (bootstrap for mIoU)"
+        "percent; differences to the unpatched model on the same images: of the mIoU of the whole set, and mean over "
+        "images of the pixel accuracy; ± standard errors over images (bootstrap for mIoU)"
     )
     speed = f", img/s of {first.speed.batch_size} at a time ({first.speed.clock})" if first.speed is not None else ""
     say(f"GMACs of one crop of {crop}{speed}")
@@ -145,7 +145,7 @@ def _print(report: SegmentationReport, common: dict, record: dict) -> None:
     ]
     say(table(by_class, ("IoU by class", *names)))
     if report.skipped:
-        say(f"broken pictures skipped: {len(report.skipped)}")
+        say(f"broken images skipped: {len(report.skipped)}")
         for name, reason in report.skipped:
             say(f"  {name} ({reason})")
 

@@ -1,4 +1,4 @@
-"""`tokenzoo segment predict`: class maps of pictures as PNGs, and what a method changes about them."""
+"""`tokenzoo segment predict`: class maps of images as PNGs, and what a method changes about them."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from ..view.maps import group_picture, token_maps
 from .common import add_method_arguments, runs_of, say
 from .segment_common import add_checkpoint_arguments, add_inference_arguments, inference_of, load_checkpoint
 
-HELP = "class maps of a picture or a folder as overlays and index PNGs"
+HELP = "class maps of an image or a folder as overlays and index PNGs"
 EXAMPLE = (
-    "tokenzoo segment predict --checkpoint model.safetensors --input pictures/ --output out/ --method algm --compare"
+    "tokenzoo segment predict --checkpoint model.safetensors --input images/ --output out/ --method algm --compare"
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model, inference, pictures."""
+    """Model, inference, images."""
     add_checkpoint_arguments(parser)
     add_method_arguments(parser)
     add_inference_arguments(parser)
-    parser.add_argument("--input", required=True, help="picture, or folder of pictures")
+    parser.add_argument("--input", required=True, help="image, or folder of images")
     parser.add_argument("--output", required=True, help="folder for NAME.index.png, NAME.overlay.png, NAME.compare.png")
     parser.add_argument("--compare", action="store_true", help="unpatched | patched | where they differ | clusters")
-    parser.add_argument("--skip-broken", action="store_true", help="leave unreadable pictures out and name them")
+    parser.add_argument("--skip-broken", action="store_true", help="leave unreadable images out and name them")
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
-    """Writes the pictures."""
+    """Writes the images."""
     runs, output = runs_of(args)[1:], Path(args.output)
     if len(runs) > 1:
         raise ValueError(f"{len(runs)} methods are given; predict takes one --method (a recipe file may hold several)")
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {output} is a file; give a folder")
     paths = _pictures(Path(args.input))
     if output.resolve() == paths[0].parent.resolve():
-        raise ValueError(f"--output {output} is where the pictures are; give another folder")
+        raise ValueError(f"--output {output} is where the images are; give another folder")
     model = load_checkpoint(args)
     inference = inference_of(args, model, "folder")
     plain = reduced = Predictor(model, model.mean, model.std, inference, args.device)
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
             panel = with_legend(panel, np.concatenate([before, labels]), palette, classes)
             panel.save(output / f"{path.stem}.compare.png")
     if skipped == len(paths):
-        raise ValueError(f"none of the {skipped} pictures of --input {args.input} can be read")
+        raise ValueError(f"none of the {skipped} images of --input {args.input} can be read")
     say(f"wrote {len(paths) - skipped} class maps to {output}" + (f", left out {skipped}" if skipped else ""))
 
 
@@ -103,8 +103,8 @@ def _opened(path: Path) -> Image.Image:
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
         unknown = isinstance(error, UnidentifiedImageError)  # its text repeats the path
         reason = "not in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is no readable picture ({reason})") from error
-    if mode.startswith(("I", "F")):  # Pillow cuts these off at 255, which leaves 16-bit pictures white
+        raise ValueError(f"{path} is not a readable image ({reason})") from error
+    if mode.startswith(("I", "F")):  # Pillow cuts these off at 255, which leaves 16-bit images white
         raise ValueError(f"{path} holds pixels of more than 8 bits (Pillow's mode {mode}); convert it to 8 bits")
     return picture
 
@@ -121,18 +121,18 @@ def _pictures(source: Path) -> list[Path]:
         return [source]
     found = sorted(p for p in source.glob("*") if p.suffix.lower() in SUFFIXES) if source.is_dir() else []
     if not found:
-        raise ValueError(f"--input {source} holds no pictures ({', '.join(SUFFIXES)})")
+        raise ValueError(f"--input {source} holds no images ({', '.join(SUFFIXES)})")
     stems = [path.stem for path in found]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
         raise ValueError(
-            f"--input {source} holds two pictures called {twice}; their results would overwrite each other"
+            f"--input {source} holds two images called {twice}; their results would overwrite each other"
         )
     return found
 
 
 def _clusters(predict: Predictor, picture: Image.Image) -> Image.Image:
-    """Which patches share a token at the end of the encoder, drawn over the picture (as one whole picture)."""
+    """Which patches share a token at the end of the encoder, drawn over the image (as one whole image)."""
     pixels = predict.inference.resized(picture)
     high, wide = pixels.shape[-2:]
     patch = predict.model.tokenzoo_backbone.patch_embed.patch_size
@@ -143,7 +143,7 @@ def _clusters(predict: Predictor, picture: Image.Image) -> Image.Image:
     shown[top : top + high, left : left + wide] = pixels[0].permute(1, 2, 0).numpy()
     assign = maps.blocks[-1].assign[0].cpu() if maps.blocks else torch.arange(maps.grid[0] * maps.grid[1])
     size = shown.shape[1], shown.shape[0]
-    # where patches overlap, the picture is no whole number of tokens
+    # where patches overlap, the image is not a whole number of tokens
     whole = tuple(-(-pixels // tokens) * tokens for pixels, tokens in zip(size, reversed(maps.grid)))
     cells = np.asarray(Image.fromarray(shown).resize(whole))
     drawn = Image.fromarray(group_picture(cells, assign, maps.grid)).resize(size)

@@ -1,4 +1,4 @@
-"""`tokenzoo segment train`: trains a head, or a whole segmentation model, on a folder of pictures and masks."""
+"""`tokenzoo segment train`: trains a head, or a whole segmentation model, on a folder of images and masks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data", required=True, help="folder with images/ and masks/")
     data.add_argument("--val", default=None, help="folder to evaluate on")
     data.add_argument("--ignore", type=int, nargs="*", default=[], help="mask values that do not count, besides 255")
-    data.add_argument("--classes", default=None, help="class names: text file, one a line, or a JSON list")
+    data.add_argument("--classes", default=None, help="class names: text file, one per line, or a JSON list")
     data.add_argument("--num-classes", type=int, default=None, help="without names")
     data.add_argument("--crop", type=int, nargs=2, default=None, metavar=("HEIGHT", "WIDTH"), help="of a view")
     data.add_argument("--scale", type=float, nargs=2, default=(0.5, 2.0), help="range of random factors")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar
 
 from .step import Step
 from .tokens import Layout
@@ -18,11 +18,6 @@ class Declared:
     kind: ClassVar[str]
     traits: ClassVar[Traits]
 
-    @final
-    def trait(self, name: str) -> Any:
-        """The value of a trait for these options."""
-        return self._of(getattr(self.traits, name))
-
     def _of(self, value: Any) -> Any:
         return value(self) if callable(value) else value
 
@@ -37,7 +32,8 @@ class Declared:
     @property
     def place(self) -> str:
         """Its name, one of `traits.PLACES`."""
-        return self.acts_at.name
+        place = self.traits.place  # asked for often in every block: no call more than it takes
+        return place(self).name if callable(place) else place.name
 
     @property
     def matches_once(self) -> bool:

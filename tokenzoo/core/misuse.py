@@ -24,7 +24,7 @@ _REMEDY = (
 
 def _sentence(cls: type, what: str) -> str:
     name = f"tokenzoo's {cls.__name__}"
-    return f"{what}: between its blocks a patched model hands on {name}, which is no tensor; {_REMEDY}"
+    return f"{what}: between its blocks a patched model hands on {name}, which is not a tensor; {_REMEDY}"
 
 
 def refuse_attribute(self: Any, name: str) -> NoReturn:

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from .cutting import cannot_cut, pinned
 from .dial import dial_in_parts
 from .lift import Fill
 from .method import PLACES, Method, Step
 from .mixins import Restoring
+from .recipe_files import read_yaml, take_flops
 from .registry import create_method
 from .tokens import Layout, TraceStep
+
+__all__ = ["MERGED_POSITIONS", "Placed", "Recipe", "take_flops"]
 
 MERGED_POSITIONS = ("destination", "mean")
 ORDERS = ("method", "raster")
@@ -168,9 +170,9 @@ class Recipe:
             closes = isinstance(method, Restoring)
             if outside or acting:
                 if not closes or opened:
-                    kept.append(method if outside else _pinned(method, acting, left))
+                    kept.append(method if outside else pinned(method, acting, left))
             elif closes and opened:  # it rebuilds in a block that is gone, and says how maps are lifted
-                raise _cannot_cut(method, left)
+                raise cannot_cut(method, left)
         if not kept:
             raise ValueError(f"the recipe {self.to_dict()} acts in none of the {left} blocks that are left of {depth}")
         return replace(self, methods=tuple(kept))
@@ -217,7 +219,7 @@ class Recipe:
             return replace(method, **common)
         if isinstance(method, (str, Path)) and str(method).endswith((".yaml", ".yml")):
             _no_options(options, f"the file {method}")
-            return cls.parse(_read_yaml(Path(method)), **common)
+            return cls.parse(read_yaml(Path(method)), **common)
         if isinstance(method, Mapping):
             given = {**method, **options}
             name = given.pop("method", None)
@@ -258,64 +260,6 @@ class Placed(Recipe):
         return cls(**options, placed=steps)
 
 
-def _pinned(method: Method, steps: Sequence[Step], depth: int) -> Method:
-    """A method that does the same in a model of fewer blocks.
-
-    Args:
-        method: as given for the whole model.
-        steps: what it does in the blocks that are left.
-        depth: their number.
-    """
-    wanted = {step.block: step.strength for step in steps}
-    for layers in (method.layers, tuple(wanted)):
-        try:
-            found = replace(method, layers=layers)
-            if layers != "others" and found.strengths(depth) == wanted:
-                return found
-        except (TypeError, ValueError):
-            continue  # options that say a value for every block
-    raise _cannot_cut(method, depth)
-
-
-def _cannot_cut(method: Method, left: int) -> ValueError:
-    return ValueError(
-        f"{method.name}: its options {method.to_dict()} are those of the whole model and cannot be written for the "
-        f"{left} blocks that are left of it; take the recipe before prune_intermediate_layers, or prune first and "
-        "patch afterwards"
-    )
-
-
-def take_flops(method: Any, flops: float | None) -> tuple[Any, float | None]:
-    """Takes the key `flops` out of a recipe dict or file, which is a budget to solve for and no option of a method.
-
-    Args:
-        method: what `Recipe.parse` takes.
-        flops: budget given beside it; both at once are refused.
-
-    Returns:
-        The recipe without the key, and the budget.
-    """
-    if isinstance(method, (str, Path)) and str(method).endswith((".yaml", ".yml")):
-        method = _read_yaml(Path(method))
-    if not isinstance(method, Mapping) or "flops" not in method:
-        return method, flops
-    if flops is not None:
-        raise ValueError(f"flops is given twice: {method['flops']} in the recipe and {flops} beside it; keep one")
-    return {key: value for key, value in method.items() if key != "flops"}, method["flops"]
-
-
 def _no_options(options: dict[str, Any], what: str) -> None:
     if options:
         raise ValueError(f"options {sorted(options)} cannot be combined with {what}; set them there")
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"recipe file {path} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe file {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, Mapping):
-        raise ValueError(f"recipe file {path} holds {type(data).__name__}, not a mapping with the key 'method'")
-    return data

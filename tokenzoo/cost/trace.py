@@ -40,9 +40,9 @@ def count_macs(
     """Counts the multiply-adds of one image by tracing the model with fvcore.
 
     fvcore sees nothing of fused attention, of scans and of reduction; handlers for these are added here. A scan counts
-    as the authors of Mamba count it: 9 operations a state, and one a channel for each of skip and gate that run inside
-    of it; a gate behind the scan is one more product of values, which nothing counts. Where counts depend on the image,
-    those of a random image are meant, or of one that is given.
+    as the authors of Mamba count it: 9 operations per state, and one per channel for each of skip and gate that run
+    inside of it; a gate behind the scan is one more product of values, which nothing counts. Where counts depend on the
+    image, those of a random image are meant, or of one that is given.
 
     Args:
         model: any module; patched and unpatched models alike.

@@ -51,7 +51,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"checkpoint {path} is no readable safetensors file: {error}") from error
+        raise ValueError(f"checkpoint {path} is not a readable safetensors file: {error}") from error
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

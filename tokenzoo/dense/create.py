@@ -43,7 +43,7 @@ def create_segmenter(
         stride: of window inference.
 
     Raises:
-        ValueError: an unknown head or encoder, or one that is no plain ViT.
+        ValueError: an unknown head or encoder, or one that is not a plain ViT.
     """
     if head not in HEADS:
         raise ValueError(f"head={head!r} is unknown; use one of {', '.join(HEADS)}")
@@ -91,7 +91,7 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any]) -> tupl
     encoder = timm.create_model(name, pretrained=pretrained, **kwargs)
     if getattr(getattr(encoder, "patch_embed", None), "strict_img_size", True):
         raise ValueError(
-            f"encoder={name!r} takes images of one size only (timm gives it no dynamic_img_size): it is no plain "
+            f"encoder={name!r} takes images of one size only (timm gives it no dynamic_img_size): it is not a plain "
             "ViT that a token head can follow"
         ) from refused
     return encoder, kwargs

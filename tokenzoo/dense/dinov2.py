@@ -37,7 +37,7 @@ def load_dinov2_linear(
     state = read_checkpoint(checkpoint)
     state = {k.removeprefix("decode_head."): v for k, v in state.items() if k.startswith("decode_head.")}
     if "conv_seg.weight" not in state:
-        raise ValueError(f"{checkpoint} holds no decode_head.conv_seg.weight: it is no linear segmentation head")
+        raise ValueError(f"{checkpoint} holds no decode_head.conv_seg.weight: it is not a linear segmentation head")
     count = layers if isinstance(layers, int) else len(layers)
     num_classes, width = state["conv_seg.weight"].shape[:2]
     if width != count * backbone.embed_dim:

@@ -51,7 +51,7 @@ class DToP(nn.Module):
         std: of the channels, divided by.
 
     Raises:
-        ValueError: a backbone that is no plain timm ViT or is patched, or taps that do not fit.
+        ValueError: a backbone that is not a plain timm ViT or is patched, or taps that do not fit.
 
     Source: Tang, Zhang, Liu, Liu, Liu, "Dynamic Token Pruning in Plain Vision Transformers for Semantic
     Segmentation", ICCV 2023.
@@ -70,7 +70,8 @@ class DToP(nn.Module):
     ) -> None:
         super().__init__()
         if type(backbone) is not VisionTransformer or any(type(block) is not Block for block in backbone.blocks):
-            raise ValueError(f"DToP: {type(backbone).__name__} is no unpatched timm VisionTransformer of plain blocks")
+            name = type(backbone).__name__
+            raise ValueError(f"DToP: {name} is not an unpatched timm VisionTransformer of plain blocks")
         taps, depth = list(taps), len(backbone.blocks)
         if len(taps) != len(heads) or sorted(set(taps)) != taps or not taps or taps[0] < 0 or taps[-1] != depth - 1:
             raise ValueError(

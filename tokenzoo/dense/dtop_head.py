@@ -60,7 +60,7 @@ class MaskDecoderLayer(nn.Module):
 
 
 class DToPHead(nn.Module):
-    """One query a class, decoded on tokens in any number and order; parameter names as released.
+    """One query per class, decoded on tokens in any number and order; parameter names as released.
 
     Args:
         dim: channels of the backbone's tokens.

@@ -79,8 +79,8 @@ class EoMT(nn.Module):
         plain = type(backbone) in (VisionTransformer, VisionTransformerDistilled)
         if not plain and not (isinstance(backbone, VisionTransformer) and is_patched(backbone)):
             raise ValueError(
-                f"EoMT: {type(backbone).__name__} is no timm VisionTransformer; queries have no place in models with "
-                "rotary positions or windows"
+                f"EoMT: {type(backbone).__name__} is not a timm VisionTransformer; queries have no place in models "
+                "with rotary positions or windows"
             )
         if not 1 <= num_blocks <= len(backbone.blocks):
             raise ValueError(f"EoMT: num_blocks={num_blocks}, but the backbone has {len(backbone.blocks)} blocks")

@@ -18,7 +18,7 @@ from ..ops.projections import is_plain
 
 
 class LinearHead(nn.Module):
-    """One linear layer a token (keys `head.weight`, `head.bias`).
+    """One linear layer per token (keys `head.weight`, `head.bias`).
 
     Args:
         dim: channels of a token.

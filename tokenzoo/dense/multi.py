@@ -36,7 +36,7 @@ class LayersSegmenter(Segmenter):
         self.layers = taken
 
     def class_maps(self, images: Tensor) -> Tensor:
-        """Class scores a patch [B, K, H / P, W / P]; reduced tokens are carried back at every block that is read."""
+        """Class scores per patch [B, K, H / P, W / P]; reduced tokens are carried back at every block that is read."""
         maps = self.encoder.forward_intermediates(
             images, indices=self.layers, norm=True, output_fmt="NCHW", intermediates_only=True
         )

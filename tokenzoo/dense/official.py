@@ -136,7 +136,7 @@ def _read_variant(path: Path) -> Mapping[str, Any]:
     try:
         variant = yaml.load(path.read_text(), _TupleLoader)  # noqa: S506 (a safe loader with one tag more)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no plain YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(variant, Mapping):
         raise ValueError(f"{path} holds {type(variant).__name__}, not a mapping with net_kwargs")
     return variant

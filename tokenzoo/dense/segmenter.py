@@ -48,7 +48,7 @@ class Segmenter(nn.Module):
         if pad not in ("right", "center"):
             raise ValueError(f"Segmenter: pad={pad!r}; use 'right' or 'center'")
         if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"Segmenter: {len(classes)} class names for num_classes={num_classes}; give one a class")
+            raise ValueError(f"Segmenter: {len(classes)} class names for num_classes={num_classes}; give one per class")
         self.encoder, self.decoder, self.num_classes = encoder, decoder, num_classes
         self.classes = None if classes is None else list(classes)
         self.mean, self.std, self.window, self.stride, self.pad = tuple(mean), tuple(std), window, stride, pad
@@ -63,7 +63,7 @@ class Segmenter(nn.Module):
         for name in ("patch_embed", "blocks", "num_prefix_tokens", "embed_dim"):
             if not hasattr(encoder, name):
                 raise ValueError(
-                    f"{type(encoder).__name__} has no {name}: it is no plain ViT that a token head can follow"
+                    f"{type(encoder).__name__} has no {name}: it is not a plain ViT that a token head can follow"
                 )
 
     @property
@@ -78,7 +78,7 @@ class Segmenter(nn.Module):
         return maps[:, :, top : top + images.shape[-2], left : left + images.shape[-1]]
 
     def class_maps(self, images: Tensor) -> Tensor:
-        """Class scores a patch [B, K, H / P, W / P] of images in whole patches [B, 3, H, W]."""
+        """Class scores per patch [B, K, H / P, W / P] of images in whole patches [B, 3, H, W]."""
         encoded = encode(self.encoder, images)
         if encoded.restore_maps:
             prefix, masked = encoded.num_prefix, {}

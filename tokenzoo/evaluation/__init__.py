@@ -1,4 +1,4 @@
-"""Measuring: accuracy and mIoU over the same pictures, and speed round robin. For scripts and notebooks."""
+"""Measuring: accuracy and mIoU over the same images, and speed round robin. For scripts and notebooks."""
 
 from .classification import Accuracy, Estimate, estimate, evaluate
 from .data import open_pictures, read_class_map

@@ -8,7 +8,7 @@ from PIL import UnidentifiedImageError
 
 
 class Broken(NamedTuple):
-    """A picture that could not be read.
+    """An image that could not be read.
 
     Attributes:
         name: file, archive member or index.
@@ -22,6 +22,6 @@ class Broken(NamedTuple):
 def reason_of(error: Exception) -> str:
     """What a decoder said, without the objects that it names or that readers of shards append."""
     if isinstance(error, UnidentifiedImageError):  # its text names a file object
-        return "not a picture in a format that Pillow knows"
+        return "not an image in a format that Pillow knows"
     text = error.args[0] if error.args and not isinstance(error, OSError) else error
     return f"{type(error).__name__}: {text}"

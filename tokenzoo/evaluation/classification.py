@@ -1,6 +1,6 @@
-"""Accuracy of several runs over the same pictures, and their paired differences to the unpatched model.
+"""Accuracy of several runs over the same images, and their paired differences to the unpatched model.
 
-Models that answer with a map of features (SAM's image encoders) have no answer for a picture: what is measured of them
+Models that answer with a map of features (SAM's image encoders) have no answer for an image: what is measured of them
 is the agreement with the unpatched model, place by place.
 """
 
@@ -44,10 +44,10 @@ class Accuracy:
         method_kwargs: options as given.
         label: both in one short text.
         recipe: what `tokenzoo.patch_model` takes to get this run again, solved strengths included; None if unpatched.
-        n_images: pictures seen.
+        n_images: images seen.
         top1, top5: share of right answers; None for a map.
-        diff_top1, diff_top5: this run minus the unpatched model on the same pictures; None for the unpatched model.
-        agreement: percent of pictures with the unpatched model's prediction; of a map, percent of its places with the
+        diff_top1, diff_top5: this run minus the unpatched model on the same images; None for the unpatched model.
+        agreement: percent of images with the unpatched model's prediction; of a map, percent of its places with the
             same strongest channel.
         tokens_out: mean tokens that reach the head (prefix included, padding not); None if unknown.
         gmacs: 1e9 multiply-adds an image (of a random one where they depend on the image).
@@ -104,7 +104,7 @@ def estimate(values: Tensor) -> Estimate:
     """Mean and standard error, sample standard deviation / sqrt(n), in percent.
 
     Args:
-        values: one a picture [n]: 0 or 1 for right answers, -1, 0 or 1 for paired differences.
+        values: one per image [n]: 0 or 1 for right answers, -1, 0 or 1 for paired differences.
     """
     values = values.double()
     se = None if len(values) < 2 else 100 * values.std().item() / len(values) ** 0.5
@@ -113,7 +113,7 @@ def estimate(values: Tensor) -> Estimate:
 
 @dataclass
 class _Tally:
-    """What one run answered, picture by picture."""
+    """What one run answered, image by image."""
 
     top1: list[Tensor] = field(default_factory=list)
     top5: list[Tensor] = field(default_factory=list)
@@ -150,7 +150,7 @@ def evaluate(
 ) -> list[Accuracy]:
     """Top-1 and top-5 accuracy of the unpatched model and of every run, each batch going through all of them.
 
-    The model is not changed. When memory runs out the batch is halved and the same pictures are tried again.
+    The model is not changed. When memory runs out the batch is halved and the same images are tried again.
 
     Args:
         model: unpatched, on the device to use.
@@ -165,7 +165,7 @@ def evaluate(
         One result a run, the unpatched model first.
 
     Raises:
-        ValueError: no pictures, a target the model has no class for, a run that cannot be reached, a patched model.
+        ValueError: no images, a target the model has no class for, a run that cannot be reached, a patched model.
         TypeError: a model that is not served.
     """
     from tqdm import tqdm
@@ -189,7 +189,7 @@ def evaluate(
                     base = answers.argmax(1)
             bar.update()
     if not tallies[0].top1 and not tallies[0].agrees:
-        raise ValueError("there are no pictures to evaluate; give a folder with at least one readable picture")
+        raise ValueError("there are no images to evaluate; give a folder with at least one readable image")
     return _results(candidates, tallies)
 
 
@@ -225,7 +225,7 @@ def _check_targets(targets: Tensor, classes: int) -> None:
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
         raise ValueError(
-            f"a picture has class index {low if low < 0 else high}, the model answers with {classes} classes; give "
+            f"an image has class index {low if low < 0 else high}, the model answers with {classes} classes; give "
             "--num-classes or a --class-map that fits the model"
         )
 
@@ -243,7 +243,7 @@ def _results(candidates: list[Candidate], tallies: list[_Tally]) -> list[Accurac
         maps = top1 is None
         agrees = torch.cat(tally.agrees) if maps else torch.cat(tally.answer) == base_answer
         if tally.not_finite:
-            _log.warning("%s: scores of %d pictures are not finite; try --dtype float32", run.label, tally.not_finite)
+            _log.warning("%s: scores of %d images are not finite; try --dtype float32", run.label, tally.not_finite)
         results.append(
             Accuracy(
                 method=run.name,

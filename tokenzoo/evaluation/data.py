@@ -1,4 +1,4 @@
-"""Labelled pictures: folders, tar files and timm's data sets, with broken files named instead of replaced."""
+"""Labelled images: folders, tar files and timm's data sets, with broken files named instead of replaced."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LIBRARIES = {  # what is imported, and what is installed
 class Pictures(Dataset):
     """A timm or torchvision data set, read one by one; `transform` is set before use.
 
-    timm's own `ImageDataset` answers for a broken file with its neighbour; here item i is picture i or `Broken`.
+    timm's own `ImageDataset` answers for a broken file with its neighbour; here item i is image i or `Broken`.
     """
 
     def __init__(self, source: Any, num_classes: int | None = None) -> None:
@@ -49,7 +49,7 @@ class Pictures(Dataset):
             name = None
         table = type(getattr(self.source, "reader", None)).__name__ == "ReaderHfds"
         if table and name and not Path(name).is_absolute():
-            return f"{name}, number {index}"  # pictures inside tables: names without folders are not unique
+            return f"{name}, number {index}"  # images inside tables: names without folders are not unique
         return str(name) if name else f"number {index}"
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Broken:
@@ -86,7 +86,7 @@ class PictureStream(IterableDataset):
                 return
             except Exception as error:  # what is read in order cannot be stepped over
                 raise ValueError(
-                    f"picture number {done} of the stream cannot be read ({type(error).__name__}: {error}); repair or "
+                    f"image number {done} of the stream cannot be read ({type(error).__name__}: {error}); repair or "
                     "remove it, streams have no --skip-broken"
                 ) from error
             yield from watch.take()
@@ -114,7 +114,7 @@ def read_class_map(path: str | Path, root: str | Path | None = None) -> dict[str
 
     Args:
         path: the file, as it stands or below `root` (as timm's --class-map).
-        root: folder of the pictures.
+        root: folder of the images.
 
     Raises:
         ValueError: no such file, no text, an empty line, or a name given twice.
@@ -136,17 +136,17 @@ def read_class_map(path: str | Path, root: str | Path | None = None) -> dict[str
 def open_pictures(
     root: str | Path | None, dataset: str = "", split: str = "validation", class_map: str | Path | None = None
 ) -> Pictures | PictureStream:
-    """Finds labelled pictures.
+    """Finds labelled images.
 
     Args:
-        root: folder with one subfolder a class, or a tar file of such folders, or the cache of a named data set. A
+        root: folder with one subfolder per class, or a tar file of such folders, or the cache of a named data set. A
             subfolder named after the split is used if there is one.
         dataset: timm's name with its prefix ("hfds/...", "wds/...", "torch/cifar10"); empty for folders and tar files.
         split: which part.
         class_map: see `read_class_map`; by default classes are numbered in the order of their folder names.
 
     Raises:
-        ValueError: nothing there, no pictures, pictures outside class folders, or an unusable class map.
+        ValueError: nothing there, no images, images outside class folders, or an unusable class map.
         ImportError: a data set library that is not installed.
     """
     from timm.data import create_dataset, get_img_extensions
@@ -154,7 +154,7 @@ def open_pictures(
     require_library(dataset)
     local = dataset.partition("/")[0].lower() in ("", "folder", "tar")
     if local and (root is None or not Path(root).exists()):
-        raise ValueError(f"--data-dir {root} does not exist; give a folder with one subfolder of pictures a class")
+        raise ValueError(f"--data-dir {root} does not exist; give a folder with one subfolder of images per class")
     if class_map is not None and dataset.lower().startswith("torch/"):
         raise ValueError(f"data set {dataset!r} has its own class numbers; leave --class-map out")
     indices = None if class_map is None else read_class_map(class_map, root)
@@ -189,13 +189,13 @@ def open_pictures(
 def _nothing(root: Any, accepted: str, indices: dict[str, int] | None) -> str:
     extra = " in subfolders named in the class map" if indices else ""
     return (
-        f"--data-dir {root} holds no pictures{extra}; give a folder with one subfolder a class, or a tar file of such "
+        f"--data-dir {root} holds no images{extra}; give a folder with one subfolder per class, or a tar file of such "
         f"folders, with files ending in {accepted}"
     )
 
 
 def _check_folder(reader: Any, indices: dict[str, int] | None) -> None:
-    """Refuses pictures outside class folders, and says which classes the class map leaves out."""
+    """Refuses images outside class folders, and says which classes the class map leaves out."""
     from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
 
     if not isinstance(reader, ReaderImageFolder):
@@ -203,12 +203,12 @@ def _check_folder(reader: Any, indices: dict[str, int] | None) -> None:
     loose = [file for file, _ in reader.samples if Path(file).parent == Path(reader.root)]
     if loose:
         raise ValueError(
-            f"--data-dir {reader.root} itself holds pictures, such as {Path(loose[0]).name}, whose class is unknown; "
-            "move them into one subfolder a class"
+            f"--data-dir {reader.root} itself holds images, such as {Path(loose[0]).name}, whose class is unknown; "
+            "move them into one subfolder per class"
         )
     if indices is not None:
         everything, names = find_images_and_targets(reader.root)
         missing = sorted(set(names) - set(indices))
         if missing:
             left = len(everything) - len(reader.samples)
-            _log.warning("%d pictures left out: the class map does not name %s", left, ", ".join(missing))
+            _log.warning("%d images left out: the class map does not name %s", left, ", ".join(missing))

@@ -1,4 +1,4 @@
-"""From pictures to batches: timm's transforms at the size of the model, and a loader that accounts for broken files."""
+"""From images to batches: timm's transforms at the size of the model, and a loader that accounts for broken files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def data_config(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """How pictures become images: timm's `resolve_data_config` at the size of the model, with overrides.
+    """How images become tensors: timm's `resolve_data_config` at the size of the model, with overrides.
 
     Args:
         model: a timm model; its `pretrained_cfg` gives what is not overridden.
@@ -35,7 +35,7 @@ def data_config(
         crop_pct: side of the crop over the side after resizing.
         crop_mode: "center", "squash" or "border".
         interpolation: of the resizing.
-        mean: of the channels, one value or one a channel.
+        mean: of the channels, one value or one per channel.
         std: likewise.
 
     Raises:
@@ -64,14 +64,14 @@ def data_config(
 
 
 class PictureLoader:
-    """Batches of images and targets; broken pictures raise, or are left out and listed in `skipped`.
+    """Batches of images and targets; broken images raise, or are left out and listed in `skipped`.
 
     Args:
         pictures: from `open_pictures`.
         config: from `data_config`.
-        batch_size: pictures read together; a batch with broken ones is shorter.
+        batch_size: images read together; a batch with broken ones is shorter.
         workers: processes that decode, 0 decodes in this one.
-        skip_broken: leave broken pictures out.
+        skip_broken: leave broken images out.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class PictureLoader:
             for name, reason in broken:
                 if not self.skip_broken:
                     raise ValueError(
-                        f"picture {name} cannot be read ({reason}); repair or remove it, or leave such files out with "
+                        f"image {name} cannot be read ({reason}); repair or remove it, or leave such files out with "
                         "--skip-broken"
                     )
             self.skipped += broken
             if len(targets):
                 yield images, targets
         if self.skipped:
-            _log.warning("%d broken pictures left out: %s", len(self.skipped), ", ".join(b.name for b in self.skipped))
+            _log.warning("%d broken images left out: %s", len(self.skipped), ", ".join(b.name for b in self.skipped))
 
 
 class _Transform:

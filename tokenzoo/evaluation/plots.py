@@ -17,7 +17,7 @@ def require_matplotlib() -> None:
 
 
 def plot_speed(results: Sequence[Speed], path: str | Path, title: str = "") -> None:
-    """Speed-up against the share of multiply-adds that is left, quartiles as bars, one line a method.
+    """Speed-up against the share of multiply-adds that is left, quartiles as bars, one line per method.
 
     Args:
         results: from `bench`, the unpatched model first.

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters.backbone import Family
 from ..adapters.inspect import describe, is_patched
-from ..adapters.registry import families
+from ..adapters.registry import family_of
 from ..apply.patch import patch_model
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import list_methods
@@ -146,12 +145,7 @@ def prepare(
 
 def is_served(model: nn.Module) -> bool:
     """Whether tokenzoo knows the model's class (a patched model is served)."""
-    return _family(model) is not None
-
-
-def _family(model: nn.Module) -> Family | None:
-    """The family that serves a model, patched or not; None if none does."""
-    return next((f for f in families() if type(model) in (*f.models, *f.models.values())), None)
+    return family_of(model) is not None
 
 
 def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +154,7 @@ def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
 
     Counts are None for an unpatched model of a class that is not served.
     """
-    family = _family(model)
+    family = family_of(model)
     if family is None:
         return model(images), None
     view = family.view(model)

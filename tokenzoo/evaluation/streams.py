@@ -15,7 +15,7 @@ IN_A_ROW = 50
 
 
 class Unreadable(ValueError):
-    """Too many pictures or shards in a row that cannot be read."""
+    """Too many images or shards in a row that cannot be read."""
 
 
 class StreamWatch:
@@ -61,7 +61,7 @@ class StreamWatch:
         """One more that cannot be read.
 
         Args:
-            name: of the picture or shard.
+            name: of the image or shard.
             error: what was raised.
             row: how many it makes without a readable one between them.
 
@@ -72,7 +72,7 @@ class StreamWatch:
         self.found.append(Broken(name, reason))
         if row >= IN_A_ROW:  # some versions of webdataset would go round an unreadable list for ever
             raise Unreadable(
-                f"{IN_A_ROW} pictures or shards in a row cannot be read, the last is {name} ({reason}); "
+                f"{IN_A_ROW} images or shards in a row cannot be read, the last is {name} ({reason}); "
                 "check --train-split and --data-dir"
             )
 
@@ -114,7 +114,7 @@ class _Stage:
 
 
 class _Decoding:
-    """A stream of the datasets library that is decoded here, where a picture that cannot be read does not end it."""
+    """A stream of the datasets library that is decoded here, where an image that cannot be read does not end it."""
 
     def __init__(self, source: Any, key: str, watch: StreamWatch) -> None:
         import datasets

@@ -29,7 +29,7 @@ class Speed:
         latency_times: seconds of one image, a value a round; empty if not measured.
         speedups: unpatched time over this run's time, within each round.
         latency_speedups: the same for one image.
-        batch_size: images a step.
+        batch_size: images per step.
         input_size: channels, height, width.
         gmacs: 1e9 multiply-adds an image (of a random one where they depend on the image).
         gmac_ratio: the unpatched model's over this run's.
@@ -141,7 +141,7 @@ def bench(
     Args:
         model: unpatched, on the device to use.
         runs: what to compare with it.
-        batch_size: images a step.
+        batch_size: images per step.
         rounds: steps of each run that are timed.
         warmup: steps of each run before that; compilation falls into them.
         latency: also time one image.

@@ -101,7 +101,7 @@ class SuperTokenAttention(nn.Module):
     ):
         super().__init__()
         if min(stoken_size) < 1:
-            raise ValueError(f"SuperTokenAttention: stoken_size={stoken_size} is no cell; give at least (1, 1)")
+            raise ValueError(f"SuperTokenAttention: stoken_size={stoken_size} is not a cell; give at least (1, 1)")
         if n_iter < 0:
             raise ValueError(f"SuperTokenAttention: n_iter={n_iter} is negative; 0 keeps tokens in their own cell")
         self.stoken_size = (int(stoken_size[0]), int(stoken_size[1]))

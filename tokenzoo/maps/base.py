@@ -24,7 +24,7 @@ class TokenMap(ABC):
     n_out: int
     valid: Tensor | None = None
     whole: bool = False  # whether every old token counts in one new one at most, with all of its mass
-    linear: bool = True  # False when `apply` is no matrix (elementwise maximum)
+    linear: bool = True  # False when `apply` is not a matrix (elementwise maximum)
     drops: bool = False  # whether real tokens may be left without a new one that stands for them
     opens_span: bool = False  # whether a later step may rebuild the tokens from what the map remembers
     copies: bool = False  # whether every new token is one old token as it was (or padding)

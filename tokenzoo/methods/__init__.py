@@ -1,4 +1,4 @@
-"""The methods of the zoo, one a file. Importing this package registers them."""
+"""The methods of the zoo, one per file. Importing this package registers them."""
 
 from importlib import import_module
 from pkgutil import iter_modules

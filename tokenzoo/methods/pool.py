@@ -26,7 +26,7 @@ class Pool(Method):
     other in raster order are averaged instead.
 
     Args:
-        stride: patches a cell, (down, right) or one number for both.
+        stride: patches per cell, (down, right) or one number for both.
         grid: cells (down, right) instead of a stride; cells differ by one patch where the grid does not divide.
         layers: blocks to act in, before attention; by default one, at a quarter of the depth.
     """

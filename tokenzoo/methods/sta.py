@@ -28,7 +28,7 @@ class STA(Method):
     weight beyond the edge of the grid and to the zeros that fill up incomplete cells; `mask_borders` avoids the former.
 
     Args:
-        cell: patches of a cell, (high, wide) or one number for both.
+        cell: patches per cell, (high, wide) or one number for both.
         iterations: rounds of assigning and averaging; 0 keeps every patch in its own cell.
         mask_borders: cells at the edge of the grid lose no weight to neighbours that are not there.
         layers: blocks to act in; by default the first half, where tokens are alike.
@@ -70,7 +70,7 @@ class STA(Method):
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         padded = math.prod((*cells_of(sides(self.cell), layout), *sides(self.cell)))
-        # nine products a patch and channel: to find its shares, to collect, once more to read back
+        # nine products per patch and channel: to find its shares, to collect, once more to read back
         return (2 * self.iterations + 1 if self.iterations else 2) * SLOTS * padded * shape.dim
 
     def dial(self, t: float, depth: int, layout: Layout) -> Method:

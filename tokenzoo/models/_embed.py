@@ -30,7 +30,7 @@ class MapEmbed(nn.Module):
 
     Args:
         img_size: image size in pixels, one number or (high, wide).
-        patch_size: pixels a token, likewise.
+        patch_size: pixels per token, likewise.
         flatten: hand out [B, N, C]; else the map in `output_fmt`.
         output_fmt: "NCHW" or "NHWC", not flattened; None for the default.
         strict_img_size: refuse other sizes than `img_size`.
@@ -64,7 +64,7 @@ class MapEmbed(nn.Module):
     def _check_multiple(self, high: int, wide: int) -> None:
         if high % self.patch_size[0] or wide % self.patch_size[1]:
             raise ValueError(
-                f"{type(self).__name__}: an image of {(high, wide)} pixels is no whole number of {self.patch_size} "
+                f"{type(self).__name__}: an image of {(high, wide)} pixels is not a whole number of {self.patch_size} "
                 "patches; resize it, or create the model with dynamic_img_pad=True and dynamic_img_size=True"
             )
 
@@ -98,7 +98,7 @@ class MapEmbed(nn.Module):
             self._set_size(img_size)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels a token, the larger side or both."""
+        """Pixels per token, the larger side or both."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class LVViT(VisionTransformer):
 
     Args:
         img_size: image size in pixels.
-        patch_size: pixels a token.
+        patch_size: pixels per token.
         p_emb: stem: "4_2", "4_2_128" or "naive".
         skip_lam: divisor of both branches of every block.
         return_dense: have a classifier of patch tokens, `aux_head`.
@@ -94,7 +94,7 @@ class LVViT(VisionTransformer):
         **vit_options: Any,
     ):
         if p_emb not in STEMS:
-            raise ValueError(f"LVViT: p_emb={p_emb!r} is no stem; choose one of {', '.join(STEMS)}")
+            raise ValueError(f"LVViT: p_emb={p_emb!r} is not a stem; choose one of {', '.join(STEMS)}")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -117,7 +117,7 @@ class LVViT(VisionTransformer):
     def _set_head_dim(self, head_dim: int, norm_layer: Any, options: dict[str, Any]) -> None:
         """Gives every block timm's attention anew, its heads of their own width."""
         if head_dim < 1:
-            raise ValueError(f"LVViT: head_dim={head_dim} is no width; give at least 1, or None")
+            raise ValueError(f"LVViT: head_dim={head_dim} is not a width; give at least 1, or None")
         if "attn_head_dim" not in inspect.signature(Attention).parameters:
             raise ValueError(f"LVViT: head_dim={head_dim} needs a newer timm, whose Attention takes attn_head_dim")
         given = {"qk_norm": "qk_norm", "scale_attn_norm": "scale_norm", "proj_bias": "proj_bias"}

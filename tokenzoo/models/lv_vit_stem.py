@@ -18,7 +18,7 @@ class PatchProjection(MapEmbed):
 
     Args:
         img_size: image size in pixels.
-        patch_size: pixels a token.
+        patch_size: pixels per token.
         in_chans: channels of the image.
         embed_dim: channels of the tokens.
         bias: bias of the projection.
@@ -57,7 +57,7 @@ class ConvStem(MapEmbed):
 
     Args:
         img_size: image size in pixels.
-        patch_size: pixels a token, even.
+        patch_size: pixels per token, even.
         in_chans: channels of the image.
         embed_dim: channels of the tokens.
         stem_dim: channels of the three convolutions.

@@ -1,7 +1,7 @@
 """Prefix tokens stand in front in `Tokens` and somewhere in the sequence of a model that scans: there and back.
 
 `rows` says where: the row of every prefix token in the scanned sequence, ascending. The same for all images as a tuple
-of ints, or one an image for a single prefix token as a tensor [B, 1]. Patches keep their order either way.
+of ints, or one per image for a single prefix token as a tensor [B, 1]. Patches keep their order either way.
 """
 
 from __future__ import annotations

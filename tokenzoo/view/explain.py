@@ -96,8 +96,8 @@ class Explanation:
         if self.fill.kind == "stash" and call.layer not in tuple(self.model.blocks):
             if any(step.map.drops for step in view.trace):
                 raise ValueError(
-                    f"fill='stash': {type(call.layer).__name__} is no whole block, and nobody kept what it would have "
-                    "given for dropped tokens; use tokenzoo.explain(model, fill='zero') or 'nearest'"
+                    f"fill='stash': {type(call.layer).__name__} is not a whole block, and nobody kept what it would "
+                    "have given for dropped tokens; use tokenzoo.explain(model, fill='zero') or 'nearest'"
                 )
         return call.grid(lift(x, self._trace(view.trace), self.fill))
 

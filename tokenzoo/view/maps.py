@@ -157,7 +157,7 @@ def group_picture(
         seeded = random.Random(0)
         colors = np.array([[seeded.random() for _ in range(3)] for _ in range(count)])
     if len(colors) < count:
-        raise ValueError(f"colors has {len(colors)} rows, the picture shows token {count - 1}; give one row a token")
+        raise ValueError(f"colors has {len(colors)} rows, the picture shows token {count - 1}; give one row per token")
     pixels = image.astype(np.float64) / 255
     out = mean_colors(pixels, labels)[labels]
     edge = inner_edges(labels, 1)
@@ -176,7 +176,7 @@ def draw_token_maps(
         image: the picture as the model saw it (resized and cropped).
         maps: from `token_maps`.
         index: which image of the batch.
-        columns: panels a row; about as many as rows by default.
+        columns: panels per row; about as many as rows by default.
         side: pixels of a panel's longer side, at least.
         title: line above everything.
     """

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 KEPT, MERGED, FUSED, DROPPED = range(4)
 LEGEND = (
     "kept: the patch as it is",
-    "merged: mean colour, one outline colour a token",
+    "merged: mean colour, one outline colour per token",
     "fused: patches left out, together one token",
     "dropped",
 )
@@ -129,7 +129,7 @@ def compose(
         panels: pictures of one size, each with two lines of caption.
         legend: samples and what they mean, below.
         title: line above, or "".
-        columns: panels a row; None decides.
+        columns: panels per row; None decides.
     """
     wide, high = panels[0][0].size
     font, line = ImageFont.load_default(_TEXT), _TEXT + 6

@@ -1,11 +1,11 @@
 """Rotary tables of reduced tokens: rows gathered by original position, or rebuilt from mean coordinates.
 
-timm's tables hold [sin | cos], one row a patch. Here a table starts with rows that rotate nothing: row 0 for a token
+timm's tables hold [sin | cos], one row per patch. Here a table starts with rows that rotate nothing: row 0 for a token
 without a place (a fused rest), then one for each prefix token, so that row `position + 1` belongs to `position` and
 prefix tokens need no separate path.
 
 The angles of every rotary embedding in timm's eva.py are linear in the patch coordinates, which is what lets a table
-be rebuilt for merged tokens: a mean of sines and cosines is no rotation, a mean of coordinates is a coordinate.
+be rebuilt for merged tokens: a mean of sines and cosines is not a rotation, a mean of coordinates is a coordinate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ except ImportError:
 
 
 class Waves(NamedTuple):
-    """Angles as a function of the patch coordinate: (row, column) * scale + shift, times one frequency an axis.
+    """Angles as a function of the patch coordinate: (row, column) * scale + shift, times one frequency per axis.
 
     Attributes:
         freqs: along rows and along columns [2, D / 2], [2, H, D / 2] for one block of a mixed embedding, or
@@ -134,7 +134,7 @@ _AUGMENTATIONS = ("shift_coords", "jitter_coords", "rescale_coords")
 
 
 def _by_axis(bands: Tensor, indexing: str) -> Tensor:
-    """Half of the channels a axis: [D / 4] -> [2, D / 2], rows first for "ij", columns first for "xy"."""
+    """Half of the channels per axis: [D / 4] -> [2, D / 2], rows first for "ij", columns first for "xy"."""
     still = torch.zeros_like(bands)
     first, second = torch.cat([bands, still]), torch.cat([still, bands])
     return torch.stack([first, second] if indexing == "ij" else [second, first])

@@ -11,16 +11,12 @@ weighs places by size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.lift import lift
 from ...core.recipe import Recipe
 from ...core.tokens import Layout, Tokens
-from ...maps import RestoreMap
 from ...models.svit.blocks import SuperTokenBlock
 from ...models.svit.model import SViT
 from ...ops.layer_macs import conv_macs, linear_macs
@@ -28,25 +24,13 @@ from ..backbone import Family
 from ..features import Reads, decode, encode
 from ..flow import Flow
 from ..model import ReducingModel
-from ..pooling import pool_plain
 from ..walk import Beside
 from .blocks import REDUCING_ATTENTIONS, ReducingSuperTokenBlock, begin, from_map, full_map, to_map
 from .checks import bypassed, check, check_block, check_recipe
 from .costs import leaving_rows, stage_rows, stem_macs
 from .layouts import stage_layouts
+from .stages import Taps, carried, pooled_by
 from .token_norm import norm_alike, norm_tokens
-
-
-class Taps(NamedTuple):
-    """Of a pass whose maps are wanted: the context that `start` and `restart` fill.
-
-    Attributes:
-        maps: map that left the blocks of every stage that has ended.
-        last: stage that the pass stops behind.
-    """
-
-    maps: dict[int, Tensor]
-    last: int
 
 
 class ReducingSViT(ReducingModel, SViT):
@@ -132,7 +116,7 @@ class ReducingSViT(ReducingModel, SViT):
             taps.maps[stage] = full
         x = self.layers[stage].downsample(full)
         grid = int(x.shape[2]), int(x.shape[3])
-        scores = tuple(_carried(held, tokens, grid) for held in (tokens.scores, *tokens.more_scores))
+        scores = tuple(carried(held, tokens, grid) for held in (tokens.scores, *tokens.more_scores))
         return self._enter(x, stage + 1, scores, taps)
 
     def restart(self, tokens: Tokens, index: int, context: Taps | None) -> Tokens:
@@ -237,11 +221,11 @@ class ReducingSViT(ReducingModel, SViT):
             tokens = decode(from_map(x), self.head_reads(), recipe, begin(x, recipe).layout)
             if tokens.size is None and tokens.valid is None:
                 return super().forward_head(x, pre_logits)
-            pooled = _pooled(tokens, kind, recipe.mass_weighted_pool) if kind else x
+            pooled = pooled_by(tokens, kind, recipe.mass_weighted_pool) if kind else x
         elif not kind or recipe.dense or not x.trace:
             pooled = self.global_pool(self.features(x))
         else:
-            pooled = _pooled(x, kind, recipe.mass_weighted_pool)
+            pooled = pooled_by(x, kind, recipe.mass_weighted_pool)
         pooled = self.head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
 
@@ -288,26 +272,6 @@ class ReducingSViT(ReducingModel, SViT):
         if taps.last < len(self.layers) - 1:
             return self.layers[taps.last].downsample(taps.maps[taps.last]), maps
         return self.features(self._project_tokens(tokens)), maps
-
-
-def _pooled(tokens: Tokens, kind: str, mass_weighted: bool) -> Tensor:
-    """timm's pooling of maps [B, D] on tokens."""
-    kind = kind.removeprefix("fast")
-    if kind == "catavgmax":
-        return torch.cat([pool_plain(tokens, part, True, mass_weighted) for part in ("avg", "max")], dim=1)
-    return pool_plain(tokens, kind or "avg", True, mass_weighted)
-
-
-def _carried(scores: Tensor | None, tokens: Tokens, grid: tuple[int, int]) -> Tensor | None:
-    """An importance of tokens [B, N] that is carried along, for the next stage: summed over its places."""
-    if scores is None:
-        return None
-    scores, old = scores.unsqueeze(-1), tokens.layout.grid
-    if tokens.trace:  # the importance of a token is shared out among the places it stands for
-        maps = tuple(step.map for step in tokens.trace)
-        scores = RestoreMap(0, maps, (None,) * len(maps)).pool(scores)
-    means = F.adaptive_avg_pool2d(to_map(scores, old), grid)
-    return from_map(means).squeeze(-1) * (old[0] * old[1] / (grid[0] * grid[1]))
 
 
 FAMILY = Family(

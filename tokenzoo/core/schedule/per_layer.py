@@ -11,7 +11,7 @@ def removed_per_layer(r: int | Sequence[int] | tuple[int, float] | Mapping[str, 
     """Tokens to remove in every block, in the forms of ToMe (Bolya et al., ICLR 2023).
 
     Args:
-        r: an int for all blocks; a list with one entry a block, missing ones are 0; or (r, slope) with slope in
+        r: an int for all blocks; a list with one entry per block, missing ones are 0; or (r, slope) with slope in
             [-1, 1], also written {"r": r, "slope": slope}: a line from r * (1 - slope) at the first block to
             r * (1 + slope) at the last, (r, -1.0) being the decreasing schedule from 2r to 0.
         depth: number of blocks the counts are for.
@@ -35,7 +35,7 @@ def removed_per_layer(r: int | Sequence[int] | tuple[int, float] | Mapping[str, 
         counts = [r] * depth
     elif isinstance(r, Sequence) and not isinstance(r, str) and all(type(i) is int for i in r):
         if len(r) > depth:
-            raise ValueError(f"r has {len(r)} entries for {depth} blocks; give at most one a block")
+            raise ValueError(f"r has {len(r)} entries for {depth} blocks; give at most one per block")
         counts = [*r, *([0] * (depth - len(r)))]
     else:
         raise TypeError(f"r={r!r}: give an int, a list of ints, or (r, slope) with a float slope")
@@ -45,7 +45,7 @@ def removed_per_layer(r: int | Sequence[int] | tuple[int, float] | Mapping[str, 
 
 
 def spread(value: Any, layers: Sequence[int], what: str) -> dict[int, Any]:
-    """One value a layer: a scalar is repeated, a sequence must have one entry a layer.
+    """One value per layer: a scalar is repeated, a sequence must have one entry per layer.
 
     Args:
         value: scalar or sequence.
@@ -84,7 +84,7 @@ def cosine_keep_rate(iteration: int, epoch: int, steps_per_epoch: int, start: in
 
 
 def even_removal(t: float, capacity: int, blocks: int) -> list[int]:
-    """Counts for a relative strength: the same number a block, the rest spread over the first blocks.
+    """Counts for a relative strength: the same number per block, the rest spread over the first blocks.
 
     Args:
         t: 0 to 1, share of `capacity`.

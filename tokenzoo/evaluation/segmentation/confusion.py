@@ -81,10 +81,10 @@ def areas(confusion: np.ndarray) -> np.ndarray:
 
 
 def scores(area: np.ndarray) -> Scores:
-    """Scores of counts that were summed over the pictures of a whole data set.
+    """Scores of counts that were summed over the images of a whole data set.
 
     Args:
-        area: from `areas`, summed over pictures [..., 3, K].
+        area: from `areas`, summed over images [..., 3, K].
 
     Source: the definition of mmsegmentation.
     """

@@ -121,7 +121,7 @@ class DenseSpeed(NamedTuple):
     Attributes:
         step_times: seconds of one batch, a value a round.
         speedups: unpatched time over this run's time, within each round.
-        batch_size: crops a step.
+        batch_size: crops per step.
         clock: what times are.
     """
 

@@ -26,7 +26,7 @@ def open_dataset(
     num_classes: int | None = None,
     masks: bool = True,
 ) -> SegmentationDataset:
-    """Finds pictures and their class masks.
+    """Finds images and their class masks.
 
     Args:
         root: folder of the data set or one above it; for "ade20k" and "cityscapes" the zip archives may stay packed.
@@ -34,12 +34,12 @@ def open_dataset(
         split: None for the part that results are reported on; of a plain folder, a subfolder.
         ignore: further values of the mask files that count as 255 (plain folders only).
         zero_label: value 0 is ignored and the others are numbered from 0 (plain folders only).
-        classes: names by index, a text file with one a line, or a JSON list (plain folders only).
+        classes: names by index, a text file with one per line, or a JSON list (plain folders only).
         num_classes: without names (plain folders only).
         masks: False if masks are not needed; samples then hold None.
 
     Raises:
-        ValueError: another layout than expected, no pictures, or options that do not fit.
+        ValueError: another layout than expected, no images, or options that do not fit.
     """
     files, pairs = _locate(kind, root, split)
     about = KINDS[kind]
@@ -58,7 +58,7 @@ def open_dataset(
         raise ValueError(f"{count} classes do not fit into 8-bit masks with 255 for ignored pixels; give 1 to 255")
     if masks and all(pair.mask is None for pair in pairs):
         raise ValueError(
-            f"none of the {len(pairs)} pictures in {files} has a mask, such as {pairs[0].image}; expected "
+            f"none of the {len(pairs)} images in {files} has a mask, such as {pairs[0].image}; expected "
             f"{about.layout}"
         )
     # the first colour is black: for a background only
@@ -78,7 +78,7 @@ def open_dataset(
 
 
 def _locate(kind: str, root: str | Path, split: str | None) -> tuple[Files, list[Pair]]:
-    """Finds the pictures of a split.
+    """Finds the images of a split.
 
     Args:
         kind: a key of `KINDS`.
@@ -86,7 +86,7 @@ def _locate(kind: str, root: str | Path, split: str | None) -> tuple[Files, list
         split: None for the default.
 
     Raises:
-        ValueError: an unknown kind or split, another layout, no pictures, or no mask for any of them.
+        ValueError: an unknown kind or split, another layout, no images, or no mask for any of them.
     """
     if kind not in KINDS:
         raise ValueError(f"data set kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -123,10 +123,10 @@ def _places(about: Kind, root: Path) -> list[Files]:
 def _checked(pairs: list[Pair], kind: str, files: Files, split: str) -> list[Pair]:
     if not pairs:
         raise ValueError(
-            f"{files} holds no pictures{f' of split {split!r}' if split else ''}; {kind} expects {KINDS[kind].layout}"
+            f"{files} holds no images{f' of split {split!r}' if split else ''}; {kind} expects {KINDS[kind].layout}"
         )
     names = [pair.name for pair in pairs]
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
-        raise ValueError(f"{files} holds two pictures called {twice}, which would share one mask; rename one of them")
+        raise ValueError(f"{files} holds two images called {twice}, which would share one mask; rename one of them")
     return pairs

@@ -1,4 +1,4 @@
-"""mIoU of several runs over the same pictures, and their paired differences to the unpatched model."""
+"""mIoU of several runs over the same images, and their paired differences to the unpatched model."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _log = logging.getLogger(__name__)
 
 
 def default_inference(model: nn.Module, kind: str = "folder", batch_size: int = 1) -> Inference:
-    """Windows as the model was trained, pictures resized as is usual for the data set.
+    """Windows as the model was trained, images resized as is usual for the data set.
 
     Args:
-        model: `model.window` and `model.stride` decide; without them pictures go through in one piece.
+        model: `model.window` and `model.stride` decide; without them images go through in one piece.
         kind: of the data set.
         batch_size: windows at a time.
     """
@@ -67,21 +67,21 @@ def evaluate_segmentation(
     seed: int = 0,
     progress: bool | None = False,
 ) -> SegmentationReport:
-    """Scores of the unpatched model and of every run over a data set, each picture going through all of them.
+    """Scores of the unpatched model and of every run over a data set, each image going through all of them.
 
     Counts are summed over the whole data set before any share is taken. The model is not changed. When memory runs
-    out, fewer windows go through at a time and the picture is tried again.
+    out, fewer windows go through at a time and the image is tried again.
 
     Args:
         model: unpatched, on the device to use; normalised images [B, 3, h, w] -> class logits [B, K, h, w].
         runs: what to compare with it.
         dataset: from `tokenzoo.evaluation.segmentation.data.open_dataset`.
-        inference: how pictures go through; None for `default_inference`.
+        inference: how images go through; None for `default_inference`.
         mean: of red, green, blue, 0 to 1; the model's own by default.
         std: likewise.
         precision: number formats, the model's own by default.
-        state: folder for counts of the pictures that are done; a run that was ended goes on from there.
-        skip_broken: leave pictures out that cannot be used, and list them in the report.
+        state: folder for counts of the images that are done; a run that was ended goes on from there.
+        skip_broken: leave images out that cannot be used, and list them in the report.
         workers: processes that decode, 0 decodes in this one.
         speed_rounds: how often each run is timed on the same crops, round robin; 0 for not at all.
         speed_batch: crops a step of that.
@@ -90,7 +90,7 @@ def evaluate_segmentation(
         progress: bar on stderr; None shows it on a terminal only.
 
     Raises:
-        ValueError: a broken picture, no pictures, class numbers that do not fit, a run that cannot be reached, a model
+        ValueError: a broken image, no images, class numbers that do not fit, a run that cannot be reached, a model
             that is patched already.
         TypeError: a model that is not served.
     """
@@ -100,8 +100,8 @@ def evaluate_segmentation(
     if not skip_broken and dataset.without_mask:
         names = dataset.without_mask
         raise ValueError(
-            f"{len(names)} of {len(dataset)} pictures have no mask, such as {names[0]}; add the masks, or leave such "
-            "pictures out with --skip-broken"
+            f"{len(names)} of {len(dataset)} images have no mask, such as {names[0]}; add the masks, or leave such "
+            "images out with --skip-broken"
         )
     precision = (precision or Precision()).of(model)
     inference = inference or default_inference(model, dataset.kind)
@@ -121,8 +121,8 @@ def evaluate_segmentation(
         todo = [i for i, pair in enumerate(dataset.pairs) if any(pair.name not in f.rows for f in files)]
         done = len(dataset) - len(todo)
         if done:
-            _log.info("%d of %d pictures are counted already in %s", done, len(dataset), folder)
-        bar = tqdm(total=len(dataset), initial=done, unit="picture", disable=None if progress is None else not progress)
+            _log.info("%d of %d images are counted already in %s", done, len(dataset), folder)
+        bar = tqdm(total=len(dataset), initial=done, unit="image", disable=None if progress is None else not progress)
         with torch.inference_mode(), bar:
             for sample in read_samples(dataset, todo, workers):
                 if isinstance(sample, Broken):
@@ -138,9 +138,9 @@ def evaluate_segmentation(
     lost = {name for name, _ in skipped}
     names = [pair.name for pair in dataset.pairs if pair.name not in lost]
     if not names:
-        raise ValueError(f"none of the {len(dataset)} pictures could be used; the first: {skipped[0].reason}")
+        raise ValueError(f"none of the {len(dataset)} images could be used; the first: {skipped[0].reason}")
     if skipped:
-        _log.warning("%d broken pictures left out: %s", len(skipped), ", ".join(name for name, _ in skipped))
+        _log.warning("%d broken images left out: %s", len(skipped), ", ".join(name for name, _ in skipped))
     outcomes = [_outcome(*of_run, names) for of_run in zip(candidates, files, macs)]
     speeds = dense_speed(candidates, crops[:speed_batch], speed_rounds, precision) if speed_rounds else None
     results = summarize(outcomes, speeds, resamples, seed)
@@ -192,7 +192,7 @@ def _candidates(model: nn.Module, runs: Sequence[Run], precision: Precision) -> 
 
 def _broken(sample: Broken, folder: Path | None) -> str:
     kept = f"; counts so far are kept in {folder}, the same command goes on from there" if folder else ""
-    return f"{sample.reason}; repair or remove it, or leave such pictures out with --skip-broken{kept}"
+    return f"{sample.reason}; repair or remove it, or leave such images out with --skip-broken{kept}"
 
 
 def _count(
@@ -203,7 +203,7 @@ def _count(
     num_classes: int,
     precision: Precision,
 ) -> list[Predictor]:
-    """Counts one picture for all runs that lack it; returns the predictors, with smaller batches if memory ran out."""
+    """Counts one image for all runs that lack it; returns the predictors, with smaller batches if memory ran out."""
     labelled = sample.mask != IGNORE
     base = None
     for index, (candidate, file) in enumerate(zip(candidates, files)):
@@ -232,7 +232,7 @@ def _predict(
         batch = predictor.inference.batch_size // 2  # outside of the handler: the traceback held the tensors
         if batch == 0:
             raise ValueError(
-                f"{label}: not even one window of a picture of {picture.width}x{picture.height} fits into the memory "
+                f"{label}: not even one window of an image of {picture.width}x{picture.height} fits into the memory "
                 f"of {predictor.device} ({reason}); use smaller windows, a smaller model or another --device"
             )
         _log.warning("%s: out of memory, going on with %d windows at a time (%s)", label, batch, reason)
@@ -244,6 +244,6 @@ def _outcome(candidate: Candidate, file: StateFile, macs: DenseMacs | None, name
     rows = [file.rows[name] for name in names]
     bad = sum(not row.finite for row in rows)
     if bad:
-        _log.warning("%s: scores of %d pictures are not finite; try --dtype float32", candidate.run.label, bad)
+        _log.warning("%s: scores of %d images are not finite; try --dtype float32", candidate.run.label, bad)
     area = np.stack([row.area for row in rows])
     return Outcome(candidate.run, candidate.model, area, sum(row.agreeing for row in rows), macs)

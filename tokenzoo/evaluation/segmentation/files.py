@@ -63,7 +63,7 @@ class Zip:
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(self.path))
             except zipfile.BadZipFile as error:
-                raise ValueError(f"{self.path} is no readable zip archive ({error}); fetch it again") from error
+                raise ValueError(f"{self.path} is not a readable zip archive ({error}); fetch it again") from error
         return self._opened[1]
 
     def is_dir(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""From a picture to the class of every pixel at its own size: resizing, windows, scales and flips, in this order."""
+"""From an image to the class of every pixel at its own size: resizing, windows, scales and flips, in this order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keep_ratio_size(height: int, width: int, limits: tuple[int, int]) -> tuple[i
 
 
 def resize_bilinear(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear without antialiasing and rounded to whole grey values, as OpenCV resizes 8-bit pictures.
+    """Bilinear without antialiasing and rounded to whole grey values, as OpenCV resizes 8-bit images.
 
     Args:
         picture: [1, 3, H, W] float, 0 to 255.
@@ -44,13 +44,13 @@ def resize_bilinear(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Inference:
-    """How a picture becomes class scores.
+    """How an image becomes class scores.
 
     Args:
         mode: "whole" (one forward pass), "segmenter", "mmseg" or "even" (EoMT).
         window: side of the windows, pixels; none for "whole".
         stride: pixels between windows; none for "whole" and "even".
-        limits: (long, short) for resizing before, see `keep_ratio_size`; None leaves pictures at their size.
+        limits: (long, short) for resizing before, see `keep_ratio_size`; None leaves images at their size.
         scales: factors on `limits` (on the size itself without limits), scores averaged as probabilities.
         flip: also mirrored.
         batch_size: windows at a time.
@@ -79,7 +79,7 @@ class Inference:
             raise ValueError(f"scales {self.scales} and batch size {self.batch_size} have to be positive")
 
     def __str__(self) -> str:
-        parts = [f"{self.mode} windows of {self.window}" if self.window else "whole pictures"]
+        parts = [f"{self.mode} windows of {self.window}" if self.window else "whole images"]
         parts += [f"stride {self.stride}"] if self.stride else []
         parts += [f"resized to at most {max(self.limits)}x{min(self.limits)}"] if self.limits else []
         parts += [f"scales {', '.join(f'{s:g}' for s in self.scales)}"] if self.scales != (1.0,) else []
@@ -95,7 +95,7 @@ class Inference:
         return slide(model, image, self.window, self.stride, self.batch_size)
 
     def resized(self, picture: Image.Image, scale: float = 1.0) -> Tensor:
-        """The picture at the size that it goes into the windows [1, 3, H, W], 0 to 255."""
+        """The image at the size that it goes into the windows [1, 3, H, W], 0 to 255."""
         height, width = picture.height, picture.width
         if self.mode == "even":
             factor = self.window / min(height, width)
@@ -108,7 +108,7 @@ class Inference:
         return resize_bilinear(_to_tensor(picture), size)
 
     def crop_size(self, picture: Image.Image) -> tuple[int, int]:
-        """Height and width of what goes into the model for a picture, the first window where they differ."""
+        """Height and width of what goes into the model for an image, the first window where they differ."""
         if self.mode in ("segmenter", "even"):
             return self.window, self.window
         size = tuple(self.resized(picture).shape[-2:])
@@ -121,7 +121,7 @@ def _to_tensor(picture: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Class maps of pictures by one model.
+    """Class maps of images by one model.
 
     Args:
         model: normalised images [B, 3, h, w] -> class logits [B, K, h, w].
@@ -140,12 +140,12 @@ class Predictor:
     dtype: torch.dtype = torch.float32
 
     def normalised(self, picture: Tensor) -> Tensor:
-        """A picture [1, 3, H, W], 0 to 255, as the model takes it."""
+        """An image [1, 3, H, W], 0 to 255, as the model takes it."""
         mean, std = (255 * torch.tensor(list(v), device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return ((picture.to(self.device) - mean) / std).to(self.dtype)
 
     def __call__(self, picture: Image.Image) -> tuple[np.ndarray, bool]:
-        """Predicted classes [H, W] uint8 at the size of the picture, and whether all logits were finite."""
+        """Predicted classes [H, W] uint8 at the size of the image, and whether all logits were finite."""
         size, finite, total = (picture.height, picture.width), True, None
         for scale in self.inference.scales:
             image = self.normalised(self.inference.resized(picture, scale))
@@ -165,7 +165,7 @@ def probabilities_at(logits: Tensor, size: tuple[int, int], flipped: bool = Fals
     Args:
         logits: [1, K, H, W].
         size: (height, width).
-        flipped: the logits are those of a mirrored picture.
+        flipped: the logits are those of a mirrored image.
 
     Returns:
         [1, K, height, width].
@@ -175,7 +175,7 @@ def probabilities_at(logits: Tensor, size: tuple[int, int], flipped: bool = Fals
 
 
 def labels_at(logits: Tensor, size: tuple[int, int], chunk: int = 16) -> np.ndarray:
-    """Most likely classes at another size, a few classes at a time: all of them may not fit for a large picture.
+    """Most likely classes at another size, a few classes at a time: all of them may not fit for a large image.
 
     Args:
         logits: [1, K, H, W].

@@ -16,7 +16,7 @@ class Kind:
 
     Attributes:
         layout: in words, for messages.
-        pairs: lists pictures and masks of a split, given the files, the folder they lie in, and the split's folder.
+        pairs: lists images and masks of a split, given the files, the folder they lie in, and the split's folder.
         needs: folders that must be there; {} stands for the folder of the split.
         splits: folder of each split by the names it goes by; the first one is the default.
         classes: names in the order of the indices.

@@ -47,18 +47,18 @@ def read_samples(dataset: SegmentationDataset, indices: Sequence[int], workers: 
 
 
 def first_crops(dataset: SegmentationDataset, predictor: Predictor, count: int) -> Tensor:
-    """What goes into the model for the first pictures that can be read, brought to the size of the first one's.
+    """What goes into the model for the first images that can be read, brought to the size of the first one's.
 
     Args:
         dataset: what to read from.
-        predictor: prepares pictures.
-        count: how many pictures at most.
+        predictor: prepares images.
+        count: how many images at most.
 
     Returns:
         Normalised [n, 3, h, w].
 
     Raises:
-        ValueError: no picture can be read.
+        ValueError: no image can be read.
     """
     crops: list[Tensor] = []
     first: Broken | None = None
@@ -75,5 +75,5 @@ def first_crops(dataset: SegmentationDataset, predictor: Predictor, count: int) 
         if len(crops) == count:
             break
     if not crops:
-        raise ValueError(f"none of the {len(dataset)} pictures can be used; the first: {first.reason}")
+        raise ValueError(f"none of the {len(dataset)} images can be used; the first: {first.reason}")
     return torch.cat(crops)

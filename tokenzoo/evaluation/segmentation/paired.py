@@ -1,4 +1,4 @@
-"""Standard errors of scores over a whole data set, and of differences on the same pictures."""
+"""Standard errors of scores over a whole data set, and of differences on the same images."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .confusion import scores
 
 
 def bootstrap_miou(areas: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """mIoU of data sets drawn with replacement from the pictures: counts are summed over each draw, then scored.
+    """mIoU of data sets drawn with replacement from the images: counts are summed over each draw, then scored.
 
-    The draws depend on the seed and the number of pictures only, so two runs over the same pictures get the same draws
-    and their values can be subtracted. The error takes pictures as independent: for neighbouring frames of a film it
+    The draws depend on the seed and the number of images only, so two runs over the same images get the same draws
+    and their values can be subtracted. The error takes images as independent: for neighbouring frames of a film it
     is too small.
 
     Args:
-        areas: counts of every picture [n, 3, K], see `tokenzoo.evaluation.segmentation.confusion.areas`.
+        areas: counts of every image [n, 3, K], see `tokenzoo.evaluation.segmentation.confusion.areas`.
         resamples: how many data sets are drawn.
         seed: of the draws.
 

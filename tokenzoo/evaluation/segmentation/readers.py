@@ -1,4 +1,4 @@
-"""Which picture belongs to which mask, in the ways that segmentation data sets are stored."""
+"""Which image belongs to which mask, in the ways that segmentation data sets are stored."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
 
 
 class Pair(NamedTuple):
-    """A picture and its mask.
+    """An image and its mask.
 
     Attributes:
-        name: what the picture is called in results.
+        name: what the image is called in results.
         image: file below the root.
         mask: file below the root; None where there is none.
         table: the class of every value of the mask [256] uint8, None for the values themselves.
@@ -44,7 +44,7 @@ def _hidden(name: str) -> bool:
 
 
 def parallel(images: str, masks: str, suffix: str = ".png") -> Callable[[Files, str, str], list[Pair]]:
-    """Pictures below one folder, masks of the same stem below another."""
+    """Images below one folder, masks of the same stem below another."""
 
     def pairs(files: Files, base: str, split: str) -> list[Pair]:
         images_at, masks_at = (base + folder.format(split).rstrip("/") for folder in (images, masks))
@@ -83,14 +83,14 @@ def cityscapes(files: Files, base: str, split: str) -> list[Pair]:
 def listed(
     folder: str, list_file: str, images: str, masks: str, suffix: str
 ) -> Callable[[Files, str, str], list[Pair]]:
-    """Pictures named in a text file, one stem a line."""
+    """Images named in a text file, one stem per line."""
 
     def pairs(files: Files, base: str, split: str) -> list[Pair]:
         names_at, images_at, masks_at = base + folder, base + images.format(split), base + masks.format(split)
         listing = f"{names_at}/{list_file.format(split)}"
         if listing not in set(files.names(names_at)):
             raise ValueError(
-                f"{files} holds no {listing}, the list of pictures of the split; fetch it with the data set"
+                f"{files} holds no {listing}, the list of images of the split; fetch it with the data set"
             )
         stems = [line.split()[0] for line in files.read(listing).decode("utf-8").splitlines() if line.strip()]
         there = set(files.names(masks_at))

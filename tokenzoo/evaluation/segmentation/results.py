@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
     Attributes:
         run: which one.
         model: its model.
-        area: right, predicted and labelled pixels by picture and class [n, 3, K].
+        area: right, predicted and labelled pixels by image and class [n, 3, K].
         agreeing: labelled pixels with the unpatched model's prediction.
         macs: multiply-adds of one crop, None if unknown.
     """
@@ -57,11 +57,11 @@ class Segmentation:
         method_kwargs: options as given.
         label: both in one short text.
         recipe: what `tokenzoo.patch_model` takes to get this run again; None if unpatched.
-        n_images: pictures seen.
+        n_images: images seen.
         scores: over the whole data set, as shares.
-        miou: percent, with its standard error over bootstrap draws of the pictures.
+        miou: percent, with its standard error over bootstrap draws of the images.
         diff_miou: this run minus the unpatched model in the same draws; None for the unpatched model.
-        diff_pixel_acc: mean over the pictures of the difference in pixel accuracy, percent points; None likewise.
+        diff_pixel_acc: mean over the images of the difference in pixel accuracy, percent points; None likewise.
         agreement: percent of the labelled pixels with the unpatched model's prediction.
         macs: multiply-adds of one crop, None if unknown.
         speed: times, None if not measured.
@@ -84,7 +84,7 @@ class Segmentation:
 
     @property
     def img_per_sec(self) -> float | None:
-        """Crops a second, median over the rounds; None if not measured."""
+        """Crops per second, median over the rounds; None if not measured."""
         return None if self.speed is None else self.speed.batch_size / Spread.of(self.speed.step_times).median
 
     def row(self, classes: Sequence[str]) -> dict[str, Any]:
@@ -132,11 +132,11 @@ class SegmentationReport(NamedTuple):
 
     Attributes:
         results: one a run, the unpatched model first.
-        skipped: pictures left out, with reasons.
-        resumed: pictures whose counts were there already.
+        skipped: images left out, with reasons.
+        resumed: images whose counts were there already.
         classes: names by index.
         crop: height and width that multiply-adds and speed are of.
-        inference: how pictures went through.
+        inference: how images went through.
     """
 
     results: list[Segmentation]
@@ -162,7 +162,7 @@ def summarize(
     """Scores, paired differences and standard errors.
 
     Args:
-        outcomes: of all runs over the same pictures in the same order, the unpatched model first.
+        outcomes: of all runs over the same images in the same order, the unpatched model first.
         speeds: of the same runs, None if not measured.
         resamples: bootstrap draws.
         seed: of the draws.
@@ -198,7 +198,7 @@ def summarize(
 
 
 def _mean_difference(differences: np.ndarray) -> Estimate:
-    """Over the pictures that have a labelled pixel."""
+    """Over the images that have a labelled pixel."""
     there = differences[~np.isnan(differences)]
     return estimate(torch.from_numpy(there / 100)) if len(there) else Estimate(math.nan, None)
 

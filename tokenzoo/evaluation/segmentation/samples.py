@@ -1,4 +1,4 @@
-"""Pictures with class masks read one by one, every fault of a file named."""
+"""Images with class masks read one by one, every fault of a file named."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .readers import Pair
 
 
 class Sample(NamedTuple):
-    """One picture.
+    """One image.
 
     Attributes:
         image: RGB, as stored: no rotation by EXIF, as in the reference pipelines.
         mask: class of every pixel [H, W] uint8, 255 for ignored ones; None without masks.
-        name: path below the folder of pictures, without suffix.
+        name: path below the folder of images, without suffix.
     """
 
     image: Image.Image
@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
 
 class BrokenSample(ValueError):
-    """A picture or a mask that cannot be used.
+    """An image or a mask that cannot be used.
 
     Attributes:
         name: of the sample.
@@ -47,7 +47,7 @@ class BrokenSample(ValueError):
 
 
 class SegmentationDataset:
-    """Pictures and masks, read one by one; item i is picture i or raises `BrokenSample`.
+    """Images and masks, read one by one; item i is image i or raises `BrokenSample`.
 
     Args:
         files: where they lie.
@@ -87,10 +87,10 @@ class SegmentationDataset:
 
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
-        image = self._decode(pair, pair.image, "picture")
+        image = self._decode(pair, pair.image, "image")
         if image.mode.startswith(("I", "F")):  # 16-bit and float values would be cut off at 255
             raise BrokenSample(
-                pair.name, f"picture {self._path(pair.image)} has values beyond 8 bits ({image.mode}); store 8 bits"
+                pair.name, f"image {self._path(pair.image)} has values beyond 8 bits ({image.mode}); store 8 bits"
             )
         image = image.convert("RGB")
         if not self.masks:
@@ -100,18 +100,18 @@ class SegmentationDataset:
             height, width = mask.shape
             raise BrokenSample(
                 pair.name,
-                f"picture {self._path(pair.image)} is {image.width}x{image.height}, its mask {self._path(pair.mask)} "
-                f"is {width}x{height} (width x height); give masks of the size of their pictures",
+                f"image {self._path(pair.image)} is {image.width}x{image.height}, its mask {self._path(pair.mask)} "
+                f"is {width}x{height} (width x height); give masks of the size of their images",
             )
         return Sample(image, mask, pair.name)
 
     @property
     def without_mask(self) -> list[str]:
-        """Names of pictures for which no mask was found."""
+        """Names of images for which no mask was found."""
         return [pair.name for pair in self.pairs if pair.mask is None]
 
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
-        """The same data set with some of its pictures.
+        """The same data set with some of its images.
 
         Args:
             indices: which ones.
@@ -123,7 +123,7 @@ class SegmentationDataset:
         )  # fmt: skip
 
     def sizes(self) -> list[tuple[int | None, int | None]]:
-        """Bytes of each picture and of its mask; None for a file that is not there."""
+        """Bytes of each image and of its mask; None for a file that is not there."""
         return [(self._size(pair.image), self._size(pair.mask)) for pair in self.pairs]
 
     def _size(self, name: str | None) -> int | None:
@@ -143,14 +143,14 @@ class SegmentationDataset:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
             unknown = isinstance(error, UnidentifiedImageError)  # its text names a file object
-            reason = "not a picture in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
+            reason = "not an image in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
             raise BrokenSample(pair.name, f"{what} {self._path(name)} cannot be read ({reason})") from error
         return image
 
     def _mask(self, pair: Pair) -> np.ndarray:
         if pair.mask is None:
             raise BrokenSample(
-                pair.name, f"picture {self._path(pair.image)} has no mask; expected {KINDS[self.kind].layout}"
+                pair.name, f"image {self._path(pair.image)} has no mask; expected {KINDS[self.kind].layout}"
             )
         mask, path = self._decode(pair, pair.mask, "mask"), self._path(pair.mask)
         values = np.asarray(mask)  # palette files give indices

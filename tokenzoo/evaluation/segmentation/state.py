@@ -1,4 +1,4 @@
-"""What a segmentation run has counted so far, picture by picture on disk, so that a run that was ended goes on."""
+"""What a segmentation run has counted so far, image by image on disk, so that a run that was ended goes on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FORMAT = 1
 
 
 class Row(NamedTuple):
-    """Counts of one picture.
+    """Counts of one image.
 
     Attributes:
         area: right, predicted and labelled pixels of each class [3, K] float64.
@@ -99,10 +99,10 @@ class StateFile:
         os.write(self._file, (line + "\n").encode())
 
     def add(self, name: str, row: Row) -> None:
-        """Keeps the counts of a picture.
+        """Keeps the counts of an image.
 
         Args:
-            name: of the picture.
+            name: of the image.
             row: its counts.
         """
         self.rows[name] = row
@@ -144,12 +144,12 @@ def run_keys(
     std: Sequence[float],
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Everything that the counts of each run depend on, pictures by name and size.
+    """Everything that the counts of each run depend on, images by name and size.
 
     Args:
         model: unpatched.
         patched: models of the runs.
-        dataset: pictures and masks.
+        dataset: images and masks.
         inference: how they go through.
         precision: number formats.
         mean: of the normalisation.

@@ -114,7 +114,7 @@ def _check(tensors: dict[str, Tensor | None]) -> None:
         raise ValueError(f"selective_scan: u is {tuple(u.shape)}; give [B, D, L] with at least one channel and step")
     batch, dim, length = u.shape
     if A.dim() != 2 or A.shape[0] != dim or A.shape[1] == 0:
-        raise ValueError(f"selective_scan: A is {tuple(A.shape)}; give [{dim}, N], one row a channel of u")
+        raise ValueError(f"selective_scan: A is {tuple(A.shape)}; give [{dim}, N], one row per channel of u")
     states = A.shape[1]
     wanted = {"initial_state": (batch, dim, states), "D": (dim,), "delta_bias": (dim,)}
     for name in ("delta", "z", "decay_dt", *wanted):

@@ -1,7 +1,7 @@
 """Multiply-adds of PlainMamba by formula.
 
 A linear layer or a convolution counts its multiply-adds. The scan counts, as the authors of Mamba do, 9 operations a
-token, inner channel and state channel, and one a token and inner channel for the skip. Published figures count all
+token, inner channel and state channel, and one per token and inner channel for the skip. Published figures count all
 four scans of a block; some papers and tools count one: both can be had, and a figure should say which it is.
 """
 
@@ -16,7 +16,7 @@ from .orders import PATHS
 if TYPE_CHECKING:
     from .model import PlainMamba, PlainMambaBlock
 
-_SCAN = 9  # operations a token, inner channel and state channel
+_SCAN = 9  # operations per token, inner channel and state channel
 
 
 def scan_macs(inner: int, d_state: int, tokens: int) -> int:
@@ -74,7 +74,7 @@ def macs(
     length = grid if isinstance(grid, int) else grid[0] * grid[1]
     counts = [length] * len(model.layers) if kept is None else list(kept)
     if len(counts) != len(model.layers):
-        raise ValueError(f"PlainMamba: {len(counts)} counts of tokens for {len(model.layers)} blocks; give one a block")
+        raise ValueError(f"PlainMamba: {len(counts)} token counts for {len(model.layers)} blocks; give one per block")
     blocks = sum(block_macs(block, n, length, directions) for block, n in zip(model.layers, counts))
     head = linear_macs(model.head)
     return model.patch_embed.macs((1, length)) + blocks + head * (1 if model.global_pool else counts[-1])

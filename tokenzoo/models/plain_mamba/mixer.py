@@ -190,7 +190,7 @@ def on_grid(conv: nn.Module, x: Tensor, grid: tuple[int, int], kept: Tensor | No
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows along axis 1 of x [B, M, D] in an order shared by all images [4, K], or one an image [B, 4, K]."""
+    """Rows along axis 1 of x [B, M, D] in an order shared by all images [4, K], or one per image [B, 4, K]."""
     return x.index_select(1, index.flatten()) if index.dim() == 2 else take_rows(x, index.flatten(1))
 
 

@@ -16,12 +16,12 @@ from .._embed import MapEmbed
 class PlainMambaStem(MapEmbed):
     """A 7 x 7 convolution that halves the image, 3 x 3 convolutions, and a projection of what is left of each patch.
 
-    Images of any size pass: where the halved map is no whole number of patches, zeros are added to it on the right
+    Images of any size pass: where the halved map is not a whole number of patches, zeros are added to it on the right
     and at the bottom.
 
     Args:
         img_size: image size in pixels, one number or (high, wide).
-        patch_size: pixels a token, even, likewise.
+        patch_size: pixels per token, even, likewise.
         in_chans: channels of the image.
         embed_dim: channels of the tokens.
         convs: 3 x 3 convolutions.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -193,3 +193,11 @@ class SuperTokenStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(self.run_blocks(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Starting values of one module, as published."""
+    if isinstance(module, nn.Linear):  # convolutions keep PyTorch's start, as published
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -10,7 +10,7 @@ and stvit_large in the authors' code). Stochastic depth there: 0.1, 0.4 and 0.6 
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, to_2tuple, trunc_normal_
+from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...layers.pointwise import PointwiseConv
 from .._config import config
 from .._place import made_on
-from .blocks import Stem, SuperTokenBlock, SuperTokenStage
+from .blocks import Stem, SuperTokenBlock, SuperTokenStage, init_weights
 
 
 class SViT(nn.Module):
@@ -29,8 +29,8 @@ class SViT(nn.Module):
         num_classes: classes; 0 has no classifier.
         global_pool: pooling of the last map; "" only without classes.
         embed_dim: channels of the four stages.
-        depths: blocks a stage.
-        num_heads: heads a stage.
+        depths: blocks per stage.
+        num_heads: heads per stage.
         stoken_size: side of a cell in tokens, a stage.
         n_iter: rounds of the association, a stage.
         layerscale: which stages have layer scales.
@@ -106,7 +106,7 @@ class SViT(nn.Module):
             self.act = nn.SiLU()
             self.head_drop = nn.Dropout(drop_rate)
             self._set_classifier(num_classes, global_pool)
-            self.apply(_init_weights)
+            self.apply(init_weights)
         self.to(dtype=dtype)
 
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
@@ -138,7 +138,7 @@ class SViT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter groups for layer-wise learning rates: a group a stage (coarse), or a block."""
+        """Patterns of parameter groups for layer-wise learning rates: one group per stage (coarse), or per block."""
         if coarse:
             return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)"}
         blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (0,))]
@@ -257,13 +257,6 @@ class SViT(nn.Module):
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):  # convolutions keep PyTorch's start, as published
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 default_cfgs = generate_default_cfgs({

@@ -45,17 +45,17 @@ def macs(model: VisionMamba, tokens: int | Sequence[int] | None = None, directio
 
     Args:
         model: the model.
-        tokens: tokens that enter the blocks, class tokens included: one number or one a block; None for all.
+        tokens: tokens that enter the blocks, class tokens included: one number or one per block; None for all.
         directions: scan directions to count: 1 as published, None for all that run.
 
     Raises:
-        ValueError: a list that is not one number a block, or more directions than a mixer has.
+        ValueError: a list that is not one number per block, or more directions than a mixer has.
     """
     blocks = list(model.layers)
     if tokens is None:
         tokens = model.patch_embed.num_patches + model.num_class_tokens
     counts = [tokens] * len(blocks) if isinstance(tokens, int) else list(tokens)
     if len(counts) != len(blocks):
-        raise ValueError(f"macs: {len(counts)} token counts for {len(blocks)} blocks; give one a block, or one number")
+        raise ValueError(f"macs: {len(counts)} token counts for {len(blocks)} blocks; give one, or one per block")
     embed = model.patch_embed.macs(model.patch_embed.grid_size)
     return embed + linear_macs(model.head) + sum(mixer_macs(b.mixer, n, directions) for b, n in zip(blocks, counts))

@@ -85,7 +85,7 @@ class StridedEmbed(MapEmbed):
 
     Args:
         img_size: image size in pixels.
-        patch_size: pixels a patch, one number or (high, wide).
+        patch_size: pixels per patch, one number or (high, wide).
         stride: pixels from patch to patch, likewise; None for the patch size.
         in_chans: channels of the image.
         embed_dim: channels of the tokens.
@@ -110,8 +110,8 @@ class StridedEmbed(MapEmbed):
         (p, q), (down, right) = self.patch_size, self.stride
         if high < p or wide < q or (high - p) % down or (wide - q) % right:
             raise ValueError(
-                f"StridedEmbed: an image of {(high, wide)} pixels is no whole number of {(p, q)} patches at a stride "
-                f"of {(down, right)}; resize or pad it"
+                f"StridedEmbed: an image of {(high, wide)} pixels is not a whole number of {(p, q)} patches at a "
+                f"stride of {(down, right)}; resize or pad it"
             )
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:

@@ -29,7 +29,7 @@ class VisionMamba(TimmInterface):
 
     Args:
         img_size: image size in pixels.
-        patch_size: pixels a patch.
+        patch_size: pixels per patch.
         stride: pixels from patch to patch; None for the patch size.
         in_chans: channels of the image.
         num_classes: classes; 0 has no classifier.

@@ -38,7 +38,7 @@ class TimmInterface(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter groups for layer-wise learning rates: a group a block."""
+        """Patterns of parameter groups for layer-wise learning rates: one group per block."""
         blocks = [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": blocks}
 

@@ -108,7 +108,7 @@ def _fit(positions: Tensor, model: nn.Module) -> Tensor:
     if side * side != patches or patches == 0:
         raise ValueError(
             f"VisionMamba: pos_embed {tuple(positions.shape)} of the checkpoint has {patches} rows besides the class "
-            "token's, which is no square grid; create the model with the image size that it was trained for, load it, "
-            "and call set_input_size"
+            "token's, which is not a square grid; create the model with the image size that it was trained for, load "
+            "it, and call set_input_size"
         )
     return fit_positions(positions, model.cls_position, (side, side), model.patch_embed.grid_size)

@@ -71,7 +71,7 @@ def reconstruct(
 
 
 def _weights(distance: Tensor, temperature: float, k: int, norm: str) -> Tensor:
-    """Weights of the centres for some tokens [B, n, M], from squared distances up to a number a token."""
+    """Weights of the centres for some tokens [B, n, M], from squared distances up to a number per token."""
     weights = (temperature * (distance.amin(2, keepdim=True) - distance)).exp()
     if 0 < k < weights.shape[2]:
         least = weights.topk(k, dim=2).values[..., -1:]

@@ -1,4 +1,4 @@
-"""Which cells of a grid each token of a map belongs to, softly: sums and means of token values a cell."""
+"""Which cells of a grid each token of a map belongs to, softly: sums and means of token values per cell."""
 
 from __future__ import annotations
 

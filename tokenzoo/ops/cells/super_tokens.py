@@ -1,8 +1,8 @@
 """Super tokens: every token of a map shares itself out among the 3 x 3 cells around its own.
 
 Pure tensor code on maps with channels last. Work and memory are linear in the number of tokens: the nine super tokens
-of a cell are gathered once a cell, not once a token, and what the tokens of a cell send to its neighbours is added up
-before it is shifted.
+of a cell are gathered once per cell, not once per token, and what the tokens of a cell send to its neighbours is added
+up before it is shifted.
 
 Source: Huang, Zhou, Cao, He, Tan, "Vision Transformer with Super Token Sampling", CVPR 2023.
 """
@@ -23,8 +23,8 @@ class Association(NamedTuple):
     """How the tokens of a map share themselves out among super tokens.
 
     Attributes:
-        weights: share of every token in the super token of each slot [B, down, right, T, 9], T tokens a cell in raster
-            order, float32 or wider. They sum to 1 over the slots, those beyond the edge of the map included.
+        weights: share of every token in the super token of each slot [B, down, right, T, 9], T tokens per cell in
+            raster order, float32 or wider. They sum to 1 over the slots, those beyond the edge of the map included.
         mass: what every super token receives in all [B, down, right, 1].
     """
 

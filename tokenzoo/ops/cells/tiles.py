@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
 
         Args:
             numbers: values that one token or centre has.
-            budget: values an image that the copies of tokens and centres may hold.
+            budget: values per image that the copies of tokens and centres may hold.
         """
         strip = numbers * (self.tokens.shape[1] + 2 * self.centers.shape[1])
         step = max(1, budget // strip)
