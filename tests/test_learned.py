@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from cases import build, images
+from cases import VIT, build, images
 from test_docs import blocks
 from test_train_imagenet import same
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ def test_the_loop_of_the_page_trains():
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if OURS in name)
 
 
-def test_trains_resumes_and_exports_from_the_command_line(file, tmp_path, toy):
+def test_trains_and_resumes_from_the_command_line(file, tmp_path, toy):
     """By its registered name, with a keep rate that falls; a run that stops goes on to the same bits."""
     data = draw(tmp_path / "data", count=2, val=1)
     more = [
@@ -150,20 +150,6 @@ def test_trains_resumes_and_exports_from_the_command_line(file, tmp_path, toy):
     columns = ("train_loss", "train_toy_ratio", "eval_top1", "keep_rate")
     assert [[row[c] for c in columns] for row in rows[0]] == [[row[c] for c in columns] for row in rows[1]]
     assert float(rows[0][1]["train_toy_ratio"]) > 0
-    model = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "patch_size=8", "depth=4"]
-    model += [
-        "embed_dim=48",
-        "num_heads=3",
-        "--num-classes",
-        "10",
-        "--device",
-        "cpu",
-        "--method",
-        "toy",
-        "layers=[1,2]",
-    ]
-    assert main(["export", *model, "--import", str(file), "--output", str(tmp_path / "model.pt2")]) == 0
-    assert (tmp_path / "model.pt2").exists()
 
 
 @pytest.mark.parametrize("name", ["deit", "gap", "dinov3"])
@@ -176,8 +162,15 @@ def test_eval_mode_removes_tokens_for_good(name, toy):
     assert model.forward_tokens(images(model)).length == prefix + 16
 
 
+def test_the_command_exports_it_by_name(file, tmp_path):
+    model = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "patch_size=8", "depth=1"]
+    model += ["embed_dim=32", "num_heads=2", "--num-classes", "7", "--device", "cpu", "--method", "toy", "layers=[0]"]
+    assert main(["export", *model, "--import", str(file), "--output", str(tmp_path / "model.pt2")]) == 0
+    assert (tmp_path / "model.pt2").exists()
+
+
 def test_the_form_that_removes_tokens_becomes_an_onnx_file(tmp_path):
-    model = patched(method="toy", layers=(1,))
+    model = tokenzoo.patch_model(VIT(depth=1).eval(), "toy", layers=(0,))
     assert export(model, tmp_path / "model.onnx", images(model, 2)).difference < 1e-4
 
 
