@@ -512,7 +512,8 @@ def test_training_configuration_says_what_it_does(path, tmp_path):
     low, high = sorted((peak, args.min_lr))
     assert low * 0.999 <= min(rates[args.warmup_epochs :]) and max(rates) <= max(high, args.warmup_lr) * 1.001
     # a long warm-up ends on the cosine that began with it, as timm's does
-    assert max(rates[: args.warmup_epochs + 1]) == pytest.approx(peak, rel=0.08)
+    around = rates[max(0, args.warmup_epochs - 1) : args.warmup_epochs + 1]
+    assert min(abs(rate - peak) for rate in around) <= 0.08 * peak
     assert abs(rates[-1] - args.min_lr) <= 0.02 * high
     text = path.read_text(encoding="utf-8")
     comment = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))

@@ -104,7 +104,7 @@ def keep_mass(scores: Tensor, tokens: Tokens, share: float, most: int | None) ->
         for real in (tokens.visible, tokens.valid):
             patches = patches if real is None else patches * real[:, prefix:]
         ranked = patches if tokens.valid is None else patches.masked_fill(~tokens.valid[:, prefix:], -1)
-        order = ranked.argsort(dim=1, descending=True, stable=True)
+        order = ranked.topk(ranked.shape[1], dim=1).indices
         held = patches.gather(1, order)
         before = held.cumsum(1) - held  # what the better ones hold
         wanted = (before < share * held.sum(1, keepdim=True)) & (held > 0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..maps import KeepMap, SpreadMap
-from ..ops.rows import take_rows
+from ..ops.rows import stable_order, take_rows
 from .tokens import Tokens
 
 
@@ -28,7 +28,7 @@ def share_out(unit: Tensor, keep: KeepMap, tokens: Tokens, temperature: float, b
     place = torch.where(place < 0, last, place)
     if keep.valid is not None:
         place = torch.where(keep.valid[:, prefix:], place, last + 1)
-    order = place.argsort(dim=1, stable=True) + prefix
+    order = stable_order(place) + prefix
     anchors = keep.idx.gather(1, order)
     heads = torch.cat([keep.idx[:, :prefix], anchors], dim=1)
     logits = torch.bmm(take_rows(unit, anchors), unit[:, prefix:].transpose(1, 2)) / temperature  # [B, K, M]

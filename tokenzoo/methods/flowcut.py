@@ -42,7 +42,7 @@ class FlowCut(Method):
         keep_rate: share of the image's patches that is left at the end, in (0, 1].
         tokens: patches that are left at the end instead.
         entropy: evenness of attention to assume, in [0, 1], for static shapes; None asks each image and block
-            (`flops=` then takes 0.9).
+            (`flops=` then solves for it, together with the goal).
         blend: share of a block's own score in the running one, in (0, 1].
         batch_rule: all images drop as many patches as the one that drops most (the released rule).
 
@@ -130,5 +130,5 @@ class FlowCut(Method):
         return importance_macs(n, shape, layout) + n * shape.num_heads * shape.head_dim * layout.has_class
 
     def dial(self, t: float, depth: int, layout: Layout) -> Method:
-        entropy = 0.9 if self.entropy is None else self.entropy
+        entropy = 1 - t if self.entropy is None else self.entropy
         return replace(self, tokens=max(1, round((1 - t) * layout.num_patches)), entropy=entropy)
