@@ -252,7 +252,7 @@ def test_dinov2_heads(tmp_path, layers):
     with pytest.raises(ValueError, match=f"reads {width} channels, but 3 layers"):
         load_dinov2_linear(backbone, tmp_path / "head.pth", 3)
     torch.save({"state_dict": {"head.weight": torch.zeros(1)}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="no linear segmentation head"):
+    with pytest.raises(ValueError, match="not a linear segmentation head"):
         load_dinov2_linear(backbone, tmp_path / "other.pth")
 
 
