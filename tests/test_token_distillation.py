@@ -301,7 +301,7 @@ def test_teachers_that_do_not_fit():
     fine = timm.models.VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=7)
     with pytest.raises(ValueError, match="--kd-token-weight .* 16 patches of 32 channels and the teacher 64 of 32"):
         step(fine)
-    with pytest.raises(ValueError, match="ResNet, the teacher, cannot be used with --kd-token-weight: .* not a backbone"):
+    with pytest.raises(ValueError, match="ResNet, the teacher, cannot be used with --kd-token-weight: .* not a back"):
         step(timm.create_model("resnet10t"))
     with pytest.raises(ValueError, match="ResNet, the student, cannot be used"):
         learning(timm.create_model("resnet10t"), None, build("deit"))
