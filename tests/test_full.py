@@ -25,7 +25,17 @@ def test_cases_are_spread_evenly():
     items = [Item(f"tests/{name}[{i}]") for i in range(48)]
     gone = left_out(items)
     taken = [i for i in range(48) if f"tests/{name}[{i}]" not in gone]
-    assert taken == list(range(2, 48, 4)) and len(taken) == TAKEN[name]
+    assert taken == list(range(4, 48, 8)) and len(taken) == TAKEN[name]
     assert left_out([Item("tests/test_tome.py::test_other[1]")]) == set()
     few = [Item(f"tests/{name}[{i}]") for i in range(5)]
     assert left_out(few) == set()  # fewer than the default run takes
+
+
+def test_every_parameter_of_a_product_stays():
+    name, methods, models = "test_matrix.py::test_reduction", range(20), range(40)
+    items = [Item(f"tests/{name}[m{a}-b{b}]") for a in methods for b in models]
+    gone = left_out(items)
+    stay = [item.nodeid for item in items if item.nodeid not in gone]
+    assert {case.split("[")[1].split("-")[0] for case in stay} == {f"m{a}" for a in methods}
+    assert {case.split("-")[1] for case in stay} == {f"b{b}]" for b in models}
+    assert TAKEN[name] <= len(stay) <= TAKEN[name] + 60
