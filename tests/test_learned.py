@@ -271,6 +271,18 @@ def test_training_with_gates_of_0_and_1_gives_the_logits_of_removal(name, option
     assert all(g is not None and g.isfinite().all() and g.abs().max() > 0 for g in gradients(model).values())
 
 
+@pytest.mark.parametrize("sees_itself", [False, True])
+def test_gradients_under_autocast_point_the_same_way(sees_itself):
+    found = []
+    for amp in (False, True):
+        model = patched(sees_itself=sees_itself, layers=(1,)).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = model(images(model)).float().square().mean()
+        loss.backward()
+        found.append(torch.cat([g.flatten() for g in gradients(model).values()]))
+    assert F.cosine_similarity(*found, dim=0) > 0.95
+
+
 @pytest.mark.parametrize("fill", ["stash", "nearest", "zero"])
 def test_features_on_the_grid_are_those_of_removal(fill):
     model = build("deit")
