@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from tokenzoo.core.lift import lift
 from tokenzoo.core.tokens import Layout, Tokens, trace_assign
-from tokenzoo.maps import ChainMap, FuseMap, KeepMap, MergeMap, MixMap, SpreadMap
+from tokenzoo.maps import ChainMap, FuseMap, GateMap, KeepMap, MergeMap, MixMap, SpreadMap
 
 FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_sum", "merge_assign", "merge_dropped", "fuse", "mix",
-         "spread", "chain")  # fmt: skip
+         "gate", "spread", "chain")  # fmt: skip
 
 
 def random_rows(batch, n, count, generator):
@@ -43,6 +43,8 @@ def make(form, n, seed, batch=2):
     if form == "fuse":
         left_out = torch.ones(batch, n, dtype=torch.bool).scatter(1, heads, False)
         return FuseMap(heads, weight.squeeze(-1) * left_out, left_out)
+    if form == "gate":
+        return GateMap(torch.ones(batch, n, dtype=torch.float64).scatter(1, src, 0.0))
     if form == "mix":
         return MixMap(torch.randn(batch, keep, n, generator=g, dtype=torch.float64))
     if form == "spread":  # one prefix token in front

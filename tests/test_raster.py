@@ -14,7 +14,7 @@ from tokenzoo.core.recipe import Recipe
 from tokenzoo.maps.chain import arrange
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "gate"])  # which moves nothing
 @settings(max_examples=30, deadline=None)
 @sizes
 def test_arranged_maps_are_the_same_map_with_permuted_rows(form, n, seed):
