@@ -29,6 +29,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "dpcknn": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "neighbours": 3}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
+    "gtp": ({"r": 0}, {"r": 2, "neighbours": 4, "alpha": 0.4}, {}),
     "kmedoids": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
     "pool": ({"stride": 1}, {"stride": 2}, {}),

@@ -46,6 +46,10 @@ MORE = [
     {"method": "tomesd", "seed": 3, "ratio": 0.7},
     {"method": "evo", "keep_rate": 0.2, "layers": (1, 2, 3)},
     {"method": "ats", "layers": (1, 2), "max_tokens": 6},
+    {"method": "kmedoids", "keep_rate": 0.6, "start": "farthest", "cost": "cluster", "mean": True},
+    {"method": "gtp", "r": 4, "layers": (0, 2), "graph": "semantic", "neighbours": 5, "selection": "IMGAttnMean"},
+    {"method": "gtp", "r": 3, "sparsity": 0.6},
+    {"method": "gtp", "r": 3, "propagation": "mean", "selection": "DiagAttnMean"},
 ]  # fmt: skip
 PAIRS = [
     ["ats", "tome"], ["ats", "evit"], ["ats", "uniform"], ["ats", "mctf"], ["ats", "pool"], ["ats", "tomesd"],

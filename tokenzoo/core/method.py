@@ -10,6 +10,8 @@ from typing import Any, ClassVar, final
 from torch import Tensor, nn
 
 from ..maps import TokenMap
+from ..ops.attention import Heads
+from ..ops.map_reading import MapStatistics
 from .declared import Declared
 from .options import check_fields
 from .renamed import follow_old_names
@@ -121,6 +123,29 @@ class Method(Declared):
             step: this method in this block.
         """
         raise NotImplementedError(f"{type(self).__name__} carries scores: define carry(...)")
+
+    def remember(self, tokens: Tokens, step: Step) -> Tensor:
+        """What stays at hand of the tokens that enter the first block [B, ...]; for methods with the trait `remembers`.
+
+        Maps leave it alone, so it speaks of original places. Later blocks read it as `tokens.remembered(step.scorer)`.
+
+        Args:
+            tokens: what enters the block.
+            step: this method in this block.
+        """
+        raise NotImplementedError(f"{type(self).__name__} remembers something: define remember(tokens, step)")
+
+    def attend(self, heads: Heads, bias: Tensor | None, tokens: Tokens) -> tuple[Tensor, MapStatistics] | None:
+        """Output of one attention layer [B, N, H * Dv] and what was read of its map, None to leave it to the layer.
+
+        For methods between attention and MLP with the trait `attends`, which find it in `signals.map_statistics`.
+
+        Args:
+            heads: the projected heads.
+            bias: bias of the logits, see `ops.attention.attend`.
+            tokens: the tokens that attend.
+        """
+        return None
 
     def check(self, layout: Layout, model: str) -> None:
         """Refuses models that the method cannot work on; called before anything is patched.

@@ -161,6 +161,7 @@ class Tokens(NamedTuple):
         inside: what merged around branches so far; kept along with the trace.
         rows: rows of the prefix tokens in the sequence that is scanned, a tuple or [B, 1]; None while untouched.
         visible: [B, N] bool, False for tokens that a mask hides from all others and for padding; None without a mask.
+        memory: what methods keep of the tokens that entered the first block they act in; see `remembered`.
     """
 
     x: Tensor
@@ -175,6 +176,16 @@ class Tokens(NamedTuple):
     rows: tuple[int, ...] | Tensor | None = None
     visible: Tensor | None = None
     more_scores: tuple[Tensor | None, ...] = ()
+    memory: tuple[Tensor | None, ...] = ()
+
+    def remembered(self, scorer: int) -> Tensor | None:
+        """What the method of this number, `Step.scorer`, remembers; None for nothing yet."""
+        return self.memory[scorer] if scorer < len(self.memory) else None
+
+    def remembering(self, value: Tensor, scorer: int) -> Tokens:
+        """The tokens with what the method of this number remembers."""
+        memory = (*self.memory, *[None] * (scorer + 1 - len(self.memory)))
+        return self._replace(memory=(*memory[:scorer], value, *memory[scorer + 1 :]))
 
     def seen_by(self, scorer: int) -> Tokens:
         """The tokens with `scores` of one of the methods that carry some.
@@ -266,7 +277,8 @@ class Tokens(NamedTuple):
         if token_map.undo is not None:
             x, undone = token_map.apply(self.x), self.trace[token_map.undo]
             side = undone.side._asdict() | self._restored_scores(token_map, undone.side)
-            tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.undo], inside=self.inside)
+            side |= {"trace": self.trace[: token_map.undo], "inside": self.inside, "memory": self.memory}
+            tokens = Tokens(x, self.layout, **side)
             tokens.tell()
             return tokens
         visible, pool = self.visible, token_map.pool
@@ -304,7 +316,7 @@ class Tokens(NamedTuple):
         x = token_map.apply(self.x) if values is None else values
         tokens = Tokens(
             x, self.layout, size, valid, positions, coords, trace, scores, self.inside,
-            visible=visible, more_scores=tuple(more),
+            visible=visible, more_scores=tuple(more), memory=self.memory,
         )  # fmt: skip
         tokens.tell()
         return tokens

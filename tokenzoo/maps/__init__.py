@@ -12,6 +12,7 @@ from .fuse import FuseMap
 from .keep import KeepMap
 from .merge import MergeMap
 from .mix import MixMap
+from .propagate import PropagateMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
 from .super_token import SuperTokenMap
@@ -24,6 +25,7 @@ __all__ = [
     "KeepMap",
     "MergeMap",
     "MixMap",
+    "PropagateMap",
     "ReplaceMap",
     "RestoreMap",
     "SuperTokenMap",
