@@ -56,6 +56,10 @@ MORE = [
     {"method": "ppt", "r": [6, 3, 2], "layers": (0, 1, 2), "threshold": 2e-2, "prop_attn": False},
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 0},
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 1.0},
+    {"method": "kmedoids", "keep_rate": 0.6, "start": "farthest", "cost": "cluster", "mean": True},
+    {"method": "gtp", "r": 4, "layers": (0, 2), "graph": "semantic", "neighbours": 5, "selection": "IMGAttnMean"},
+    {"method": "gtp", "r": 3, "sparsity": 0.6},
+    {"method": "gtp", "r": 3, "propagation": "mean", "selection": "DiagAttnMean"},
 ]  # fmt: skip
 PAIRS = [
     ["ats", "tome"], ["ats", "evit"], ["ats", "uniform"], ["ats", "mctf"], ["ats", "pool"], ["ats", "tomesd"],

@@ -19,6 +19,7 @@ from ..core.signals import Signals, attend_through
 from ..core.tokens import Tokens
 from ..maps import TokenMap
 from ..ops.attention import Heads
+from ..ops.map_reading import MapStatistics
 from .merging import Merging, lifted_heads
 
 
@@ -124,6 +125,7 @@ class Attending:
         self.entered = list(self.layers)  # the layers themselves, without what is wrapped around them
         self.inputs: list[Tensor | None] = [None] * len(self.layers)  # what they read, as hooks and wrappers hand it on
         self.outputs: list[Tensor | None] = [None] * len(self.layers)
+        self.seen: list[MapStatistics | None] = [None] * len(self.layers)  # what methods read of the maps
         self.merge: TokenMap | None = None
 
     def result(self) -> tuple[list[Tensor], Decided]:
@@ -134,6 +136,8 @@ class Attending:
         else:
             self.merge, self.z = self.merging.enter("attention", self.tokens, block.attention_input)
         self._call(0)
+        if all(seen is not None for seen in self.seen):
+            self.decided.signals.seen = MapStatistics.joined(self.seen, 1)
         return self.outputs, self.decided
 
     def _call(self, index: int) -> None:
@@ -158,9 +162,19 @@ class Attending:
         # maps that were decided ahead are applied to what a map gives, unless they are no matrices: then to its rows
         whole = self.merge is not None or (self.ahead and all(token_map.linear for token_map in self.ahead))
         asking.tell(self.merge, None if whole else decided.trace)
-        out = attend_through(self.parts[index], self.bias, self.ahead, self.kept)
+        out = self._attended(index)
         (decided if self.merge is None else asking).tell(self.merge)
         return layer.output(out, self.reads[index] if layer.output_reads_input else None)
+
+    def _attended(self, index: int) -> Tensor:
+        """Output of one layer: the layer's own attention, or that of a method which reads its map on the way."""
+        heads, alone = self.parts[index], not self.ahead and not self.kept and self.merge is None
+        for step in self.block.tokenzoo.at("between") if alone else ():
+            found = step.method.attend(heads, self.bias, self.asking) if step.method.attends else None
+            if found is not None:
+                self.seen[index] = found[1]
+                return found[0]
+        return attend_through(heads, self.bias, self.ahead, self.kept)
 
     # ---- the decision; every layer is at work meanwhile
 

@@ -126,6 +126,9 @@ class ReducingBlock(HookedBlock):
             mask: the user's attention mask in original positions, [B or 1, 1 or H, N0 or 1, N0], or None.
         """
         plan = self.tokenzoo
+        for step in plan.steps:
+            if step.method.remembers and tokens.remembered(step.scorer) is None:
+                tokens = tokens.remembering(step.method.remember(tokens, step), step.scorer)
         tokens, signals, merging = self._attend(tokens, rope, mask)
         for step in plan.at("between"):
             tokens, signals = self._act(step, tokens, self._with_module(signals, step))

@@ -129,6 +129,16 @@ class Declared:
         return self.traits.carries
 
     @property
+    def remembers(self) -> bool:
+        """Whether something of the tokens that enter the first block it acts in stays at hand."""
+        return self._of(self.traits.remembers)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the method may run attention itself."""
+        return self._of(self.traits.attends)
+
+    @property
     def opens_span(self) -> bool:
         """Whether a later method may rebuild the tokens that this one reduces."""
         return self.traits.opens_span

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..maps import TokenMap
+from ..ops.attention import Heads
+from ..ops.map_reading import MapStatistics
 from .step import Step
 from .tokens import Tokens, TraceStep
 
@@ -50,4 +52,38 @@ class Companion:
         """
 
 
-HOOKS = {Scanning: "scan_rows", Restoring: "lift_trace", Companion: "check_recipe"}
+class Remembering:
+    """Mixin of methods that keep something of the tokens in front of their first block, with the trait `remembers`."""
+
+    def remember(self, tokens: Tokens, step: Step) -> Tensor:
+        """What stays at hand of the tokens that enter the first block [B, ...]; for methods with the trait `remembers`.
+
+        Maps leave it alone, so it speaks of original places. Later blocks read it as `tokens.remembered(step.scorer)`.
+
+        Args:
+            tokens: what enters the block.
+            step: this method in this block.
+        """
+        raise NotImplementedError(f"{type(self).__name__} remembers something: define remember(tokens, step)")
+
+
+class OwnAttention:
+    """Mixin of methods that may run attention themselves, with the trait `attends`."""
+
+    def attend(self, heads: Heads, bias: Tensor | None, tokens: Tokens) -> tuple[Tensor, MapStatistics] | None:
+        """Output of one attention layer [B, N, H * Dv] and what was read of its map, None to leave it to the layer.
+
+        For methods between attention and MLP with the trait `attends`, which find it in `signals.map_statistics`.
+
+        Args:
+            heads: the projected heads.
+            bias: bias of the logits, see `ops.attention.attend`.
+            tokens: the tokens that attend.
+        """
+        return None
+
+
+HOOKS = {
+    Scanning: "scan_rows", Restoring: "lift_trace", Companion: "check_recipe", Remembering: "remember",
+    OwnAttention: "attend",
+}  # fmt: skip

@@ -112,9 +112,9 @@ class Recipe:
         named = {i for m in self.methods if m.layers != "others" for i in m.resolve_layers(depth)}
         rest = tuple(i for i in range(depth) if i not in named)
         found: dict[int, list[Step]] = defaultdict(list)
-        scorers = -1  # each method that carries scores has its own
+        scorers = -1  # each method that carries or remembers something has its own
         for order, method in enumerate(self.methods):
-            scorers += method.scores_tokens
+            scorers += method.scores_tokens or method.remembers
             resolved = replace(method, layers=rest) if method.layers == "others" else method
             for block, strength in resolved.strengths(depth).items():
                 key = f"tokenzoo_{order}_{method.name}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..maps import KeepMap
+from ..maps import ChainMap, FuseMap, KeepMap, TokenMap
 from ..ops.rows import stable_order
 from .method import BlockShape
 from .tokens import Layout, Tokens
@@ -78,15 +78,20 @@ def keep_best(scores: Tensor, tokens: Tokens, kept: Callable[[int], int]) -> Kee
 
 def keep_patches(scores: Tensor, tokens: Tokens, kept: Callable[[int], int]) -> KeepMap:
     """`keep_best` by scores of the patches alone [B, M]."""
+    prefix, count = tokens.layout.num_prefix, kept(tokens.num_patches)
+    best = ranked(scores, tokens).topk(count, dim=1).indices
+    valid = real_rows(own_counts(kept, tokens), count, prefix)
+    return KeepMap(with_prefix(best, prefix), tokens.length, valid)
+
+
+def ranked(scores: Tensor, tokens: Tokens) -> Tensor:
+    """Scores of the patches [B, M] with those of hidden ones below all others, and padding below these."""
     prefix, patches = tokens.layout.num_prefix, scores.detach()
     if tokens.visible is not None:
         patches = patches.masked_fill(~tokens.visible[:, prefix:], torch.finfo(patches.dtype).min)
     if tokens.valid is not None:
         patches = patches.masked_fill(~tokens.valid[:, prefix:], float("-inf"))
-    count = kept(tokens.num_patches)
-    best = patches.topk(count, dim=1).indices
-    valid = real_rows(own_counts(kept, tokens), count, prefix)
-    return KeepMap(with_prefix(best, prefix), tokens.length, valid)
+    return patches
 
 
 def keep_mass(scores: Tensor, tokens: Tokens, share: float, most: int | None) -> KeepMap:
@@ -154,6 +159,26 @@ def compact(valid: Tensor) -> KeepMap:
     """Moves real rows to the front and padding to the end, keeping the order otherwise: valid [B, N]."""
     order = stable_order(~valid)
     return KeepMap(order, valid.shape[1], valid.gather(1, order))
+
+
+def mean_of_rest(idx: Tensor, tokens: Tokens, valid: Tensor | None) -> TokenMap:
+    """Keeps some tokens and appends the plain mean of all others.
+
+    Args:
+        idx: kept tokens, prefix in front [B, K].
+        tokens: the tokens.
+        valid: [B, K] bool where images keep different numbers, else None.
+    """
+    left_out = KeepMap(idx, tokens.length, valid).assign < 0
+    if tokens.valid is not None:
+        left_out = left_out & tokens.valid
+    counts = left_out if tokens.visible is None else left_out & tokens.visible
+    weight = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    if valid is None:
+        return FuseMap(idx, weight, left_out)
+    # an image that leaves nothing out gets no mean
+    real = torch.cat([valid, left_out.any(dim=1, keepdim=True)], dim=1)
+    return ChainMap(FuseMap(idx, weight, left_out, real), compact(real))
 
 
 def importance_macs(n: int, shape: BlockShape, layout: Layout) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..maps import TokenMap
 from ..ops.attention import Heads, attend, attention_received, attention_rows, drop_map
+from ..ops.map_reading import MapStatistics, map_statistics
 from ..ops.rows import split_dim, take_rows
 from .tokens import Tokens
 
@@ -38,12 +39,14 @@ class Signals:
         self._values: Tensor | None = None
         self._values_from = 0  # maps before this one were applied already when the values were projected
         self.module: nn.Module | None = None
+        self.seen: MapStatistics | None = None  # read while attention ran, of the tokens before any map
         self.branch: str | None = None
         self.branch_input: Tensor | None = None
 
     def after(self, token_map: TokenMap) -> Signals:
         """The same signals for the tokens that a map leaves."""
         other = Signals(self._heads, self._bias, self._tokens, self.training)
+        other.seen = self.seen
         other._maps, other._values, other._values_from = (*self._maps, token_map), self._values, self._values_from
         return other
 
@@ -119,15 +122,31 @@ class Signals:
         return self._columns(row.transpose(1, 2)).transpose(1, 2)
 
     @property
+    def asking(self) -> Tensor | None:
+        """Tokens before any map of this block whose queries count [B, N] bool, None for all."""
+        tokens = self._tokens
+        return tokens.valid if tokens.visible is None else tokens.visible
+
+    @property
     def attention_received(self) -> Tensor:
         """Mean attention that every token receives over heads and queries [B, N] float32, in slices, no map stored.
 
         Padding and hidden tokens do not ask.
         """
-        tokens = self._tokens
-        asking = tokens.valid if tokens.visible is None else tokens.visible
-        received = attention_received(self.heads, self._bias, asking)
+        received = attention_received(self.heads, self._bias, self.asking)
         return self._columns(received.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def map_statistics(self) -> MapStatistics:
+        """Attention of every token to itself, and what it receives, per head; padding and hidden tokens do not ask."""
+        found = map_statistics(self.heads, self._bias, self.asking) if self.seen is None else self.seen
+        if not self._maps:
+            return found
+        return MapStatistics(*(self.pooled(part.transpose(1, 2)).transpose(1, 2) for part in found[:3]))
+
+    def pooled(self, values: Tensor) -> Tensor:
+        """Values of the tokens before any map of this block [B, N, D], summed over the members of each current one."""
+        return self._columns(values)
 
     @property
     def importance(self) -> Tensor:

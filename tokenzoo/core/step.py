@@ -20,7 +20,8 @@ class Step(NamedTuple):
         block: index of the block.
         strength: the method's own measure for this block (tokens to remove, share to keep, ...).
         key: name of the method's learned module inside the block, None for methods without parameters.
-        scorer: number of the method among those of the recipe that carry scores, see `Tokens.seen_by`.
+        scorer: number of the method among those of the recipe that carry scores or remember something, see
+            `Tokens.seen_by` and `Tokens.remembered`.
         known: counts at the model's own image size; None outside of a patched block.
         order: number of the method in its recipe.
     """

@@ -38,6 +38,7 @@ class Tokens(NamedTuple):
         gate: how open every token is while a method learns which ones to keep; None where nothing is gated. Closed
             tokens are not `visible`.
         records: decisions of learned methods so far, for their losses.
+        memory: what methods keep of the tokens that entered the first block they act in; see `remembered`.
     """
 
     x: Tensor
@@ -54,6 +55,16 @@ class Tokens(NamedTuple):
     more_scores: tuple[Tensor | None, ...] = ()
     gate: Gate | None = None
     records: tuple[Decision, ...] = ()
+    memory: tuple[Tensor | None, ...] = ()
+
+    def remembered(self, scorer: int) -> Tensor | None:
+        """What the method of this number, `Step.scorer`, remembers; None for nothing yet."""
+        return self.memory[scorer] if scorer < len(self.memory) else None
+
+    def remembering(self, value: Tensor, scorer: int) -> Tokens:
+        """The tokens with what the method of this number remembers."""
+        memory = (*self.memory, *[None] * (scorer + 1 - len(self.memory)))
+        return self._replace(memory=(*memory[:scorer], value, *memory[scorer + 1 :]))
 
     def seen_by(self, scorer: int) -> Tokens:
         """The tokens with `scores` of one of the methods that carry some.
@@ -157,7 +168,8 @@ class Tokens(NamedTuple):
         if token_map.undo is not None:
             x, undone = token_map.apply(self.x), self.trace[token_map.undo]
             side = undone.side._asdict() | self._restored_scores(token_map, undone.side)
-            tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.undo], inside=self.inside)
+            side |= {"trace": self.trace[: token_map.undo], "inside": self.inside, "memory": self.memory}
+            tokens = Tokens(x, self.layout, **side)
             tokens = tokens._replace(records=records)
             tokens.tell()
             return tokens
@@ -197,7 +209,7 @@ class Tokens(NamedTuple):
         x = token_map.apply(self.x) if values is None else values
         tokens = Tokens(
             x, self.layout, size, valid, positions, coords, trace, scores, self.inside,
-            visible=visible, more_scores=tuple(more), gate=gate, records=records,
+            visible=visible, more_scores=tuple(more), gate=gate, records=records, memory=self.memory,
         )  # fmt: skip
         tokens.tell()
         return tokens

@@ -67,6 +67,8 @@ class Traits(NamedTuple):
             what the kind says.
         scans: how it works on models that scan; None where it looks at attention, or changes it.
         carries: a score of every token travels from block to block, see `Method.carry`.
+        remembers: something of the tokens in front of its first block stays at hand, see `core.mixins.Remembering`.
+        attends: it may run attention itself, to read or change its map on the way, see `core.mixins.OwnAttention`.
         data_dependent: token counts depend on the images (shapes are not static).
         static: option that makes shapes static then, for messages.
         pads: images may keep different counts, so that padding rows follow.
@@ -86,6 +88,8 @@ class Traits(NamedTuple):
     mixes: bool | Callable[[Any], bool] | None = None
     scans: Scans | None = None
     carries: bool = False
+    remembers: bool | Callable[[Any], bool] = False
+    attends: bool | Callable[[Any], bool] = False
     data_dependent: bool | Callable[[Any], bool] = False
     static: str = ""
     pads: bool | Callable[[Any], bool] = False

@@ -14,6 +14,7 @@ from .keep import KeepMap
 from .merge import MergeMap
 from .mix import MixMap
 from .mlerp import MlerpMap
+from .propagate import PropagateMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
 from .spread import SpreadMap
@@ -29,6 +30,7 @@ __all__ = [
     "MergeMap",
     "MixMap",
     "MlerpMap",
+    "PropagateMap",
     "ReplaceMap",
     "RestoreMap",
     "SpreadMap",

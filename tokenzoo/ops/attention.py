@@ -133,7 +133,7 @@ def attention_received(heads: Heads, bias: Tensor | None = None, queries: Tensor
     total = heads.q.shape[2]
     heads = heads._replace(k=heads.k.float().contiguous())  # once, not in every slice
     received = None
-    for start, stop in _slices(total, heads):
+    for start, stop in row_slices(total, heads):
         rows = attention_rows(heads, start, stop, bias)
         if queries is not None:
             # a hidden query may see nothing at all, and its row be no number
@@ -155,7 +155,7 @@ def significance(importance: Tensor, values: Tensor) -> Tensor:
     return importance * values.float().flatten(2).norm(dim=2)
 
 
-def _slices(total: int, heads: Heads) -> list[tuple[int, int]]:
+def row_slices(total: int, heads: Heads) -> list[tuple[int, int]]:
     """(start, stop) of the slices of query rows."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if heads.q.device.type == "cpu" and not traced:
