@@ -122,8 +122,8 @@ class TokenMap(ABC):
             ValueError: the values of this kind of map depend on hidden tokens in ways that cannot be taken out.
         """
         raise ValueError(
-            f"{type(self).__name__} mixes tokens that attn_mask hides with others; call the model without a mask, or "
-            "use a method that drops or merges tokens one by one"
+            f"{type(self).__name__} mixes tokens that attn_mask hides (or, in training, the gates of an earlier "
+            "method) with others; call the model without a mask, or use a method that drops or merges tokens one by one"
         )
 
     def arranged(self, rows: Tensor) -> TokenMap | None:
