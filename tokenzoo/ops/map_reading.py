@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .attention import Heads, attention_rows, drop_map, row_slices
 
+_LONGEST = 1024  # tokens whose map is written out, an image at a time
+
 
 class MapStatistics(NamedTuple):
     """Sums over parts of an attention map, per head.
@@ -116,8 +118,9 @@ def attend_sparsely(
 
 
 def _by_image(heads: Heads) -> bool:
+    """Whether one map per image is written out: on a CPU, where it fits into caches."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return heads.q.device.type == "cpu" and not traced and heads.q.shape[0] > 0
+    return heads.q.device.type == "cpu" and not traced and heads.q.shape[0] > 0 and heads.q.shape[2] <= _LONGEST
 
 
 def _images(heads: Heads, bias: Tensor | None) -> Iterator[tuple[Heads, Tensor | None, slice]]:
