@@ -75,6 +75,9 @@ class Traits(NamedTuple):
         opens_span: a later method may rebuild the tokens that this one reduces.
         closes_span: it rebuilds the tokens in front of the last open span, inside the model.
         keeps_trace: the forward pass has to remember its maps.
+        products: where its maps are products with a matrix: multiply-adds per channel of applying one and of its way
+            back, of the method, by tokens before and after; None where rows are taken and added.
+        kind_at: the kind of one step by its strength, for methods that prune in some blocks and merge in others.
         decodes_reduced: published with decoders that run on the reduced tokens, class maps copied back.
     """
 
@@ -96,4 +99,6 @@ class Traits(NamedTuple):
     opens_span: bool = False
     closes_span: bool | Callable[[Any], bool] = False
     keeps_trace: bool | Callable[[Any], bool] = False
+    products: Callable[[Any, int, int], tuple[int, int]] | None = None
+    kind_at: Callable[[Any], str] | None = None
     decodes_reduced: bool | Callable[[Any], bool] = False

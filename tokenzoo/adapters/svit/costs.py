@@ -86,9 +86,9 @@ def _halving(stage: nn.Module, grid: tuple[int, int]) -> int:
 
 def _dropped(step: Step, before: int, after: int) -> int:
     """Tokens without one that stands for them; where images differ, all are looked at."""
-    if not step.method.drops:
+    if not step.drops:
         return 0
-    if step.method.pads:
+    if step.method.pads or (step.merges and not step.method.fuses):  # some images drop, some merge
         return before
     return before - after + (step.method.fuses and before != after)
 
@@ -99,6 +99,8 @@ def _way_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | 
     for step, before, after in trace:
         if step.method.opens_span:
             macs += before * after * (dim + width)  # distances to the centres, and the mix
+        elif step.method.products(before, after)[1]:
+            macs += step.method.products(before, after)[1] * width
         elif recipe is not None and recipe.fill.kind == "nearest":
             macs += _dropped(step, before, after) * after * dim
     return macs
@@ -107,15 +109,20 @@ def _way_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | 
 def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
     """`_way_back`, and of giving the tokens what a convolution made of the values."""
     macs = _way_back(trace, dim, width, recipe)
-    if all(step.method.drops and not step.method.merges for step, _, _ in trace):
+    products = [step.method.products(before, after)[0] for step, before, after in trace]
+    if all(step.drops and not step.merges for step, _, _ in trace) and not any(products):
         return macs
     nearest = recipe is not None and recipe.fill.kind == "nearest"
-    if not any(step.method.opens_span or (nearest and _dropped(step, n, out)) for step, n, out in trace):
+    if not any(step.method.opens_span or (nearest and _dropped(step, n, out)) for step, n, out in trace) and (
+        not any(products)
+    ):
         return macs + trace[0][1] * width  # one weighted sum over all places
-    for step, before, after in trace:
+    for (step, before, after), product in zip(trace, products):
         if step.method.opens_span:
             macs += before * min(after, _SEEN) * width
-        elif step.method.merges:
+        elif product:
+            macs += product * width
+        elif step.merges:
             macs += (before if step.method.fuses else before - after) * width
     return macs
 
