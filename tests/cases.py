@@ -26,6 +26,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "ats": ({"layers": (3,)}, {"layers": (1, 2)}, {"layers": (1, 2), "max_tokens": 10}),
     "cluster": ({"scale": 1.0}, {"layers": 0, "where": "before", "scale": 0.5}, {}),
     "cts": ({"shared": 0}, {"shared": 2}, {}),
+    "diffrate": ({"prune": 1.0, "merge": 1.0}, {"prune": 0.9, "merge": 0.7}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),

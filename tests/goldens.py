@@ -36,6 +36,7 @@ LANDED = (
     "tome", "evit", "ats", "mctf", "algm", "tomesd", "cts", "expedit", "expedit_sam", "dense_unmerge",
     "segmentation_eval", "super_token_attention", "t2t_vit", "lv_vit", "dtop",
     "plain_mamba", "vision_mamba", "uniformer_light", "r_meeto", "famba_v", "ssm_token_pruning", "pitome", "ppt",
+    "diffrate",
 )  # fmt: skip
 READ: set[tuple[str, str]] = set()
 MODEL = "output"  # the case of a file that records a model of its own: `weights/*`, `input`, `output/*`

@@ -54,6 +54,8 @@ MORE = [
     {"method": "ppt", "r": [6, 3, 2], "layers": (0, 1, 2), "threshold": 2e-2, "prop_attn": False},
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 0},
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 1.0},
+    {"method": "diffrate", "prune": None, "merge": (0.5, 0.9, 0.6, 0.7), "mass_pool": True},
+    {"method": "diffrate", "prune": 0.8, "merge": None, "prop_attn": False},
 ]  # fmt: skip
 PAIRS = [
     ["ats", "tome"], ["ats", "evit"], ["ats", "uniform"], ["ats", "mctf"], ["ats", "pool"], ["ats", "tomesd"],

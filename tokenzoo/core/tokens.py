@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from ..maps import TokenMap
 from ..ops.attention import full_precision
 from ..ops.rows import take_rows
 from .misuse import refuse_attribute, refuse_function, refuse_operator, take_field
+
+_Sums = Callable[[Tensor], Tensor]
 
 
 class View(NamedTuple):
@@ -254,15 +257,17 @@ class Tokens(NamedTuple):
             tokens = Tokens(x, self.layout, **side, trace=self.trace[: token_map.undo], inside=self.inside)
             tokens.tell()
             return tokens
-        visible, pool = self.visible, token_map.pool
+        visible, of_visible = self.visible, None
         if visible is not None:
-            pool, visible = _pool_of_visible(token_map, visible)
+            of_visible, visible = _only_visible(token_map, visible)
+        pool = token_map.pool if of_visible is None else of_visible(token_map.pool)
         size = self.size
         if self.layout.track_size:
             with full_precision(self.x):
-                size = token_map.mass(size, self.x.shape[0], self.x.device)
-                if size is not None and visible is not None:
-                    size = pool(self.sizes())
+                mass = partial(token_map.mass, batch=self.x.shape[0], device=self.x.device)
+                size = mass(size)
+                if size is not None and of_visible is not None:
+                    size = of_visible(mass)(self.sizes())
             size = None if size is None else size.detach()
         valid = token_map.valid
         if valid is None and self.valid is not None:
@@ -295,8 +300,8 @@ class Tokens(NamedTuple):
         return tokens
 
 
-def _pool_of_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """`token_map.pool` without what hidden members have where there are visible ones, and which new tokens these are.
+def _only_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[_Sums], _Sums], Tensor]:
+    """Makes sums of what they count, without hidden members where there are visible ones; and which tokens these are.
 
     Args:
         token_map: the map.
@@ -305,10 +310,10 @@ def _pool_of_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[Te
     seen = visible.unsqueeze(-1)
     after = token_map.pool(seen.float()) > 0
 
-    def pool(mass: Tensor) -> Tensor:
-        return torch.where(after, token_map.pool(mass * seen), token_map.pool(mass))
+    def of_visible(sums: _Sums) -> _Sums:
+        return lambda mass: torch.where(after, sums(mass * seen), sums(mass))
 
-    return pool, after.squeeze(-1)
+    return of_visible, after.squeeze(-1)
 
 
 def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:

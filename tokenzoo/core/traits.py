@@ -65,6 +65,7 @@ class Traits(NamedTuple):
         merges: tokens come to stand for several patches; None for what the kind says.
         mixes: values of tokens are mixed, so that a mask has to treat all patches alike that it does not hide; None for
             what the kind says.
+        either: for methods that drop in some blocks and merge in others: whether a step, given with the method, drops.
         scans: how it works on models that scan; None where it looks at attention, or changes it.
         carries: a score of every token travels from block to block, see `Method.carry`.
         data_dependent: token counts depend on the images (shapes are not static).
@@ -84,6 +85,7 @@ class Traits(NamedTuple):
     reads_attention: bool = False
     merges: bool | Callable[[Any], bool] | None = None
     mixes: bool | Callable[[Any], bool] | None = None
+    either: Callable[[Any, Any], bool] | None = None
     scans: Scans | None = None
     carries: bool = False
     data_dependent: bool | Callable[[Any], bool] = False

@@ -13,6 +13,7 @@ from .keep import KeepMap
 from .merge import MergeMap
 from .mix import MixMap
 from .mlerp import MlerpMap
+from .partial import PartialMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
 from .super_token import SuperTokenMap
@@ -26,6 +27,7 @@ __all__ = [
     "MergeMap",
     "MixMap",
     "MlerpMap",
+    "PartialMap",
     "ReplaceMap",
     "RestoreMap",
     "SuperTokenMap",

@@ -11,6 +11,7 @@ from ..core.registry import register
 from ..core.schedule import Remove
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
+from ..core.traits import Traits
 from ..maps import KeepMap, MlerpMap, TokenMap
 from ..ops.matching.bipartite import bipartite_pairs
 
@@ -43,6 +44,7 @@ class ToFu(Method):
     source = "Kim et al., WACV 2024"
     kind = "prune + merge"
     schedule = Remove()
+    traits = Traits(either=lambda m, step: step.strength[1])
 
     def strengths(self, depth: int) -> dict[int, tuple[int, bool]]:
         """(Tokens to remove, whether they are dropped) of every block."""

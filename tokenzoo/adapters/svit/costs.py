@@ -86,7 +86,7 @@ def _halving(stage: nn.Module, grid: tuple[int, int]) -> int:
 
 def _dropped(step: Step, before: int, after: int) -> int:
     """Tokens without one that stands for them; where images differ, all are looked at."""
-    if not step.method.drops:
+    if not step.method.drops_in(step):
         return 0
     if step.method.pads:
         return before
@@ -107,7 +107,7 @@ def _way_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | 
 def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
     """`_way_back`, and of giving the tokens what a convolution made of the values."""
     macs = _way_back(trace, dim, width, recipe)
-    if all(step.method.drops and not step.method.merges for step, _, _ in trace):
+    if all(step.method.drops_in(step) and not step.method.merges_in(step) for step, _, _ in trace):
         return macs
     nearest = recipe is not None and recipe.fill.kind == "nearest"
     if not any(step.method.opens_span or (nearest and _dropped(step, n, out)) for step, n, out in trace):
@@ -115,7 +115,7 @@ def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: R
     for step, before, after in trace:
         if step.method.opens_span:
             macs += before * min(after, _SEEN) * width
-        elif step.method.merges:
+        elif step.method.merges_in(step):
             macs += (before if step.method.fuses else before - after) * width
     return macs
 
