@@ -27,6 +27,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "cluster": ({"scale": 1.0}, {"layers": 0, "where": "before", "scale": 0.5}, {}),
     "cts": ({"shared": 0}, {"shared": 2}, {}),
     "dpcknn": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "neighbours": 3}, {}),
+    "diffrate": ({"prune": 1.0, "merge": 1.0}, {"prune": 0.9, "merge": 0.7}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
     "flowcut": ({"keep_rate": 1.0}, {"keep_rate": 0.4, "layers": (1, 2)}, {"entropy": 0.7}),

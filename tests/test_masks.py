@@ -60,6 +60,8 @@ MORE = [
     {"method": "gtp", "r": 4, "layers": (0, 2), "graph": "semantic", "neighbours": 5, "selection": "IMGAttnMean"},
     {"method": "gtp", "r": 3, "sparsity": 0.6},
     {"method": "gtp", "r": 3, "propagation": "mean", "selection": "DiagAttnMean"},
+    {"method": "diffrate", "prune": None, "merge": (0.5, 0.9, 0.6, 0.7), "mass_pool": True},
+    {"method": "diffrate", "prune": 0.8, "merge": None, "prop_attn": False},
 ]  # fmt: skip
 PAIRS = [
     ["ats", "tome"], ["ats", "evit"], ["ats", "uniform"], ["ats", "mctf"], ["ats", "pool"], ["ats", "tomesd"],

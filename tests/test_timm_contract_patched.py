@@ -113,8 +113,10 @@ def test_features_and_head(family: str, method: str):
     info = FeatureInfo(model.feature_info, tuple(range(len(model.feature_info))))
     expected, features = model(x), model.forward_features(x)
     out, taps = model.forward_intermediates(x)
-    # where pooling weighs tokens in a way that no row of values says, a row is no number
-    torch.testing.assert_close(out, features, **CLOSE, equal_nan=True)
+    marks = features.isnan()  # in front of sizes that are no whole numbers, and nowhere else
+    assert torch.equal(out.isnan(), marks)
+    assert not marks.any() or not all(step.map.whole for step in model.forward_tokens(x, trace=True).trace)
+    torch.testing.assert_close(out[~marks], features[~marks], **CLOSE)
     assert len(taps) == len(info.channels())
     for tap, channels, ratio in zip(taps, info.channels(), info.reduction()):
         side = math.ceil(SIZE / ratio)

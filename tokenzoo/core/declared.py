@@ -86,6 +86,14 @@ class Declared:
         """Whether tokens may be left without a new one of their own (kept ones stay as they are)."""
         return "prune" in self.kind
 
+    def drops_in(self, step: Step) -> bool:
+        """`drops` in one block."""
+        return self.drops if self.traits.either is None else self.traits.either(self, step)
+
+    def merges_in(self, step: Step) -> bool:
+        """`merges` in one block."""
+        return self.merges if self.traits.either is None else not self.traits.either(self, step)
+
     @property
     def fuses(self) -> bool:
         """Whether one token more stands for all that are left out."""

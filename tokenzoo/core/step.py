@@ -99,18 +99,6 @@ class Step(NamedTuple):
         """Branches that the method acts around."""
         return self.method.acts_at.branches
 
-    @property
-    def drops(self) -> bool:
-        """Whether tokens may be left without a new one that stands for them."""
-        at = self.method.traits.kind_at
-        return self.method.drops if at is None else "prune" in at(self.strength)
-
-    @property
-    def merges(self) -> bool:
-        """Whether tokens come to stand for several patches."""
-        at = self.method.traits.kind_at
-        return self.method.merges if at is None else "merge" in at(self.strength)
-
     def error(self, message: str) -> ValueError:
         """A ValueError that names the method and the block."""
         return ValueError(f"{self.method.name} at block {self.block}: {message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from .misuse import refuse_attribute, refuse_function, refuse_operator, take_fie
 from .trace import Inside, SideData, TraceStep, View, trace_assign
 
 __all__ = ["Inside", "Layout", "SideData", "Tokens", "TraceStep", "View", "trace_assign"]
+
+_Sums = Callable[[Tensor], Tensor]
 
 
 class Tokens(NamedTuple):
@@ -175,15 +178,17 @@ class Tokens(NamedTuple):
             return tokens
         if token_map.gate is not None:
             return self._gated(token_map, block, method)._replace(records=records)
-        visible, pool = self.visible, token_map.pool
+        visible, of_visible = self.visible, None
         if visible is not None:
-            pool, visible = _pool_of_visible(token_map, visible)
+            of_visible, visible = _only_visible(token_map, visible)
+        pool = token_map.pool if of_visible is None else of_visible(token_map.pool)
         size = self.size
         if self.layout.track_size:
             with full_precision(self.x):
-                size = token_map.mass(size, self.x.shape[0], self.x.device)
-                if size is not None and visible is not None:
-                    size = pool(self.sizes())
+                mass = partial(token_map.mass, batch=self.x.shape[0], device=self.x.device)
+                size = mass(size)
+                if size is not None and of_visible is not None:
+                    size = of_visible(mass)(self.sizes())
             size = None if size is None else size.detach()
         valid = token_map.valid
         if valid is None and self.valid is not None:
@@ -235,8 +240,8 @@ class Tokens(NamedTuple):
         return tokens
 
 
-def _pool_of_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """`token_map.pool` without what hidden members have where there are visible ones, and which new tokens these are.
+def _only_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[_Sums], _Sums], Tensor]:
+    """Makes sums of what they count, without hidden members where there are visible ones; and which tokens these are.
 
     Args:
         token_map: the map.
@@ -245,10 +250,10 @@ def _pool_of_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[Te
     seen = visible.unsqueeze(-1)
     after = token_map.pool(seen.float()) > 0
 
-    def pool(mass: Tensor) -> Tensor:
-        return torch.where(after, token_map.pool(mass * seen), token_map.pool(mass))
+    def of_visible(sums: _Sums) -> _Sums:
+        return lambda mass: torch.where(after, sums(mass * seen), sums(mass))
 
-    return pool, after.squeeze(-1)
+    return of_visible, after.squeeze(-1)
 
 
 def _side(values: Tensor, heads: Tensor, missing: int | bool) -> Tensor:

@@ -65,6 +65,7 @@ class Traits(NamedTuple):
         merges: tokens come to stand for several patches; None for what the kind says.
         mixes: values of tokens are mixed, so that a mask has to treat all patches alike that it does not hide; None for
             what the kind says.
+        either: for methods that drop in some blocks and merge in others: whether a step, given with the method, drops.
         scans: how it works on models that scan; None where it looks at attention, or changes it.
         carries: a score of every token travels from block to block, see `Method.carry`.
         remembers: something of the tokens in front of its first block stays at hand, see `core.mixins.Remembering`.
@@ -77,7 +78,6 @@ class Traits(NamedTuple):
         keeps_trace: the forward pass has to remember its maps.
         products: where its maps are products with a matrix: multiply-adds per channel of applying one and of its way
             back, of the method, by tokens before and after; None where rows are taken and added.
-        kind_at: the kind of one step by its strength, for methods that prune in some blocks and merge in others.
         decodes_reduced: published with decoders that run on the reduced tokens, class maps copied back.
     """
 
@@ -89,6 +89,7 @@ class Traits(NamedTuple):
     reads_attention: bool = False
     merges: bool | Callable[[Any], bool] | None = None
     mixes: bool | Callable[[Any], bool] | None = None
+    either: Callable[[Any, Any], bool] | None = None
     scans: Scans | None = None
     carries: bool = False
     remembers: bool | Callable[[Any], bool] = False
@@ -100,5 +101,4 @@ class Traits(NamedTuple):
     closes_span: bool | Callable[[Any], bool] = False
     keeps_trace: bool | Callable[[Any], bool] = False
     products: Callable[[Any, int, int], tuple[int, int]] | None = None
-    kind_at: Callable[[Any], str] | None = None
     decodes_reduced: bool | Callable[[Any], bool] = False

@@ -14,6 +14,7 @@ from .keep import KeepMap
 from .merge import MergeMap
 from .mix import MixMap
 from .mlerp import MlerpMap
+from .partial import PartialMap
 from .propagate import PropagateMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
@@ -31,6 +32,7 @@ __all__ = [
     "MixMap",
     "MlerpMap",
     "PropagateMap",
+    "PartialMap",
     "ReplaceMap",
     "RestoreMap",
     "SpreadMap",

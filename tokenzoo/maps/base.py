@@ -103,7 +103,7 @@ class TokenMap(ABC):
 
     @property
     def num_dropped(self) -> int | None:
-        """How many tokens of every image are `dropped`, None where that is not known from the shapes."""
+        """How many tokens of an image are `dropped` at most, None where the shapes do not say."""
         return None
 
     def with_lift(self, **options: Any) -> TokenMap:

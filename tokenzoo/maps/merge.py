@@ -74,6 +74,10 @@ class MergeMap(TokenMap):
         slots = torch.arange(self.n_out, device=self.order.device).expand_as(self.order)
         return scatter_values(self.n_in, self.order, slots, -1).scatter(1, self.src, self.slot)
 
+    @property
+    def num_dropped(self) -> int | None:
+        return self.n_in - self.n_out if self.valid is None else None
+
     def masked(self, visible: Tensor) -> MergeMap:
         if self.src.shape[1] == 0:
             return self

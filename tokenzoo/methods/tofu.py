@@ -44,7 +44,7 @@ class ToFu(Method):
     source = "Kim et al., WACV 2024"
     kind = "prune + merge"
     schedule = Remove()
-    traits = Traits(kind_at=lambda strength: "prune" if strength[1] else "merge")
+    traits = Traits(either=lambda m, step: step.strength[1])
 
     def strengths(self, depth: int) -> dict[int, tuple[int, bool]]:
         """(Tokens to remove, whether they are dropped) of every block."""

@@ -86,9 +86,9 @@ def _halving(stage: nn.Module, grid: tuple[int, int]) -> int:
 
 def _dropped(step: Step, before: int, after: int) -> int:
     """Tokens without one that stands for them; where images differ, all are looked at."""
-    if not step.drops:
+    if not step.method.drops_in(step):
         return 0
-    if step.method.pads or (step.merges and not step.method.fuses):  # some images drop, some merge
+    if step.method.pads:
         return before
     return before - after + (step.method.fuses and before != after)
 
@@ -110,7 +110,8 @@ def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: R
     """`_way_back`, and of giving the tokens what a convolution made of the values."""
     macs = _way_back(trace, dim, width, recipe)
     products = [step.method.products(before, after)[0] for step, before, after in trace]
-    if all(step.drops and not step.merges for step, _, _ in trace) and not any(products):
+    kept = all(step.method.drops_in(step) and not step.method.merges_in(step) for step, _, _ in trace)
+    if kept and not any(products):
         return macs
     nearest = recipe is not None and recipe.fill.kind == "nearest"
     if not any(step.method.opens_span or (nearest and _dropped(step, n, out)) for step, n, out in trace) and (
@@ -122,7 +123,7 @@ def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: R
             macs += before * min(after, _SEEN) * width
         elif product:
             macs += product * width
-        elif step.merges:
+        elif step.method.merges_in(step):
             macs += (before if step.method.fuses else before - after) * width
     return macs
 

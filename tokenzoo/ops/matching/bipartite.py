@@ -120,11 +120,12 @@ def without_hidden(value: Tensor, partner: Tensor, count: int, first: int = 0) -
     Args:
         value: cosine of every source with its best partner, rank included.
         partner: that partner.
-        count: partners there are.
+        count: partners there are, of all images or of each [B, 1].
         first: index of the first one.
     """
     lost = value < -2
-    turn = torch.arange(value.shape[1], device=value.device) % max(1, count) + first
+    count = max(1, count) if isinstance(count, int) else count.clamp(min=1)
+    turn = torch.arange(value.shape[1], device=value.device) % count + first
     return value.masked_fill(lost, -4.0), torch.where(lost, turn, partner)
 
 
