@@ -30,7 +30,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "diffrate": ({"prune": 1.0, "merge": 1.0}, {"prune": 0.9, "merge": 0.7}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
-    "flowcut": ({"keep_rate": 1.0}, {"keep_rate": 0.4, "layers": (1, 2)}, {"entropy": 0.7}),
+    "flowcut": ({"keep_rate": 1.0}, {"keep_rate": 0.1, "layers": (1, 2)}, {"entropy": 0.7}),
     "gtp": ({"r": 0}, {"r": 2, "neighbours": 4, "alpha": 0.4}, {}),
     "kmedoids": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),

@@ -34,7 +34,7 @@ SCANNING = ("vim", "vim_none", "plain_mamba")
 FEW = ("tome", "mctf", "topk", "uniform", "algm", "tomesd")
 ALIKE = ("gap", "distilled", "performer", "transformer", "vim_none")  # another of their blocks gets every method
 # they choose counts by values, which the meta device has none of: refused by name
-BY_VALUE = {"ats", "algm"}
+BY_VALUE = {"ats", "algm", "flowcut"}
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -199,7 +199,8 @@ class Attending:
         self.asking = tokens
         block = self.block
         ahead, queries = block.tokenzoo.at("ahead"), block.tokenzoo.at("queries")
-        parts = self._project(tokens, inputs, with_values=len(ahead) == 0)
+        scored = any(step.method.traits.carries_values for step in block.tokenzoo.steps)
+        parts = self._project(tokens, inputs, with_values=len(ahead) == 0 or scored)
         bias = block._bias(tokens, self.mask)
         signals = Signals(join_heads(parts), bias, tokens, block.training)
         tokens = block._scored(tokens, signals)

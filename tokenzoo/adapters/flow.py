@@ -80,10 +80,11 @@ def flow_through(
     looked = sum(n for step, n, _ in (*by_place.get("before", ()), *around) if step.method.reads_attention)
     n = through("before", through("embed", n))
     values = through("ahead", n)
+    again = n if values < n and any(step.method.traits.carries_values for step, _, _ in steps) else 0
     attended = through("queries", values)
     inside = _inside("attention", around, n, layout)
     if inside is None:
-        stations = n, values, n * n if "ahead" in by_place else attended * n, attended
+        stations = n, values + again, n * n if "ahead" in by_place else attended * n, attended
     else:
         stations = inside, inside, inside * inside, inside
     between = through("between", attended)

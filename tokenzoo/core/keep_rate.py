@@ -50,6 +50,6 @@ class KeepBest(KeepRate):
         """What is kept by these scores [B, N], None where that is everything."""
         if self.mass is not None:
             return keep_mass(scores, tokens, self.mass, step.strength[1])
-        if kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
-            return None
+        if kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches:
+            return None  # so it is for images that have fewer
         return keep_best(scores, tokens, kept_of(step, tokens.layout))

@@ -125,6 +125,8 @@ def keep_mass(scores: Tensor, tokens: Tokens, share: float, most: int | None) ->
 def keep_counts(scores: Tensor, tokens: Tokens, counts: Tensor | None, length: int) -> KeepMap:
     """Keeps the prefix and, in each image, a number of patches with the highest scores, in the order they stand in.
 
+    Of equal scores the first ones stay.
+
     Args:
         scores: [B, N], those of prefix tokens are ignored; hidden tokens go before visible ones.
         tokens: the tokens.
@@ -137,9 +139,10 @@ def keep_counts(scores: Tensor, tokens: Tokens, counts: Tensor | None, length: i
         patches = patches.masked_fill(~tokens.visible[:, prefix:], torch.finfo(patches.dtype).min)
     if tokens.valid is not None:
         patches = patches.masked_fill(~tokens.valid[:, prefix:], float("-inf"))
-    best = patches.topk(length, dim=1).indices
-    taken = torch.ones_like(best, dtype=torch.bool) if counts is None else real_rows(counts, length, 0).expand_as(best)
-    picked = torch.zeros_like(patches, dtype=torch.bool).scatter(1, best, taken)
+    own = torch.full_like(patches[:, :1], length, dtype=torch.int64) if counts is None else counts
+    least = patches.topk(length, dim=1).values.gather(1, (own - 1).clamp(min=0))
+    above, level = patches > least, patches == least  # tokens that merged around a branch have the same score
+    picked = above | (level & (level.long().cumsum(1) <= own - above.sum(1, keepdim=True)))
     standing = stable_order(~picked)[:, :length]
     return KeepMap(with_prefix(standing, prefix), tokens.length, real_rows(counts, length, prefix))
 

@@ -68,6 +68,7 @@ class Traits(NamedTuple):
         either: for methods that drop in some blocks and merge in others: whether a step, given with the method, drops.
         scans: how it works on models that scan; None where it looks at attention, or changes it.
         carries: a score of every token travels from block to block, see `Method.carry`.
+        carries_values: that score looks at the values of all tokens, also where a map ahead of attention leaves fewer.
         remembers: something of the tokens in front of its first block stays at hand, see `core.mixins.Remembering`.
         attends: it may run attention itself, to read or change its map on the way, see `core.mixins.OwnAttention`.
         data_dependent: token counts depend on the images (shapes are not static).
@@ -92,6 +93,7 @@ class Traits(NamedTuple):
     either: Callable[[Any, Any], bool] | None = None
     scans: Scans | None = None
     carries: bool = False
+    carries_values: bool = False
     remembers: bool | Callable[[Any], bool] = False
     attends: bool | Callable[[Any], bool] = False
     data_dependent: bool | Callable[[Any], bool] = False

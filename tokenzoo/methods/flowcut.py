@@ -61,7 +61,7 @@ class FlowCut(Method):
     kind = "prune"
     schedule = Schedule(layers=_every_second)
     traits = Traits(
-        place=AFTER, carries=True, static="entropy=0.9", pads=lambda m: m.entropy is None,
+        place=AFTER, carries=True, carries_values=True, static="entropy=0.9", pads=lambda m: m.entropy is None,
         data_dependent=lambda m: m.entropy is None,
     )  # fmt: skip
 

@@ -63,7 +63,7 @@ class SoftTransform(KeepRate):
             raise ValueError("soft_transform: prop_attn=True needs sizes, which mixture='rows' lacks; leave one out")
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        if kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches and tokens.valid is None:
+        if kept_patches(tokens.length, step, tokens.layout) == tokens.num_patches:
             return None
         with full_precision(tokens.x):
             keep = keep_best(signals.importance, tokens, kept_of(step, tokens.layout))

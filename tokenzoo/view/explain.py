@@ -99,7 +99,8 @@ class Explanation:
                     f"fill='stash': {type(call.layer).__name__} is not a whole block, and nobody kept what it would "
                     "have given for dropped tokens; use tokenzoo.explain(model, fill='zero') or 'nearest'"
                 )
-        return call.grid(lift(x, self._trace(view.trace), self.fill))
+        with _gradients_of(x):
+            return call.grid(lift(x, self._trace(view.trace), self.fill))
 
     def gradient(self, grad: Tensor, layer: nn.Module | str) -> Tensor:
         """Gradients at what a layer gave, or attributions of its tokens: each token's is divided among its patches.
@@ -116,7 +117,8 @@ class Explanation:
         # A token moves as the mean of its patches does, so each of them gets its share of the gradient. Copies would
         # count a token once for every patch and let large tokens rule the weights of a CAM.
         call = self._call(grad, 1, layer)
-        return call.grid(self._shares(call, grad).to(grad.dtype) @ grad)
+        with _gradients_of(grad):
+            return call.grid(self._shares(call, grad).to(grad.dtype) @ grad)
 
     def attention(self, attention: Tensor, layer: nn.Module | str) -> Tensor:
         """An attention map of the tokens, as that of all patches.
@@ -141,7 +143,8 @@ class Explanation:
                 f"{type(call.layer).__name__}: a map with {attention.shape[2]} rows, but {rows.shape[3]} tokens asked"
             )
         rows = rows / _divisor(rows.sum(3, keepdim=True))  # soft maps may read less than a whole token
-        return (rows @ attention.float() @ columns.transpose(2, 3)).to(attention.dtype)
+        with _gradients_of(attention):
+            return (rows @ attention.float() @ columns.transpose(2, 3)).to(attention.dtype)
 
     def reshape(self, layer: nn.Module | str) -> Callable[[Tensor], Tensor]:
         """The `reshape_transform` of pytorch-grad-cam for one target layer.
@@ -245,6 +248,11 @@ class Explanation:
         """The share that each token of the input has in those that a layer saw [B, N, N'], the columns sum to one."""
         readers = self._readers(call, call.view.trace, like)
         return readers / _divisor(readers.sum(1, keepdim=True))
+
+
+def _gradients_of(x: Tensor) -> torch.set_grad_enabled:
+    """Gradients where the given values have some: maps that learned weights are part of bring none of their own."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad)
 
 
 def _divisor(total: Tensor) -> Tensor:
