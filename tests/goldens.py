@@ -36,7 +36,7 @@ LANDED = (
     "tome", "evit", "ats", "mctf", "algm", "tomesd", "cts", "expedit", "expedit_sam", "dense_unmerge",
     "segmentation_eval", "super_token_attention", "t2t_vit", "lv_vit", "dtop",
     "plain_mamba", "vision_mamba", "uniformer_light", "r_meeto", "famba_v", "ssm_token_pruning", "pitome", "ppt",
-    "diffrate",
+    "diffrate", "turbo",
 )  # fmt: skip
 READ: set[tuple[str, str]] = set()
 MODEL = "output"  # the case of a file that records a model of its own: `weights/*`, `input`, `output/*`
@@ -68,14 +68,23 @@ def all_files(method: str) -> list[str]:
     return sorted(f"{method}/{p.stem}" for p in (ROOT / method).glob("*.safetensors") if p.stem != "input")
 
 
+def _recorded(file: str) -> str:
+    """The method that the metadata give a file to, that of its folder where they are silent."""
+    return read(file)[1].get("method", file.split("/")[0]).strip()
+
+
 def is_other(file: str) -> bool:
     """Whether the metadata give a file to another method than that of its folder ("ats (another one's variant)")."""
-    return read(file)[1].get("method", file.split("/")[0]).strip() != file.split("/")[0]
+    return _recorded(file).lower() != file.split("/")[0]
 
 
+@cache
 def files(method: str) -> list[str]:
-    """Files of a method's folder that record this method, without suffix."""
-    return [file for file in all_files(method) if not is_other(file)]
+    """Files that record a method: of its folder, or of a folder of many under its name; without suffix."""
+    own = [file for file in all_files(method) if not is_other(file)]
+    shared = sorted(path.parent.name for path in ROOT.glob(f"*/{method}.safetensors") if path.parent.name != method)
+    named = [f"{folder}/{method}" for folder in shared if folder not in LANDED]
+    return own + [file for file in named if _recorded(file).lower() == method]
 
 
 def left_alone() -> dict[str, str]:

@@ -54,6 +54,7 @@ MORE = [
     {"method": "ppt", "r": [6, 3, 2], "layers": (0, 1, 2), "threshold": 2e-2, "prop_attn": False},
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 0},
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 1.0},
+    {"method": "turbo", "r": [8, 2, 1], "min_tokens": 0, "alpha": 5, "beta": 0.5, "gamma": 1},
     {"method": "diffrate", "prune": None, "merge": (0.5, 0.9, 0.6, 0.7), "mass_pool": True},
     {"method": "diffrate", "prune": 0.8, "merge": None, "prop_attn": False},
 ]  # fmt: skip
