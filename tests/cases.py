@@ -46,6 +46,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "tome": ({"r": 0}, {"r": 2}, {}),
     "tomesd": ({"ratio": 0.0}, {"ratio": 0.75, "branches": ("attention", "mlp")}, {}),
     "topk": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "turbo": ({"r": 0}, {"r": 2, "min_tokens": 0}, {}),
     "uniform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
 }
 METHODS = sorted(ZOO)

@@ -70,14 +70,22 @@ def all_files(method: str) -> list[str]:
     return sorted(f"{method}/{p.stem}" for p in (ROOT / method).glob("*.safetensors") if p.stem != "input")
 
 
+def _recorded(file: str) -> str:
+    """The method that the metadata give a file to, that of its folder where they are silent."""
+    return read(file)[1].get("method", file.split("/")[0]).strip()
+
+
 def is_other(file: str) -> bool:
     """Whether the metadata give a file to another method than that of its folder ("ats (another one's variant)")."""
-    return read(file)[1].get("method", file.split("/")[0]).strip() != file.split("/")[0]
+    return _recorded(file).lower() != file.split("/")[0]
 
 
 def files(method: str) -> list[str]:
-    """Files of a method's folder that record this method, without suffix; all of a folder of several methods."""
-    return [file for file in all_files(method) if method in PARTLY or not is_other(file)]
+    """Files that record a method: of its folder, or of a folder of many under its name; all of such a folder."""
+    if method in PARTLY:
+        return all_files(method)
+    own = [file for file in all_files(method) if not is_other(file)]
+    return own + [file for folder in PARTLY if is_fixture(file := f"{folder}/{method}")]
 
 
 def left_alone() -> dict[str, str]:

@@ -50,7 +50,12 @@ def best_partner(a: Tensor, b: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def bipartite_pairs(
-    metric: Tensor, r: int, num_prefix: int, valid: Tensor | None = None, visible: Tensor | None = None
+    metric: Tensor,
+    r: int,
+    num_prefix: int,
+    valid: Tensor | None = None,
+    visible: Tensor | None = None,
+    penalty: Tensor | None = None,
 ) -> Pairs:
     """The r most similar pairs between tokens at even and at odd positions (ToMe: Bolya et al., ICLR 2023).
 
@@ -66,9 +71,12 @@ def bipartite_pairs(
             fewer real tokens merges at most half of its own, whatever its batch mates hold.
         visible: [B, N] bool, False for tokens that a mask hides: they merge first, and nobody merges into them while
             there is another way. Their own values decide nothing about visible tokens.
+        penalty: taken off the score of every token [B, N]; None for none.
     """
     with torch.no_grad():
         value, partner = best_odd(metric, num_prefix, valid, visible)
+        if penalty is not None:
+            value = value - penalty[:, num_prefix + num_prefix % 2 :: 2]
         return _plan(value, partner, r, num_prefix, valid, metric.shape[1])
 
 
