@@ -49,6 +49,8 @@ MORE = [
     {"method": "kmedoids", "keep_rate": 0.6, "start": "farthest", "cost": "cluster", "mean": True},
     {"method": "gtp", "r": 4, "layers": (0, 2), "graph": "semantic", "neighbours": 5, "selection": "IMGAttnMean"},
     {"method": "gtp", "r": 3, "sparsity": 0.6},
+    {"method": "atc", "keep_rate": 0.4, "linkage": "single"},
+    {"method": "atc", "keep_rate": 0.3, "linkage": "complete", "layers": (1, 2)},
     {"method": "gtp", "r": 3, "propagation": "mean", "selection": "DiagAttnMean"},
 ]  # fmt: skip
 PAIRS = [
