@@ -23,6 +23,7 @@ from tokenzoo.models import LVViT, T2TViT
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
 ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "algm": ({"threshold": 2.0, "layers": (0,)}, {"threshold": 0.1, "layers": (0, 2)}, {"r": 2}),
+    "atc": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "ats": ({"layers": (3,)}, {"layers": (1, 2)}, {"layers": (1, 2), "max_tokens": 10}),
     "cluster": ({"scale": 1.0}, {"layers": 0, "where": "before", "scale": 0.5}, {}),
     "cts": ({"shared": 0}, {"shared": 2}, {}),

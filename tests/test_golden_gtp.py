@@ -12,7 +12,7 @@ from tokenzoo.core.selection import mean_of_rest
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import KeepMap, PropagateMap
 from tokenzoo.ops.attention import attend, key_bias
-from tokenzoo.ops.graph import links, most_alike
+from tokenzoo.ops.graph import degrees, links, most_alike
 from tokenzoo.ops.map_reading import MapStatistics, attend_sparsely
 
 
@@ -48,8 +48,9 @@ def test_graph(case: Case):
     alike = most_alike(x[:, prefix:], s["num_neighbours"] + 1 - prefix)
     place = torch.arange(s["grid"] ** 2).expand(len(x), -1)
     for name in outputs(case):
-        lists = None if name == "Spatial" else (alike, alike)
-        close(links(place, place, grid, name != "Semantic", lists), case[f"out/{name}"], 1e-5)
+        lists, spatial = None if name == "Spatial" else alike, name != "Semantic"
+        degree = degrees(place, grid, spatial, lists)
+        close(links(place, place, (degree, degree), grid[1], spatial, lists), case[f"out/{name}"], 1e-5)
 
 
 @cases("gtp", lambda c: c.has("in/index_prop"))

@@ -59,6 +59,8 @@ MORE = [
     {"method": "kmedoids", "keep_rate": 0.6, "start": "farthest", "cost": "cluster", "mean": True},
     {"method": "gtp", "r": 4, "layers": (0, 2), "graph": "semantic", "neighbours": 5, "selection": "IMGAttnMean"},
     {"method": "gtp", "r": 3, "sparsity": 0.6},
+    {"method": "atc", "keep_rate": 0.4, "linkage": "single"},
+    {"method": "atc", "keep_rate": 0.3, "linkage": "complete", "layers": (1, 2)},
     {"method": "gtp", "r": 3, "propagation": "mean", "selection": "DiagAttnMean"},
     {"method": "turbo", "r": [8, 2, 1], "min_tokens": 0, "alpha": 5, "beta": 0.5, "gamma": 1},
     {"method": "diffrate", "prune": None, "merge": (0.5, 0.9, 0.6, 0.7), "mass_pool": True},

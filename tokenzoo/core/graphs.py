@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import TransformType, retrieve_all_functorch_interpreters
 
 _one_image: ContextVar[bool] = ContextVar("tokenzoo_one_image", default=False)
 
@@ -33,6 +34,13 @@ def why_counts_are_unknown(x: Tensor) -> str | None:
     if torch.jit.is_tracing() and not _one_image.get():
         return "which tracing (torch.jit.trace, ONNX by TorchScript) would fix at those of the example"
     return None
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether the host can read values of the tokens now: not in graphs, nor inside of vmap."""
+    if torch.compiler.is_compiling() or why_counts_are_unknown(x) is not None:
+        return False
+    return all(level.key() != TransformType.Vmap for level in retrieve_all_functorch_interpreters())
 
 
 def refuse_open_sizes(model: object, images: Tensor) -> None:

@@ -84,7 +84,7 @@ class GTP(Companion, OwnAttention, Remembering, Method):
         return left + (self.propagation == "mean" and left < n)
 
     def remember(self, tokens: Tokens, step: Step) -> Tensor:
-        return alike_table(tokens, self.neighbours + (not tokens.layout.has_class))
+        return alike_table(tokens, self.neighbours + (not tokens.layout.has_class), self.graph != "semantic")
 
     def attend(self, heads: Heads, bias: Tensor | None, tokens: Tokens) -> tuple[Tensor, MapStatistics] | None:
         asking = tokens.valid if tokens.visible is None else tokens.visible

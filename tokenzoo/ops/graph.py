@@ -52,29 +52,40 @@ def touching(first: Tensor, second: Tensor, wide: int) -> Tensor:
     return near & (first >= 0) & (second >= 0)
 
 
+def degrees(place: Tensor, grid: tuple[int, int], spatial: bool, alike: Tensor | None) -> Tensor:
+    """Row sums of the adjacency [B, N] int64, at least 1.
+
+    Args:
+        place: [B, N], -1 for none.
+        grid: patches (high, wide).
+        spatial: places that touch are linked.
+        alike: places of the neighbours [B, N, M], -1 for none; None without.
+    """
+    found = grid_degree(place, grid) if spatial else torch.zeros_like(place)
+    if alike is not None:
+        counts = alike >= 0
+        if spatial:
+            counts = counts & ~touching(place.unsqueeze(2), alike, grid[1])
+        found = found + counts.sum(2)
+    return found.clamp(min=1)
+
+
 def links(
-    to: Tensor, source: Tensor, grid: tuple[int, int], spatial: bool, alike: tuple[Tensor, Tensor] | None
+    to: Tensor, source: Tensor, degree: tuple[Tensor, Tensor], wide: int, spatial: bool, alike: Tensor | None
 ) -> Tensor:
     """Entries of the normalised adjacency D^-1/2 G D^-1/2, D the row sums of G [B, K, P] float32.
 
     Args:
         to: places of the rows [B, K], -1 for none.
         source: places of the columns [B, P].
-        grid: patches (high, wide).
+        degree: those of both, see `degrees`.
+        wide: patches of a row of the grid.
         spatial: places that touch are linked.
-        alike: places of the neighbours of the rows [B, K, M] and of the columns [B, P, M], -1 for none; None without.
+        alike: places of the neighbours of the rows [B, K, M], -1 for none; None without.
     """
-    wide, linked = grid[1], None
-    degrees = [grid_degree(place, grid) if spatial else torch.zeros_like(place) for place in (to, source)]
-    if spatial:
-        linked = touching(to.unsqueeze(2), source.unsqueeze(1), wide)
+    linked = touching(to.unsqueeze(2), source.unsqueeze(1), wide) if spatial else None
     if alike is not None:
-        for i, (place, neighbours) in enumerate(zip((to, source), alike)):
-            counts = neighbours >= 0
-            if spatial:
-                counts = counts & ~touching(place.unsqueeze(2), neighbours, wide)
-            degrees[i] = degrees[i] + counts.sum(2)
-        semantic = (alike[0].unsqueeze(3) == source[:, None, None, :]).any(2) & (source >= 0).unsqueeze(1)
+        semantic = (alike.unsqueeze(3) == torch.where(source < 0, -2, source)[:, None, None, :]).any(2)
         linked = semantic if linked is None else linked | semantic
-    to_degree, source_degree = (degree.clamp(min=1).float().rsqrt() for degree in degrees)
+    to_degree, source_degree = (each.float().rsqrt() for each in degree)
     return linked * to_degree.unsqueeze(2) * source_degree.unsqueeze(1)
