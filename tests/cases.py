@@ -45,12 +45,13 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "tomesd": ({"ratio": 0.0}, {"ratio": 0.75, "branches": ("attention", "mlp")}, {}),
     "topk": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "uniform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "vggt": ({"ratio": 0.0}, {"ratio": 0.25, "protected": 0.2}, {}),
 }
 METHODS = sorted(ZOO)
 # methods that only make sense after another one
 COMPANION = {"reconstruct": "cluster"}
 # methods after which all tokens are there again: no shorter sequence, nothing in the trace
-KEEPS_LENGTH = {"evo", "reconstruct", "sta", "tomesd"}
+KEEPS_LENGTH = {"evo", "reconstruct", "sta", "tomesd", "vggt"}
 
 
 def released_numbers(model: nn.Module) -> int:
