@@ -35,7 +35,8 @@ def frame_destinations(
     index = torch.arange(frames * length, device=device)
     start = torch.arange(1, frames, device=device).unsqueeze(1) * length + special
     picked = start + cell_destinations(grid, stride, device, draw)
-    return ((index < length) | (index % length < special)).scatter(0, picked.flatten(), True)
+    # of integers: the TorchScript tracer scatters no flags
+    return ((index < length) | (index % length < special)).long().scatter(0, picked.flatten(), 1) > 0
 
 
 def stretch_destinations(index: Tensor, first: Tensor | int, length: int) -> Tensor:
@@ -63,6 +64,6 @@ def frame_parts(receives: Tensor, kept: Tensor, sources: int, destinations: int)
         sources: S, tokens that are neither.
         destinations: D.
     """
-    free = torch.ones_like(receives).scatter(0, kept, False)
-    order = stable_order((torch.where(receives, 2, (~free).long())).unsqueeze(0)).squeeze(0)
+    protected = torch.zeros_like(receives, dtype=torch.int64).scatter(0, kept, 1)
+    order = stable_order(torch.where(receives, 2, protected).unsqueeze(0)).squeeze(0)
     return order[:sources], order[receives.shape[0] - destinations :]
