@@ -49,12 +49,13 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "topk": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "turbo": ({"r": 0}, {"r": 2, "min_tokens": 0}, {}),
     "uniform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "vggt": ({"ratio": 0.0}, {"ratio": 0.25, "protected": 0.2}, {}),
 }
 METHODS = sorted(ZOO)
 # methods that only make sense after another one
 COMPANION = {"reconstruct": "cluster"}
 # methods after which all tokens are there again: no shorter sequence, nothing in the trace
-KEEPS_LENGTH = {"evo", "reconstruct", "sta", "tomesd"}
+KEEPS_LENGTH = {"evo", "reconstruct", "sta", "tomesd", "vggt"}
 
 
 def released_numbers(model: nn.Module) -> int:

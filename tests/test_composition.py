@@ -31,9 +31,9 @@ def _refusal(first, second):
         return "cluster before any other reduction"  # shared groups are no grid
     if "evo" in both and "reconstruct" in both:
         return "carries importance from block to block"
-    if both <= {"evo", "tomesd"} and "evo" in both:
+    if both <= {"evo", "tomesd", "vggt"} and "evo" in both:
         return "both merge around the branches of block 1"
-    grid_is_gone = {"cluster", "cts", "reconstruct"} & both or first in ("sta", "tomesd")
+    grid_is_gone = {"cluster", "cts", "reconstruct"} & both or first in ("sta", "tomesd", "vggt")
     if second == "sta" and grid_is_gone or first == "sta" and {"cluster", "cts", "reconstruct"} & both:
         return "needs all 4 x 4 patches in their grid"
     return None

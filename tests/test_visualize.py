@@ -7,7 +7,7 @@ import goldens
 import numpy as np
 import pytest
 import torch
-from cases import METHODS, build, given, images, serves
+from cases import KEEPS_LENGTH, METHODS, build, given, images, serves
 from PIL import Image
 
 import tokenzoo
@@ -59,7 +59,7 @@ def test_maps_compose_to_the_trace(method, backbone):
         tokens = max(reversed(list(model.walk(x, trace=True))), key=lambda t: len(t.trace))
     prefix, (high, wide) = tokens.layout.num_prefix, tokens.layout.grid
     assert maps.grid == (high, wide)
-    if method in ("evo", "sta", "tomesd"):  # merged and unmerged inside of the branches: nothing is taken away
+    if method in KEEPS_LENGTH - {"reconstruct"}:  # merged and unmerged inside of the branches: nothing is taken away
         assert not tokens.trace and maps.blocks and all(b.inside for b in maps.blocks)
         for entry, note in zip(maps.blocks, tokens.inside, strict=True):
             assert entry.block == note.block and torch.equal(entry.assign, note.map.assign[:, prefix:])

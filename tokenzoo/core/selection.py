@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,11 +19,19 @@ def own_counts(kept: Callable[[int], int], tokens: Tokens) -> Tensor | None:
     The rule is a plain function of integers, so images are looked up in its table: the same rounding everywhere, and
     the count of an image does not depend on how far its batch is padded.
     """
+    return None if tokens.valid is None else own_values(lambda i: (min(kept(i), i),), tokens)
+
+
+def own_values(rule: Callable[[int], Sequence[int]], tokens: Tokens) -> Tensor:
+    """Integers that a rule gives for the number of real patches of each image [B, number of them]; with padding only.
+
+    Args:
+        rule: as many integers for every number of patches.
+        tokens: the tokens; some are padding.
+    """
     real = tokens.valid_patches
-    if real is None:
-        return None
-    table = torch.tensor([min(kept(i), i) for i in range(tokens.num_patches + 1)], device=real.device)
-    return table[real].unsqueeze(1)
+    table = torch.tensor([tuple(rule(i)) for i in range(tokens.num_patches + 1)], device=real.device)
+    return table[real]
 
 
 def host_ranges(*counts: Tensor) -> list[tuple[int, int]] | None:

@@ -6,6 +6,7 @@ A method decides a map; everything else (values, token mass, side data, the way 
 
 from .assign import AssignMap, group_map
 from .base import TokenMap
+from .beside import BesideMap
 from .chain import ChainMap
 from .cluster import ClusterMap
 from .fuse import FuseMap
@@ -23,6 +24,7 @@ from .super_token import SuperTokenMap
 
 __all__ = [
     "AssignMap",
+    "BesideMap",
     "ChainMap",
     "ClusterMap",
     "FuseMap",

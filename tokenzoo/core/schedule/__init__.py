@@ -4,6 +4,7 @@ from .balanced import Balanced
 from .base import Schedule
 from .budget import Budget, open_counts
 from .cells import Cells, Grid, cells_of, scaled_cells
+from .frame_share import FrameCounts, FrameShare
 from .keep import Keep, check_rates, kept_of, kept_patches, quarters
 from .keep_mass import KeepMass
 from .per_layer import cosine_keep_rate, even_removal, keep_count, removed_per_layer, spread
@@ -12,7 +13,8 @@ from .share import Share
 from .stages import Stage, Stages
 
 __all__ = [
-    "Balanced", "Budget", "Cells", "Either", "Grid", "Keep", "KeepMass", "Remove", "RemoveAll", "Schedule", "Share",
-    "Stage", "Stages", "cells_of", "check_rates", "cosine_keep_rate", "even_removal", "half_of", "keep_count",
-    "kept_of", "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells", "spread",
+    "Balanced", "Budget", "Cells", "Either", "FrameCounts", "FrameShare", "Grid", "Keep", "KeepMass", "Remove",
+    "RemoveAll", "Schedule", "Share", "Stage", "Stages", "cells_of", "check_rates", "cosine_keep_rate", "even_removal",
+    "half_of", "keep_count", "kept_of", "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells",
+    "spread",
 ]  # fmt: skip

@@ -44,12 +44,16 @@ class Share(Schedule):
         most = self.sources(method, patches, layout)
         if method.stride is not None and patches == layout.num_patches and most == patches:
             raise step.error(f"stride={method.stride} is larger than the {layout.grid[0]} x {layout.grid[1]} patches")
-        if wanted > most and not method.clip:
+        return n - self.possible(wanted, most, n, step)
+
+    def possible(self, wanted: int, most: int, n: int, step: Step) -> int:
+        """Tokens to merge where at most some of n can; refuses to merge fewer than wanted without `clip`."""
+        if wanted > most and not step.method.clip:
             raise step.error(
-                f"ratio={method.ratio} asks to merge {wanted} tokens, but at most {most} of {n} can; lower it, or set "
-                "clip=True to merge what is possible"
+                f"ratio={step.method.ratio} asks to merge {wanted} tokens, but at most {most} of {n} can; lower it, or "
+                "set clip=True to merge what is possible"
             )
-        return n - min(wanted, most)
+        return min(wanted, most)
 
     def left(self, patches: int, step: Step, layout: Layout) -> int:
         """Patches that are left of some, as far as these can merge; unchecked."""

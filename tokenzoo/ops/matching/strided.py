@@ -26,6 +26,17 @@ def cell_split(
         device: where to make the indices.
         draw: number in [0, 1) for every whole cell that picks its destination [D]; None takes the top left.
     """
+    patches, dst = grid[0] * grid[1], cell_destinations(grid, stride, device, draw)
+    taken = torch.zeros(patches, dtype=torch.int64, device=device).scatter(0, dst, 1)
+    # destinations last: the first entries are the sources
+    order = (taken * patches + torch.arange(patches, device=device)).argsort()
+    return order[: patches - dst.shape[0]], order[patches - dst.shape[0] :]
+
+
+def cell_destinations(
+    grid: tuple[int, int], stride: tuple[int, int], device: torch.device, draw: Tensor | None = None
+) -> Tensor:
+    """One patch of every whole cell, cells in raster order [D]; of several draws [..., D] one set each."""
     (high, wide), (down, right) = grid, stride
     rows, columns = high // down, wide // right
     corner = (
@@ -35,10 +46,7 @@ def cell_split(
     if draw is not None:
         place = (draw * (down * right)).long()
         dst = dst + place.div(right, rounding_mode="floor") * wide + place % right
-    taken = torch.zeros(high * wide, dtype=torch.int64, device=device).scatter(0, dst, 1)
-    # destinations last: the first entries are the sources
-    order = (taken * (high * wide) + torch.arange(high * wide, device=device)).argsort()
-    return order[: high * wide - rows * columns], order[high * wide - rows * columns :]
+    return dst
 
 
 def stretch_split(patches: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
