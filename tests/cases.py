@@ -150,6 +150,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     ),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
+ALL_PAIRS = {"atc", "dpcknn", "kmedoids"}  # defined by the distances of all pairs of patches: one such map per image
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
 NEEDS_ATTENTION_ALONE = {"sta"}  # another form of attention, where no MLP shares its branch
 

@@ -145,7 +145,7 @@ def small(family: str, method: str, kind: str = "static") -> torch.nn.Module:
     model = (cases.VIT if family == "vit" else cases.EVA)(
         depth=2, **({} if family == "vit" else {"use_rot_pos_emb": True, "num_reg_tokens": 2})
     ).eval()
-    layers = {"cluster": (0,), "evo": (1,), "pool": (0,), "reconstruct": (1,)}.get(method, (0, 1))
+    layers = {"cluster": (0,), "evo": (1,), "kmedoids": (1,), "pool": (0,), "reconstruct": (1,)}.get(method, (0, 1))
     more = {} if tokenzoo.create_method(method).place == "embed" else {"layers": layers}
     return tokenzoo.patch_model(model, cases.given(method, kind, **more))
 
