@@ -38,7 +38,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "atc"])  # a round of merging per patch
 @torch.no_grad()
 def test_largest_tensor(method, class_token):
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention import Heads, attention_rows, drop_map, row_slices
 
-_LONGEST = 1024  # tokens whose map is written out, an image at a time
+_CACHE = 1 << 18  # entries of the rows that are computed at once on a CPU
 
 
 class MapStatistics(NamedTuple):
@@ -38,6 +38,14 @@ class MapStatistics(NamedTuple):
         return cls(rows.diagonal(start, -2, -1)[..., : rows.shape[-2]], rows.sum(-2), rows[..., 0, :])
 
     @classmethod
+    def of_slices(cls, parts: Sequence[MapStatistics]) -> MapStatistics:
+        """Of slices of queries, first to last."""
+        if len(parts) == 1:
+            return parts[0]
+        received = sum(part.received for part in parts[1:]) + parts[0].received
+        return cls(torch.cat([part.own for part in parts], dim=-1), received, parts[0].first)
+
+    @classmethod
     def joined(cls, parts: Sequence[MapStatistics], dim: int) -> MapStatistics:
         """Of several images (dim 0) or attention layers (dim 1)."""
         rows = None if parts[0].rows is None else torch.cat([part.rows for part in parts], dim)
@@ -56,19 +64,17 @@ def map_statistics(heads: Heads, bias: Tensor | None = None, queries: Tensor | N
         if _by_image(heads):
             parts = []
             for one, own_bias, at in _images(heads, bias):
-                rows = _counted(attention_rows(one, 0, one.q.shape[2], own_bias), queries, at)
-                parts.append(MapStatistics.of_rows(rows))
+                found = []
+                for start, stop in _in_cache(one):
+                    rows = _counted(attention_rows(one, start, stop, own_bias), queries, at, start, stop)
+                    found.append(MapStatistics.of_rows(rows, start))
+                parts.append(MapStatistics.of_slices(found))
             return MapStatistics.joined(parts, 0)
-        own, received, first = [], None, None
+        found = []
         for start, stop in row_slices(heads.q.shape[2], heads):
-            rows = attention_rows(heads, start, stop, bias)
-            if queries is not None:
-                rows = rows.masked_fill(~queries[:, None, start:stop, None], 0)
-            part = MapStatistics.of_rows(rows, start)
-            own.append(part.own)
-            first = part.first if first is None else first
-            received = part.received if received is None else received + part.received
-        return MapStatistics(torch.cat(own, dim=-1), received, first)
+            rows = _counted(attention_rows(heads, start, stop, bias), queries, slice(None), start, stop)
+            found.append(MapStatistics.of_rows(rows, start))
+        return MapStatistics.of_slices(found)
 
 
 def attend_and_read(heads: Heads, bias: Tensor | None = None) -> tuple[Tensor, MapStatistics] | None:
@@ -82,9 +88,13 @@ def attend_and_read(heads: Heads, bias: Tensor | None = None) -> tuple[Tensor, M
         return None
     outs, parts = [], []
     for one, own_bias, _ in _images(heads, bias):
-        rows = attention_rows(one, 0, one.q.shape[2], own_bias)
-        parts.append(MapStatistics.of_rows(rows.detach()))
-        outs.append((rows.to(one.v.dtype) @ one.v).transpose(1, 2).flatten(2))
+        found, out = [], []
+        for start, stop in _in_cache(one):
+            rows = attention_rows(one, start, stop, own_bias)
+            found.append(MapStatistics.of_rows(rows.detach(), start))
+            out.append((rows.to(one.v.dtype) @ one.v).transpose(1, 2).flatten(2))
+        parts.append(MapStatistics.of_slices(found))
+        outs += [out[0] if len(out) == 1 else torch.cat(out, dim=1)]
     return torch.cat(outs), MapStatistics.joined(parts, 0)
 
 
@@ -118,9 +128,9 @@ def attend_sparsely(
 
 
 def _by_image(heads: Heads) -> bool:
-    """Whether one map per image is written out: on a CPU, where it fits into caches."""
+    """Whether maps are computed an image at a time: on a CPU, where rows of one fit into caches."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return heads.q.device.type == "cpu" and not traced and heads.q.shape[0] > 0 and heads.q.shape[2] <= _LONGEST
+    return heads.q.device.type == "cpu" and not traced and heads.q.shape[0] > 0
 
 
 def _images(heads: Heads, bias: Tensor | None) -> Iterator[tuple[Heads, Tensor | None, slice]]:
@@ -131,6 +141,12 @@ def _images(heads: Heads, bias: Tensor | None) -> Iterator[tuple[Heads, Tensor |
         yield heads._replace(q=heads.q[at], k=heads.k[at], v=v), own, at
 
 
-def _counted(rows: Tensor, queries: Tensor | None, at: slice) -> Tensor:
+def _in_cache(heads: Heads) -> list[tuple[int, int]]:
+    """(start, stop) of slices of the queries of one image whose rows fit into cache."""
+    total, step = heads.q.shape[2], max(1, _CACHE // (heads.q.shape[1] * heads.k.shape[2]))
+    return [(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _counted(rows: Tensor, queries: Tensor | None, at: slice, start: int, stop: int) -> Tensor:
     """Rows without those of queries that do not count: a hidden one may see nothing, and its row be no number."""
-    return rows if queries is None else rows.masked_fill(~queries[at, None, :, None], 0)
+    return rows if queries is None else rows.masked_fill(~queries[at, None, start:stop, None], 0)

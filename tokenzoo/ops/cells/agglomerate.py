@@ -25,7 +25,7 @@ def agglomerate(distances: Tensor, merges: Tensor | int, most: int, linkage: str
         early: stop as soon as no further merge counts, which takes a look of the host at every round; else `most`
             rounds run.
     """
-    batch, n, _ = distances.shape
+    batch, n = distances.shape[0], int(distances.shape[1])  # the tracer hands sizes out as tensors
     index = torch.arange(n, device=distances.device)
     here = index.expand(batch, -1)
     rows = torch.arange(batch, device=distances.device).unsqueeze(1)
