@@ -8,9 +8,11 @@ import pytest
 import torch
 from cases import KEEPS_LENGTH, METHODS, backbone_names, build, given, images, serves
 from scan_cases import SCAN_METHODS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenzoo
 from tokenzoo.adapters.wrappers import backbone_of
+from tokenzoo.core.step import Step
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,39 @@ def test_choices_do_not_follow_autocast(method):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention_rows(heads, 0, 1), rows)
         assert torch.equal(attention_received(heads), received)
+
+
+class Products(TorchDispatchMode):
+    """Notes the number formats of products between tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.formats = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.formats.add(out.dtype)
+        return out
+
+
+@pairs
+@torch.no_grad()
+def test_decisions_are_made_in_float32(method, monkeypatch):
+    """Under autocast too: no product between tokens that a decision looks at is of half precision."""
+    seen = Products()
+
+    def decide(step, tokens, signals, before=Step.decide):
+        with seen:
+            return before(step, tokens, signals)
+
+    monkeypatch.setattr(Step, "decide", decide)
+    for name in ("deit", "gap"):
+        if serves(method, build(name)):
+            model = tokenzoo.patch_model(build(name), given(method))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                model(images(model))
+    assert seen.formats <= {torch.float32}
 
 
 @pairs

@@ -13,6 +13,7 @@ from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits, around
 from ..maps import SuperTokenMap, TokenMap
+from ..ops.attention import full_precision
 from ..ops.cells.super_tokens import SLOTS, associate, to_cells
 from ..ops.rows import split_dim
 
@@ -65,7 +66,8 @@ class STA(Method):
         self.schedule.of(tokens, step)
         z = signals.branch_input
         cells = to_cells(split_dim(z[:, layout.num_prefix :], 1, *layout.grid), sides(self.cell))
-        found = associate(cells, self.iterations, self.mask_borders)
+        with full_precision(cells):
+            found = associate(cells, self.iterations, self.mask_borders)
         return SuperTokenMap(found, layout.grid, sides(self.cell), layout.num_prefix, known=(z, cells))
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:

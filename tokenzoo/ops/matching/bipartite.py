@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention import full_precision
 from ..rows import split_dim, stable_order
 
 _CHUNK_ABOVE = 1024  # score rows are computed in slices when there are more of them than this
@@ -42,10 +43,11 @@ def best_partner(a: Tensor, b: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         value [B, Na] and index [B, Na] of the best partner; scores are computed in slices when there are many.
     """
     target = b[:, first:].transpose(1, 2)
-    if a.shape[1] <= _CHUNK_ABOVE:
-        value, index = torch.bmm(a, target).max(dim=2)
-        return value, index + first
-    parts = [torch.bmm(rows, target).max(dim=2) for rows in a.split(_CHUNK, dim=1)]
+    with full_precision(a):
+        if a.shape[1] <= _CHUNK_ABOVE:
+            value, index = torch.bmm(a, target).max(dim=2)
+            return value, index + first
+        parts = [torch.bmm(rows, target).max(dim=2) for rows in a.split(_CHUNK, dim=1)]
     return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1) + first
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention import full_precision
 from .bipartite import Pairs, compact_pairs, split_ranked
 
 _CHUNK_ABOVE = 1024
@@ -97,7 +98,8 @@ def fusion_pairs(
         """Score of every row with every other token."""
         score = row_factor.unsqueeze(2) * other_factor.unsqueeze(1)
         if taus[0]:
-            similarity = ((torch.bmm(rows, others.transpose(1, 2)) + 1) / 2).clamp(min=0)
+            with full_precision(rows):
+                similarity = ((torch.bmm(rows, others.transpose(1, 2)) + 1) / 2).clamp(min=0)
             score = score * (similarity if taus[0] == 1 else similarity ** (1 / taus[0]))
         return score
 
