@@ -142,6 +142,35 @@ def test_padding_has_no_influence(prefix, padding):
         torch.testing.assert_close(merged.apply(longer(x, 3.0))[:, : n - r], own.apply(x))
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("plan", ["bipartite", "fusion", "one_way"])
+def test_no_token_is_lost_beside_longer_images(prefix, plan):
+    """At every number of real tokens and every r, half of all included: sizes add up, and counts are those alone."""
+    torch.manual_seed(0)
+    for n in range(prefix + 2, prefix + 11):
+        x, c = torch.randn(2, n, 8), torch.rand(2, n) + 0.1
+        for real in range(prefix + 1, n):
+            valid = torch.arange(n).unsqueeze(0) < torch.tensor([[n], [real]])
+            for r in range(1, (n - prefix) // 2 + 1):
+                own = torch.tensor([[r], [min(r, (real - prefix) // 2)]])
+                if plan == "bipartite":
+                    pairs = matching.bipartite_pairs(x, r, prefix, valid)
+                else:
+                    pairs = fusion.fusion_pairs(
+                        x, c, None, r, prefix, (1, 20, 40), plan == "fusion", valid, own
+                    )  # fmt: skip
+                merged = MergeMap(pairs.order, pairs.src, pairs.slot, n, valid=pairs.valid)
+                mass = merged.pool(valid.unsqueeze(2).float()).squeeze(2)
+                assert mass.sum(1).tolist() == [n, real], (n, real, r)
+                assert pairs.valid.sum(1).tolist() == [n - r, real - own[1].item()], (n, real, r)
+                assert (mass > 0).equal(pairs.valid)
+                alone = matching.bipartite_pairs(x[1:, :real], own[1].item(), prefix) if plan == "bipartite" and (
+                    own[1] > 0
+                ) else None  # fmt: skip
+                if alone is not None:
+                    assert torch.equal(pairs.order[1:, : real - own[1]], alone.order)
+
+
 def slow_sampling(scores, heights, skip):
     """One image, by the card: every height picks the nearest cumulative score."""
     order = sorted(range(len(scores)), key=lambda i: scores[i])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import full_precision
-from ..rows import split_dim, stable_order
+from ..rows import split_dim
 
 _CHUNK_ABOVE = 1024  # score rows are computed in slices when there are more of them than this
 _CHUNK = 256
@@ -160,11 +160,9 @@ def ranked_first(value: Tensor, valid: Tensor | None, visible: Tensor | None, at
 def _plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor | None, n: int) -> Pairs:
     """Plan from the best partner of every even token (prefix rows left out) among the odd ones."""
     pe, po = (num_prefix + 1) // 2, num_prefix // 2
-    real = own = None
     if valid is not None:
-        real = valid[:, 2 * pe :: 2]
-        own = ((valid.sum(1, keepdim=True) - num_prefix) // 2).clamp(max=r)
-    src, rest, merges = split_ranked(value, r, real, own)
+        return _padded_plan(value, partner, r, num_prefix, valid)
+    src, rest, _ = split_ranked(value, r, None, None)
     if num_prefix:
         rest = rest.sort(dim=1)[0]
     batch, device = value.shape[0], value.device
@@ -172,9 +170,61 @@ def _plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor
     odd = torch.arange(2 * po + 1, n, 2, device=device).expand(batch, -1)
     order = torch.cat([prefix, 2 * (rest + pe), odd], dim=1)
     slot = partner.gather(1, src) - po + num_prefix + rest.shape[1]
-    if merges is None:
-        return Pairs(order, 2 * (src + pe), slot)
-    return compact_pairs(Pairs(order, 2 * (src + pe), torch.where(merges, slot, -1)), valid)
+    return Pairs(order, 2 * (src + pe), slot)
+
+
+def _padded_plan(value: Tensor, partner: Tensor, r: int, num_prefix: int, valid: Tensor) -> Pairs:
+    """`_plan` for images with padding: each merges as many as it would alone, and stands in the order it would have."""
+    pe = (num_prefix + 1) // 2
+    own = ((valid.sum(1, keepdim=True) - num_prefix) // 2).clamp(max=r)
+    merged, rank = own_ranked(value, valid[:, 2 * pe :: 2], own)
+    even = 2 * (torch.arange(value.shape[1], device=valid.device) + pe).expand_as(rank)
+    place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    if not num_prefix:  # those that stay are not ascending then
+        place = place.scatter(1, even, rank)
+    target = torch.full_like(place, -1).scatter(1, even, torch.where(merged, 2 * partner + 1, -1))
+    return stand_by_parity(place, target, r, num_prefix, valid)
+
+
+def own_ranked(value: Tensor, real: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The real rows of highest value, a number of its own in each image, and the rank of all [B, n] both.
+
+    Args:
+        value: [B, n].
+        real: [B, n] bool, False for padding.
+        own: rows that each image takes [B, 1].
+    """
+    rank = value.masked_fill(~real, float("-inf")).argsort(dim=1, descending=True).argsort(dim=1)
+    return real & (rank < own), rank
+
+
+def stand_by_parity(
+    place: Tensor, target: Tensor, r: int, num_prefix: int, valid: Tensor, idle: Tensor | None = None
+) -> Pairs:
+    """Pairs of images with padding: prefix, even tokens that stay, odd ones, padding.
+
+    Of an image with an odd number of patches, one may be left that its batch mates have no row for: rows are those of
+    all tokens that stay, not those of each parity.
+
+    Args:
+        place: order among the tokens of the same parity [B, N], below N.
+        target: token that each one merges into [B, N], -1 for those that stay.
+        r: tokens that the longest image loses.
+        num_prefix: tokens at the front.
+        valid: [B, N] bool with the real tokens in front.
+        idle: images that keep their order [B, 1] bool; None for none.
+    """
+    n = valid.shape[1]
+    index = torch.arange(n, device=valid.device)
+    group = torch.where(index < num_prefix, 0, 1 + index % 2)
+    if idle is not None:
+        group, place = torch.where(idle, 0, group), torch.where(idle, index, place)
+    group = torch.where(valid, torch.where(target < 0, group, 4), 3)  # those that merge stand last
+    order = (group * n + place).argsort(dim=1)
+    left, src = order[:, : n - r], order[:, n - r :]
+    into = target.gather(1, src)
+    slot = torch.where(into < 0, -1, order.argsort(dim=1).gather(1, into.clamp(min=0)))
+    return Pairs(left, src, slot, group.gather(1, left) < 3)
 
 
 def split_ranked(
@@ -198,15 +248,6 @@ def split_ranked(
     key = torch.where(merges, rank, torch.where(real, 2 * count + rank, count + rank))
     ranked = key.argsort(dim=1)
     return ranked[:, :r], ranked[:, r:], merges.gather(1, ranked[:, :r])
-
-
-def compact_pairs(pairs: Pairs, valid: Tensor) -> Pairs:
-    """Moves real tokens to the front of the new order: valid [B, N] is that of the old tokens."""
-    new_valid = valid.gather(1, pairs.order)
-    back = stable_order(~new_valid)
-    slot = back.argsort(dim=1).gather(1, pairs.slot.clamp(min=0))
-    slot = torch.where(pairs.slot >= 0, slot, -1)
-    return Pairs(pairs.order.gather(1, back), pairs.src, slot, new_valid.gather(1, back))
 
 
 def set_pairs(metric: Tensor, src: Tensor, dst: Tensor) -> Pairs:

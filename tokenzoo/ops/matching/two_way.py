@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import full_precision
-from .bipartite import Pairs, compact_pairs, split_ranked
+from .bipartite import Pairs, own_ranked, split_ranked, stand_by_parity
 
 _CHUNK_ABOVE = 1024
 _CHUNK = 256
@@ -121,10 +121,13 @@ def fusion_pairs(
         value, partner = _ranked(table, odd_rank).max(dim=2)
     if visible is not None:
         value = value.masked_fill(even_rank < 0, float("inf"))
-    src1, stay1, merges1 = split_ranked(value, r1, real_even, own1)
+    merged1 = rank1 = None
+    if valid is not None:
+        merged1, rank1 = own_ranked(value, real_even, own1)
+    src1, stay1, _ = split_ranked(value, r1, None, None)
     if num_prefix:
         stay1 = stay1.sort(dim=1)[0]
-    left = torch.ones_like(even_factor).scatter(1, src1, 0.0)
+    left = torch.ones_like(even_factor).scatter(1, src1, 0.0) if merged1 is None else (~merged1).to(even_factor.dtype)
     slot_even = _numbered(stay1, even.shape[1], num_prefix)
 
     odd_start = num_prefix + stay1.shape[1]
@@ -137,24 +140,49 @@ def fusion_pairs(
             value2, partner2 = (scored if rank is None else scored + rank.unsqueeze(2)).max(dim=1)
         if visible is not None:
             value2 = value2.masked_fill(odd_rank < 0, float("inf"))
-        own2 = None if own_r is None else own_r - own1
-        src2, stay2, merges2 = split_ranked(value2, r2, real_odd, own2)
+        if valid is not None:
+            merged2, rank2 = own_ranked(value2, real_odd, own_r - own1)
+            return _padded(r, num_prefix, valid, own_r, (merged1, rank1, partner), (merged2, rank2, partner2))
+        src2, stay2, _ = split_ranked(value2, r2, None, None)
         slot_odd = _numbered(stay2, odd.shape[1], odd_start)
-        moved = slot_even.gather(1, partner2.gather(1, src2))
-        slot_odd = slot_odd.scatter(1, src2, moved if merges2 is None else torch.where(merges2, moved, -1))
+        slot_odd = slot_odd.scatter(1, src2, slot_even.gather(1, partner2.gather(1, src2)))
+    elif valid is not None:
+        return _padded(r, num_prefix, valid, own_r, (merged1, rank1, partner), None)
     else:
         stay2 = torch.arange(odd.shape[1], device=x.device).expand(x.shape[0], -1)
         src2 = stay2[:, :0]
         slot_odd = stay2 + odd_start
     slot1 = slot_odd.gather(1, partner.gather(1, src1))
-    if merges1 is not None:
-        slot1 = torch.where(merges1, slot1, -1)
     prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
     order = torch.cat([prefix, 2 * (stay1 + pe), 2 * (stay2 + po) + 1], dim=1)
     src = torch.cat([2 * (src1 + pe), 2 * (src2 + po) + 1], dim=1)
     slot = torch.cat([slot1, slot_odd.gather(1, src2)], dim=1)
     assert order.shape[1] == n - r
-    return Pairs(order, src, slot) if valid is None else compact_pairs(Pairs(order, src, slot), valid)
+    return Pairs(order, src, slot)
+
+
+_Merging = tuple[Tensor, Tensor, Tensor]  # which tokens of one parity merge, their ranks, their partners of the other
+
+
+def _padded(
+    r: int, num_prefix: int, valid: Tensor, own_r: Tensor, evens: _Merging, odds: _Merging | None
+) -> Pairs:
+    """The pairs of images with padding, each as alone: the order of `fusion_pairs`, and none where nothing merges."""
+    n, pe, po = valid.shape[1], (num_prefix + 1) // 2, num_prefix // 2
+    index = torch.arange(n, device=valid.device).expand_as(valid)
+    place, target = index, torch.full_like(index, -1)
+    even = 2 * (torch.arange(evens[0].shape[1], device=valid.device) + pe).expand_as(evens[1])
+    if not num_prefix:
+        place = place.scatter(1, even, evens[1])
+    into = 2 * (evens[2] + po) + 1
+    if odds is not None:
+        odd = 2 * (torch.arange(odds[0].shape[1], device=valid.device) + po).expand_as(odds[1]) + 1
+        place = place.scatter(1, odd, odds[1])
+        target = target.scatter(1, odd, torch.where(odds[0], 2 * (odds[2] + pe), -1))
+        moved = target.gather(1, into)
+        into = torch.where(moved < 0, into, moved)
+    target = target.scatter(1, even, torch.where(evens[0], into, -1))
+    return stand_by_parity(place, target, r, num_prefix, valid, own_r == 0)
 
 
 def _ranked(score: Tensor, rank: Tensor | None) -> Tensor:
