@@ -36,7 +36,8 @@ ALIKE = ("gap", "distilled", "performer", "transformer", "vim_none")  # another 
 # they choose counts by values, which the meta device has none of: refused by name
 BY_VALUE = {"ats", "algm"}
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
-STACKED = {"vggt": {"layers": (0, 1)}}  # its images are stacked in rows, which are odd in the last stage of SViT
+# images stacked in rows: of one row in the stage of SViT with 3 x 3 patches; no number divides its last stage as well
+STACKED = {"vggt": {"layers": (0, 1), "frames": 3, "stride": (1, 2)}}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
