@@ -36,6 +36,8 @@ ALIKE = ("gap", "distilled", "performer", "transformer", "vim_none")  # another 
 # they choose counts by values, which the meta device has none of: refused by name
 BY_VALUE = {"ats", "algm", "flowcut"}
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
+# images stacked in rows: of one row in the stage of SViT with 3 x 3 patches; no number divides its last stage as well
+STACKED = {"vggt": {"layers": (0, 1), "frames": 3, "stride": (1, 2)}}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -52,7 +54,8 @@ def recipe_of(family: str, method: str) -> Any:
     """Reducing options of a method; grids are 6 x 6, those of the models that scan and the last of SViT 3 x 3."""
     if family in SCANNING:
         return given_scan(method, **({"r": 1} if method in ("tome", "famba") else {}))
-    fewer = {"mctf": {"r": 1, "min_tokens": 2}, "reconstruct": {"layers": 1}} if family == "svit" else {}
+    own = {"mctf": {"r": 1, "min_tokens": 2}, "reconstruct": {"layers": 1}, **STACKED}
+    fewer = own if family == "svit" else {}
     return given(method, **{"ats": {"layers": (1,)}, **fewer}.get(method, {}))
 
 

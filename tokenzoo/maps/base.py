@@ -96,6 +96,14 @@ class TokenMap(ABC):
         fill = torch.zeros_like(back) if dropped is None else dropped.to(back.dtype)
         return torch.where((assign >= 0).unsqueeze(-1), back, fill)
 
+    def lift_to_members(self, y: Tensor) -> Tensor:
+        """The same for what goes to all that count in a new token, whether they read it or not (its gradient).
+
+        Args:
+            y: values of the new tokens [B, N', D].
+        """
+        return self.lift(y)
+
     @property
     def dropped(self) -> Tensor:
         """[B, N] bool, the tokens that no single new one stands for."""

@@ -46,6 +46,10 @@ class BesideMap(TokenMap):
     def pool(self, mass: Tensor) -> Tensor:
         return torch.cat([self.merge.pool(mass), self.beside.pool(mass)], dim=1)
 
+    def lift_to_members(self, y: Tensor) -> Tensor:
+        groups, single = y[:, : self.merge.n_out], y[:, self.merge.n_out :]
+        return self.merge.lift_to_members(groups) + self.beside.lift_to_members(single)
+
     def membership(self) -> Tensor:
         return torch.cat([self.merge.membership(), self.beside.membership()], dim=1)
 

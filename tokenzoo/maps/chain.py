@@ -94,6 +94,11 @@ class ChainMap(TokenMap):
             y = token_map.lift(y, values)
         return y
 
+    def lift_to_members(self, y: Tensor) -> Tensor:
+        for token_map in reversed(self.maps):
+            y = token_map.lift_to_members(y)
+        return y
+
     def matrix(self) -> Tensor:
         matrix = self.maps[0].matrix().double()
         for token_map in self.maps[1:]:

@@ -235,18 +235,26 @@ class Explanation:
         recipe = getattr(self.model, "tokenzoo_recipe", None)
         return trace if recipe is None else recipe.lift_trace(trace)
 
-    def _readers(self, call: _Call, trace: tuple[TraceStep, ...], like: Tensor) -> Tensor:
-        """What every token of the input reads of those behind a trace [B, N, N'], rows of dropped ones are zero."""
+    def _readers(self, call: _Call, trace: tuple[TraceStep, ...], like: Tensor, members: bool = False) -> Tensor:
+        """What every token of the input reads of those behind a trace [B, N, N'], rows of dropped ones are zero.
+
+        Args:
+            call: the call of a layer.
+            trace: reductions.
+            like: a tensor on the device.
+            members: of tokens merged around a branch, those that it counts in instead.
+        """
         merge = call.view.merge
         count = merge.n_out if merge is not None else trace[-1].map.n_out if trace else call.length
         with torch.no_grad():
             eye = torch.eye(count, device=like.device).expand(like.shape[0], -1, -1)
-            eye = eye if merge is None else merge.lift(eye)
+            if merge is not None:
+                eye = merge.lift_to_members(eye) if members else merge.lift(eye)
             return lift(eye, self._trace(trace), "zero")
 
     def _shares(self, call: _Call, like: Tensor) -> Tensor:
         """The share that each token of the input has in those that a layer saw [B, N, N'], the columns sum to one."""
-        readers = self._readers(call, call.view.trace, like)
+        readers = self._readers(call, call.view.trace, like, members=True)
         return readers / _divisor(readers.sum(1, keepdim=True))
 
 
