@@ -108,6 +108,7 @@ def test_no_images(name):
             model.train()
             assert model(images(name)[:0]).shape[0] == 0
             model.eval()
+        assert all(value.isfinite().all() for value in model.state_dict().values()), method
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def norm_tokens(norm: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tens
     Raises:
         ValueError: padding meets the training statistics of another module.
     """
-    if valid is None or not norm.training:
+    if valid is None or not norm.training or x.shape[0] == 0:  # no images, no statistics
         return norm(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
     if type(norm) is not nn.BatchNorm2d:
         raise ValueError(
