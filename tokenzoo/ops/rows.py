@@ -8,6 +8,8 @@ from torch import Tensor
 
 def _flat(idx: Tensor, length: int) -> Tensor:
     """Turns per-image row numbers [B, M] into row numbers of the flattened [B * length] axis."""
+    if idx.shape[0] == 1 and not torch.jit.is_tracing():  # a traced graph would hold on to one image
+        return idx.reshape(-1)
     offset = torch.arange(idx.shape[0], device=idx.device).mul(length).unsqueeze(1)
     return (idx + offset).reshape(-1)
 
