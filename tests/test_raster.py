@@ -11,6 +11,7 @@ from test_map_properties import FORMS, make, sizes
 
 import tokenzoo
 from tokenzoo.core.recipe import Recipe
+from tokenzoo.maps import MlerpMap, PartialMap, PropagateMap
 from tokenzoo.maps.chain import arrange
 
 
@@ -35,6 +36,29 @@ def test_arranged_maps_are_the_same_map_with_permuted_rows(form, n, seed):
         assert torch.equal(arranged.valid, token_map.valid.gather(1, rows))
 
 
+@pytest.mark.parametrize("form", ["mlerp", "partial", "propagate"])
+@settings(max_examples=30, deadline=None)
+@sizes
+def test_forms_built_on_others_keep_what_is_their_own(form, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    merge = make("merge_weighted", n, seed)
+    pairs = merge.order, merge.src, merge.slot, n
+    token_map = {
+        "mlerp": lambda: MlerpMap(*pairs, merge.weight),
+        "partial": lambda: PartialMap(*pairs, torch.rand(2, n, 1, generator=g).double(), merge.weight, drops=True),
+        "propagate": lambda: PropagateMap(merge.order, n, merge.src, torch.rand(
+            2, merge.n_out, merge.src.shape[1], generator=g, dtype=torch.float64
+        )),
+    }[form]()  # fmt: skip
+    rows = torch.stack([torch.randperm(token_map.n_out, generator=g) for _ in range(2)])
+    arranged, take = arrange(token_map, rows), rows.unsqueeze(2)
+    assert type(arranged) is type(token_map) and arranged.drops == token_map.drops
+    x, size = torch.randn(2, n, 3, generator=g, dtype=torch.float64), 1 + torch.rand(2, n, 1, generator=g).double()
+    torch.testing.assert_close(arranged.apply(x), token_map.apply(x).gather(1, take.expand(-1, -1, 3)))
+    mass = arranged.mass(size, 2, x.device), token_map.mass(size, 2, x.device).gather(1, take)
+    torch.testing.assert_close(*mass)
+
+
 @pytest.mark.parametrize("name", ["deit", "registers", "dinov3"])
 @pytest.mark.parametrize("method", METHODS)
 def test_patches_stand_in_order(method, name):
@@ -57,10 +81,13 @@ def test_patches_stand_in_order(method, name):
         assert (place.diff(dim=1) >= 0).all()
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "mctf", "topk", "ats"])
+@pytest.mark.parametrize("method", ["tome", "evit", "mctf", "topk", "ats", "tofu", "diffrate", "gtp"])
 def test_one_reduction_gives_the_same_tokens_in_another_order(method):
     """What follows a single map does not look at the order, so that the answer is the same."""
-    rows = {"tome": {"r": 3}, "mctf": {"r": 3, "min_tokens": 4}, "ats": {}}
+    rows = {
+        "tome": {"r": 3}, "mctf": {"r": 3, "min_tokens": 4}, "ats": {}, "tofu": {"r": 3, "early": 0},
+        "diffrate": {"prune": 0.9, "merge": 0.7}, "gtp": {"r": 3, "alpha": 0.4},
+    }  # fmt: skip
     options = {**rows.get(method, {"keep_rate": 0.6}), "layers": (1,)}
     images = torch.randn(3, 3, 32, 32)
     answers, places = [], []

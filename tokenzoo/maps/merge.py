@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -90,11 +92,13 @@ class MergeMap(TokenMap):
         return MergeMap.from_assign(order, assign, self.weight, self.valid, self.reduce, counted, self.drops)
 
     def arranged(self, rows: Tensor) -> MergeMap:
-        order, valid = self.order.gather(1, rows), None if self.valid is None else self.valid.gather(1, rows)
         places = torch.arange(self.n_out, device=rows.device).expand_as(rows)
         new = scatter_values(self.n_out, rows, places, 0)  # where each new token goes
-        slot = torch.where(self.slot >= 0, new.gather(1, self.slot.clamp(min=0)), -1)
-        return MergeMap(order, self.src, slot, self.n_in, self.weight, self.reduce, valid, self.counted)
+        found = copy.copy(self)  # all else of it, and of forms built on it, speaks of old tokens
+        found.order = self.order.gather(1, rows)
+        found.valid = None if self.valid is None else self.valid.gather(1, rows)
+        found.slot = torch.where(self.slot >= 0, new.gather(1, self.slot.clamp(min=0)), -1)
+        return found
 
     def _received(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Slots to add to, and the source rows, zero where a source is dropped."""

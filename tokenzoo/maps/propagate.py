@@ -37,6 +37,10 @@ class PropagateMap(KeepMap):
         both = visible.gather(1, self.idx).unsqueeze(2) & visible.gather(1, self.source).unsqueeze(1)
         return PropagateMap(self.idx, self.n_in, self.source, self.weight * both, self.valid)
 
+    def arranged(self, rows: Tensor) -> PropagateMap:
+        kept = super().arranged(rows)
+        return PropagateMap(kept.idx, self.n_in, self.source, take_rows(self.weight, rows), kept.valid)
+
     def apply(self, x: Tensor) -> Tensor:
         kept = torch.baddbmm(take_rows(x, self.idx), self.weight.to(x.dtype), take_rows(x, self.source))
         return kept if self.valid is None else kept * self.valid.unsqueeze(-1).to(kept.dtype)
