@@ -1,8 +1,9 @@
 """What the default run leaves to `make test-all`: of some costly tests it takes a few cases, spread evenly.
 
-The cases left out differ from those taken in the method or the backbone alone; each method and each family is compiled,
-exported and traced by some test of the default run. Numbers are cases that it takes, 0 for tests that measure or train
-for long, of which a shorter sibling stays.
+The cases left out differ from those taken in the method or the backbone alone. Of products, every method and every
+model stays with some case while there are no more of these than cases to take; where fewer are taken (compiled,
+exported and traced models), the default run tries the mechanism on a few methods, and `make test-all` on each. Numbers
+are cases that it takes, 0 for tests that measure or train for long, or in several processes.
 """
 
 from __future__ import annotations

@@ -70,14 +70,9 @@ def all_files(method: str) -> list[str]:
     return sorted(f"{method}/{p.stem}" for p in (ROOT / method).glob("*.safetensors") if p.stem != "input")
 
 
-def _recorded(file: str) -> str:
-    """The method that the metadata give a file to, that of its folder where they are silent."""
-    return read(file)[1].get("method", file.split("/")[0]).strip()
-
-
 def is_other(file: str) -> bool:
     """Whether the metadata give a file to another method than that of its folder ("ats (another one's variant)")."""
-    return _recorded(file).lower() != file.split("/")[0]
+    return read(file)[1].get("method", file.split("/")[0]).strip() != file.split("/")[0]
 
 
 def files(method: str) -> list[str]:

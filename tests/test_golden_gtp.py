@@ -7,8 +7,8 @@ from torch import Tensor
 
 import tokenzoo
 from tokenzoo.adapters.vit.attention import attention_heads, attention_output
+from tokenzoo.core.fusing import mean_of_rest
 from tokenzoo.core.map_scores import SELECTIONS, map_scores
-from tokenzoo.core.selection import mean_of_rest
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import KeepMap, PropagateMap
 from tokenzoo.ops.attention import attend, key_bias
@@ -66,7 +66,8 @@ def test_propagation(case: Case):
         idx, x.shape[1], going + prefix, torch.nn.functional.pad(s["alpha"] * weight, (0, 0, prefix, 0))
     )
     tokens = Tokens(x, Layout(prefix, prefix == 1, (1, x.shape[1] - prefix)))
-    maps = {"None": KeepMap(idx, x.shape[1]), "Mean": mean_of_rest(idx, tokens, None), "GraphProp": spread}
+    kept = KeepMap(idx, x.shape[1])
+    maps = {"None": kept, "Mean": mean_of_rest(kept, tokens), "GraphProp": spread}
     for name in outputs(case):
         close(maps[name].apply(x), case[f"out/{name}/x"], 1e-5)
         if case.has(f"out/{name}/token_scales"):

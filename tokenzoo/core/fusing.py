@@ -16,6 +16,13 @@ def left_out(keep: KeepMap, tokens: Tokens) -> Tensor:
     return gone if tokens.valid is None else gone & tokens.valid
 
 
+def mean_of_rest(keep: KeepMap, tokens: Tokens) -> TokenMap:
+    """Kept tokens, and the plain mean of all others that no mask hides."""
+    gone = left_out(keep, tokens)
+    counts = gone if tokens.visible is None else gone & tokens.visible
+    return fuse(keep, counts / counts.sum(1, keepdim=True).clamp(min=1), gone)
+
+
 def fuse(keep: KeepMap, weight: Tensor, gone: Tensor) -> TokenMap:
     """Kept tokens, and one weighted sum of those left out behind them.
 

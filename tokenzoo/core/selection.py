@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..maps import ChainMap, FuseMap, KeepMap, TokenMap
+from ..maps import KeepMap
 from ..ops.rows import stable_order
 from .method import BlockShape
 from .tokens import Layout, Tokens
@@ -116,8 +116,7 @@ def keep_mass(scores: Tensor, tokens: Tokens, share: float, most: int | None) ->
         patches = scores[:, prefix:].double()
         for real in (tokens.visible, tokens.valid):
             patches = patches if real is None else patches * real[:, prefix:]
-        ranked = patches if tokens.valid is None else patches.masked_fill(~tokens.valid[:, prefix:], -1)
-        order = ranked.topk(ranked.shape[1], dim=1).indices
+        order = ranked(patches, tokens).topk(tokens.num_patches, dim=1).indices
         held = patches.gather(1, order)
         before = held.cumsum(1) - held  # what the better ones hold
         wanted = (before < share * held.sum(1, keepdim=True)) & (held > 0)
@@ -142,11 +141,7 @@ def keep_counts(scores: Tensor, tokens: Tokens, counts: Tensor | None, length: i
         length: the largest count, which images with fewer are padded to.
     """
     prefix = tokens.layout.num_prefix
-    patches = scores[:, prefix:].detach()
-    if tokens.visible is not None:
-        patches = patches.masked_fill(~tokens.visible[:, prefix:], torch.finfo(patches.dtype).min)
-    if tokens.valid is not None:
-        patches = patches.masked_fill(~tokens.valid[:, prefix:], float("-inf"))
+    patches = ranked(scores[:, prefix:], tokens)
     own = torch.full_like(patches[:, :1], length, dtype=torch.int64) if counts is None else counts
     least = patches.topk(length, dim=1).values.gather(1, (own - 1).clamp(min=0))
     above, level = patches > least, patches == least  # tokens that merged around a branch have the same score
@@ -170,26 +165,6 @@ def compact(valid: Tensor) -> KeepMap:
     """Moves real rows to the front and padding to the end, keeping the order otherwise: valid [B, N]."""
     order = stable_order(~valid)
     return KeepMap(order, valid.shape[1], valid.gather(1, order))
-
-
-def mean_of_rest(idx: Tensor, tokens: Tokens, valid: Tensor | None) -> TokenMap:
-    """Keeps some tokens and appends the plain mean of all others.
-
-    Args:
-        idx: kept tokens, prefix in front [B, K].
-        tokens: the tokens.
-        valid: [B, K] bool where images keep different numbers, else None.
-    """
-    left_out = KeepMap(idx, tokens.length, valid).assign < 0
-    if tokens.valid is not None:
-        left_out = left_out & tokens.valid
-    counts = left_out if tokens.visible is None else left_out & tokens.visible
-    weight = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    if valid is None:
-        return FuseMap(idx, weight, left_out)
-    # an image that leaves nothing out gets no mean
-    real = torch.cat([valid, left_out.any(dim=1, keepdim=True)], dim=1)
-    return ChainMap(FuseMap(idx, weight, left_out, real), compact(real))
 
 
 def importance_macs(n: int, shape: BlockShape, layout: Layout) -> int:

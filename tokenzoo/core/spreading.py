@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..maps import KeepMap, SpreadMap
-from ..ops.rows import stable_order, take_rows
+from ..ops.rows import take_rows
+from .raster import in_raster_order
 from .tokens import Tokens
 
 
@@ -22,18 +23,11 @@ def share_out(unit: Tensor, keep: KeepMap, tokens: Tokens, temperature: float, b
         temperature: of the softmax.
         by_row: anchors are means of all patches, instead of patches shared out among anchors.
     """
-    prefix = tokens.layout.num_prefix
-    place = tokens.original_positions().gather(1, keep.idx)[:, prefix:]
-    last = prefix + tokens.layout.num_patches
-    place = torch.where(place < 0, last, place)
-    if keep.valid is not None:
-        place = torch.where(keep.valid[:, prefix:], place, last + 1)
-    order = stable_order(place) + prefix
-    anchors = keep.idx.gather(1, order)
-    heads = torch.cat([keep.idx[:, :prefix], anchors], dim=1)
+    prefix, keep = tokens.layout.num_prefix, in_raster_order(keep, tokens)
+    anchors = keep.idx[:, prefix:]
     logits = torch.bmm(take_rows(unit, anchors), unit[:, prefix:].transpose(1, 2)) / temperature  # [B, K, M]
     real, kind, seen = keep.valid, tokens.visible, None
-    if real is not None:  # real anchors stand in front already
+    if real is not None:
         seen = real[:, prefix:].unsqueeze(2) & tokens.valid[:, prefix:].unsqueeze(1)
     if kind is not None:
         alike = kind.gather(1, anchors).unsqueeze(2) == kind[:, prefix:].unsqueeze(1)
@@ -41,7 +35,7 @@ def share_out(unit: Tensor, keep: KeepMap, tokens: Tokens, temperature: float, b
     shares = _softmax(logits, seen, 1)
     mass = tokens.sizes()[:, prefix:].transpose(1, 2)
     rows = _softmax(logits, seen, 2) if by_row else None
-    return SpreadMap(heads, shares, prefix, mass, rows, real)
+    return SpreadMap(keep.idx, shares, prefix, mass, rows, real)
 
 
 def _softmax(logits: Tensor, seen: Tensor | None, dim: int) -> Tensor:

@@ -72,10 +72,13 @@ class FlowCut(Method):
             return {}
         return {i: max(layers) - i if i in layers else None for i in range(max(layers) + 1)}
 
+    def _goal(self, layout: Layout) -> int:
+        """Patches that are left at the end."""
+        return self.tokens or max(1, round(self.keep_rate * layout.num_patches))
+
     def count(self, n: int, step: Step, layout: Layout) -> int:
         """Patches that remain; the most that can where the image decides."""
-        patches = n - layout.num_prefix
-        goal = self.tokens or max(1, round(self.keep_rate * layout.num_patches))
+        patches, goal = n - layout.num_prefix, self._goal(layout)
         if step.strength is None or patches <= goal:
             return patches
         if step.strength == 0:
@@ -88,8 +91,7 @@ class FlowCut(Method):
         return layout.num_prefix + step.count(n, layout)
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
-        layout, patches, left = tokens.layout, tokens.num_patches, step.strength
-        goal = self.tokens or max(1, round(self.keep_rate * layout.num_patches))
+        layout, patches, left, goal = tokens.layout, tokens.num_patches, step.strength, self._goal(tokens.layout)
         if left is None or patches <= goal:
             return None
         if tokens.scores is None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.fusing import mean_of_rest
 from ..core.map_scores import SELECTIONS, selection_scores
 from ..core.method import BlockShape, Method, Step
 from ..core.mixins import Companion, OwnAttention, Remembering
@@ -16,11 +17,11 @@ from ..core.neighbours import alike_table, linked
 from ..core.options import choice, number
 from ..core.registry import register
 from ..core.schedule import RemoveAll
-from ..core.selection import keep_patches, mean_of_rest, own_counts, ranked, real_rows, with_prefix
+from ..core.selection import keep_patches, own_counts, ranked, real_rows, with_prefix
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits
-from ..maps import PropagateMap, TokenMap
+from ..maps import KeepMap, PropagateMap, TokenMap
 from ..ops.attention import Heads
 from ..ops.map_reading import MapStatistics, attend_and_read, attend_sparsely
 
@@ -105,7 +106,7 @@ class GTP(Companion, OwnAttention, Remembering, Method):
         own, stay, going = own_counts(kept, tokens), order[:, : patches - r], order[:, patches - r :]
         valid, idx = real_rows(own, patches - r, prefix), with_prefix(stay, prefix)
         if self.propagation == "mean":
-            return mean_of_rest(idx, tokens, valid)
+            return mean_of_rest(KeepMap(idx, n, valid), tokens)
         if own is not None:  # those behind the last one that stays; padding has no place, and gives nothing
             going = order.gather(1, (own + torch.arange(r, device=own.device)).clamp(max=patches - 1))
         weight = linked(tokens, stay, going, self.graph != "semantic", tokens.remembered(step.scorer))

@@ -121,16 +121,15 @@ def fusion_pairs(
         value, partner = _ranked(table, odd_rank).max(dim=2)
     if visible is not None:
         value = value.masked_fill(even_rank < 0, float("inf"))
-    merged1 = rank1 = None
-    if valid is not None:
+    if valid is None:
+        src1, stay1, _ = split_ranked(value, r1, None, None)
+        if num_prefix:
+            stay1 = stay1.sort(dim=1)[0]
+        left, odd_start = torch.ones_like(even_factor).scatter(1, src1, 0.0), num_prefix + stay1.shape[1]
+    else:
         merged1, rank1 = own_ranked(value, real_even, own1)
-    src1, stay1, _ = split_ranked(value, r1, None, None)
-    if num_prefix:
-        stay1 = stay1.sort(dim=1)[0]
-    left = torch.ones_like(even_factor).scatter(1, src1, 0.0) if merged1 is None else (~merged1).to(even_factor.dtype)
-    slot_even = _numbered(stay1, even.shape[1], num_prefix)
+        left = (~merged1).to(even_factor.dtype)
 
-    odd_start = num_prefix + stay1.shape[1]
     if r2:
         rank = None if visible is None else torch.where(left > 0, even_rank, -2.0)
         if table is None:
@@ -145,6 +144,7 @@ def fusion_pairs(
             return _padded(r, num_prefix, valid, own_r, (merged1, rank1, partner), (merged2, rank2, partner2))
         src2, stay2, _ = split_ranked(value2, r2, None, None)
         slot_odd = _numbered(stay2, odd.shape[1], odd_start)
+        slot_even = _numbered(stay1, even.shape[1], num_prefix)
         slot_odd = slot_odd.scatter(1, src2, slot_even.gather(1, partner2.gather(1, src2)))
     elif valid is not None:
         return _padded(r, num_prefix, valid, own_r, (merged1, rank1, partner), None)
