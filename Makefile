@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev,demo,onnx,interop]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,demo,onnx,interop,hf,open_clip]"
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import tokenzoo
 from tokenzoo.adapters.backbone import Family
-from tokenzoo.adapters.registry import families
+from tokenzoo.adapters.registry import families, load_installed
 from tokenzoo.cli.list_command import describe_method
 
+load_installed()  # the tables name families of packages that are no dependency too
 ROOT = Path(__file__).parents[1]
 SPEED = ROOT / "benchmarks" / "speed" / "bench_deit_small.csv"
 

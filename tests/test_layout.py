@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,24 @@ def test_a_family_name_is_taken_once():
     with pytest.raises(ValueError, match="served by the family 'vision_transformer'"):
         register_family(type(first)(**{**vars(first), "name": "mine"}))
     assert tokenzoo.list_backbones()[first.name]
+
+
+def test_a_family_of_another_package_is_registered_when_its_model_is_met(tmp_path: Path, monkeypatch):
+    from tokenzoo.adapters import registry
+
+    example = (PACKAGE.parent / "examples" / "own_backbone.py").read_text()
+    model, rest = example.split("class ReducingAttention")
+    (tmp_path / "strange_models.py").write_text(model)
+    joined = model.split("class Attention")[0] + "from strange_models import Attention, Layer, MyViT\n"
+    family = joined + "\n\nclass ReducingAttention" + rest.replace("my_vit", "strange")
+    (tmp_path / "strange_family.py").write_text(family)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    monkeypatch.setattr(registry, "_LATER", {})
+    registry.register_later("not_installed_here", "nowhere")
+    registry.register_later("strange_models", "strange_family")
+    assert "strange" not in registry._FAMILIES and "strange_models" not in sys.modules
+    model = importlib.import_module("strange_models").MyViT()
+    assert "strange" not in registry._FAMILIES  # nobody asked about it yet
+    assert registry.find_family(model).name == "strange"
+    assert tokenzoo.list_backbones()["strange"] == ["MyViT"]  # and what is not installed is no error

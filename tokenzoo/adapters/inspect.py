@@ -8,12 +8,13 @@ from ..core.method import Step
 from ..core.recipe import Recipe
 from .backbone import BackboneInfo
 from .classes import unwrapped
-from .registry import families, find_family
+from .registry import families, find_family, load_installed
 from .wrappers import backbone_of
 
 
 def list_backbones() -> dict[str, list[str]]:
-    """Served model classes by family."""
+    """Served model classes by family, of all packages that are installed."""
+    load_installed()
     return {family.name: [cls.__name__ for cls in family.models] for family in families()}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 
 from torch import nn
 
@@ -13,6 +15,35 @@ from .hooked import HookedBlock
 from .walk import Walk
 
 _FAMILIES: dict[str, Family] = {}
+_LATER: dict[str, str] = {}  # package of a model's class -> module of ours that registers the families of that package
+
+
+def register_later(package: str, module: str) -> None:
+    """Has a module imported, which registers families, once a model of a package that is no dependency is met.
+
+    Args:
+        package: the package that the models come from ("transformers").
+        module: full name of the module that calls `register_family`.
+    """
+    _LATER[package] = module
+
+
+def _meet(cls: type) -> None:
+    """Registers the families of the package that a class comes from, if it is one of those that are not yet."""
+    for base in cls.__mro__:
+        _load(base.__module__.partition(".")[0])
+
+
+def _load(package: str) -> None:
+    if package in _LATER:
+        import_module(_LATER.pop(package))
+
+
+def load_installed() -> None:
+    """Registers the families of all installed packages, also of those that no model has come from yet."""
+    for package in list(_LATER):
+        if find_spec(package) is not None:
+            _load(package)
 
 
 def register_family(family: Family) -> Family:
@@ -28,6 +59,8 @@ def register_family(family: Family) -> Family:
         TypeError: a reducing class that is not made of a mixin and, behind it, the class that it stands for.
         ValueError: its name is taken, or another family serves one of its model classes.
     """
+    for plain in family.models:
+        _meet(plain)  # who serves it already has to be known
     for classes, mixin in ((family.models, Walk), (family.blocks, HookedBlock), (family.attentions, AttentionLayer)):
         for plain, reducing in classes.items():
             _refuse_strange(plain, reducing, mixin)
@@ -62,6 +95,7 @@ def families() -> tuple[Family, ...]:
 def family_of(model: nn.Module) -> Family | None:
     """The family that serves a model, patched or not; None where none does."""
     cls = class_of(model)
+    _meet(cls)
     return next((f for f in families() if cls in f.models or cls in f.models.values()), None)
 
 

@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from ..adapters.registry import families
+from ..adapters.registry import families, load_installed
 from ..core.method import plain
 from ..core.registry import list_methods, method_class
 from .common import say
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
         say(json.dumps(method, indent=2) if args.json else _method_text(method))
         return
     methods = [describe_method(name) for name in list_methods()]
+    load_installed()
     backbones = [
         {"family": f.name, "summary": f.summary, "classes": [cls.__name__ for cls in f.models]} for f in families()
     ]
