@@ -53,6 +53,10 @@ class ReducingBlock(HookedBlock):
         """What one attention layer reads of z, where each has a norm of its own."""
         return z
 
+    def call_layer(self, layer: Any, z: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """Calls one of these with the arguments that the unpatched block gives it, and `attend`; its output alone."""
+        return layer(z, attend=attend)
+
     def rotations(self, tokens: Tokens, rope: Any) -> Tensor | None:
         """Rotations of the tokens as they are now, None without rotary positions."""
         return None
