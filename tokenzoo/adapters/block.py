@@ -251,10 +251,10 @@ class ReducingBlock(HookedBlock):
         refuse_symbols(self, x)
         refuse_causal(self, is_causal)
         if aside is not None:
-            return aside.left(self.call(aside.given(x, self.tokenzoo.index), rope, attn_mask, is_causal))
+            return aside.left(self.call(aside.given(x, self.tokenzoo.name), rope, attn_mask, is_causal))
         if not isinstance(x, Tokens):
             layout = self.tokenzoo.layout
-            layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
+            layout.check_length(x.shape[1], self.tokenzoo.name)
             layout = layout._replace(standalone=True, track_positions=layout.track_positions or attn_mask is not None)
             x = Tokens(x, layout, trace=() if layout.keep_values else None)
             refuse_alone(self.tokenzoo)
