@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .eva.model import FAMILY as EVA
-from .registry import register_family
+from .registry import register_family, register_later
 from .sam.model import FAMILY as SAM
 from .scan.plain_mamba import FAMILY as PLAIN_MAMBA
 from .scan.vim import FAMILY as VIM
@@ -13,3 +13,4 @@ from .vit.stems import FAMILY as STEMS
 
 for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA):
     register_family(_family)
+register_later("transformers", "tokenzoo.adapters.hf.family")
