@@ -16,7 +16,7 @@ from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
 from ..adapters.inspect import blocks_of, describe, is_patched, total_blocks
 from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
-from ..adapters.wrappers import backbone_of, backbone_to_patch
+from ..adapters.wrappers import backbone_of
 from ..core.learned import Learned
 from ..core.method import Method
 from ..core.mixins import Companion
@@ -32,7 +32,8 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
-        model: a timm model of a served family, timm's `features_only` wrapper of one, or a dense model.
+        model: a model of a served family, or what only calls one (timm's `features_only` wrapper, a CLIP model, peft, a
+            dense model).
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
@@ -48,7 +49,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
-    backbone = backbone_to_patch(model)
+    backbone = backbone_of(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(
             f"{type(backbone).__name__} is patched already with {backbone.tokenzoo_recipe.to_dict()}; call "
