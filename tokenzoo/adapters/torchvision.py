@@ -135,6 +135,7 @@ FAMILY = Family(
     models={VisionTransformer: ReducingTorchvisionTransformer},
     blocks={EncoderBlock: ReducingEncoderBlock},
     attentions=REDUCING_MULTIHEAD,
+    tried="torchvision 0.21 to 0.29",
     check_block=check_block,
     check_recipe=check_recipe,
     bypassed=bypassed,

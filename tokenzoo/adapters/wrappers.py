@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .classes import FIRST
+from .registry import around_of
 
 # wrappers of other libraries that call one backbone as it is, by module path and class name (none is imported)
 # -> attribute that holds it; whatever else they hold (a head, a text tower) is left alone
@@ -13,9 +14,6 @@ _HOLDS = {
     ("transformers.models.timm_wrapper.modeling_timm_wrapper", "TimmWrapperForImageClassification"): "timm_model",
     ("transformers.models.timm_backbone.modeling_timm_backbone", "TimmBackbone"): "_backbone",
     ("open_clip.timm_model", "TimmModel"): "trunk",
-    ("open_clip.model", "CLIP"): "visual",
-    ("open_clip.model", "CustomTextCLIP"): "visual",
-    ("open_clip.coca_model", "CoCa"): "visual",
 }
 # the same for classes that have many subclasses, one per task or kind of adapter
 _BASES_HOLD = {
@@ -31,9 +29,9 @@ _OUTERMOST = {
 }
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The module that holds the blocks: what only calls it (wrappers of timm, Hugging Face and open_clip, whole CLIP
-    models, peft) and dense models are looked through.
+def known_of(model: nn.Module) -> nn.Module:
+    """The module that a family knows, a backbone or a model around one: what only calls it is looked through (wrappers
+    of timm, Hugging Face and open_clip, peft, dense models).
 
     Raises:
         TypeError: a wrapper that has to be put on after patching, or no module.
@@ -41,13 +39,12 @@ def backbone_of(model: nn.Module) -> nn.Module:
     from timm.models._features import FeatureGetterNet
 
     if isinstance(model, FeatureGetterNet):
-        return model.model
-    inner = getattr(type(model), "tokenzoo_backbone", None)
-    if inner is not None:  # a dense model names the backbone inside it
-        return backbone_of(model.tokenzoo_backbone)
+        return known_of(model.model)
+    if getattr(type(model), "tokenzoo_backbone", None) is not None:  # a dense model names the backbone inside it
+        return known_of(model.tokenzoo_backbone)
     held = _held(model)
     if held is not None:
-        return backbone_of(getattr(model, held))
+        return known_of(getattr(model, held))
     name = type(model).__name__
     if name in _OUTERMOST:
         held = _OUTERMOST[name]
@@ -55,6 +52,17 @@ def backbone_of(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {name}, not a torch.nn.Module")
     return model
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The module that holds the blocks: `known_of`, and models that a family knows around its own looked through too.
+
+    Raises:
+        TypeError: see `known_of`.
+    """
+    model = known_of(model)
+    around = around_of(model)
+    return model if around is None else backbone_of(model.get_submodule(around.path))
 
 
 def _held(model: nn.Module) -> str | None:

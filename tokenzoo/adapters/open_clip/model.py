@@ -3,8 +3,8 @@
 Read from open_clip 2.24 to 3.3. Differences from upstream: the model's subclass runs the parts of `transformer` one by
 one; attention runs through `scaled_dot_product_attention` in every mode, and its output projection is called; attention
 pooling sees sizes and padding. With `output_tokens` the tokens handed out are those that are left, all of them with
-`dense=True`; those of attention pooling are its queries, as ever. Whole CLIP models are looked through
-(`adapters/wrappers.py`): their image tower is patched, their text tower never.
+`dense=True`; those of attention pooling are its queries, as ever. Of whole CLIP models
+the image tower is patched, never the text tower.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from open_clip.coca_model import CoCa
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ...core.tokens import Layout, Tokens
 from ...ops.attention import key_bias
-from ..backbone import Family
+from ..backbone import Around, Family
 from ..features import Reads
 from ..halving import half_tokens
 from ..model import ReducingModel
@@ -176,6 +178,8 @@ FAMILY = register_family(
         models={VisionTransformer: ReducingOpenClipTransformer},
         blocks=BLOCKS,
         attentions=ATTENTIONS,
+        around={cls: Around("visual") for cls in (CLIP, CustomTextCLIP, CoCa)},
+        tried="open_clip 2.24 to 3.3",
         check=check,
         check_block=check_block,
         bypassed=bypassed,
