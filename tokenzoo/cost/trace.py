@@ -118,6 +118,10 @@ def _handlers() -> dict[str, Any]:
             count *= size
         return count * queries * keys[-2] * (width + value[-1])
 
+    def attention_layer(inputs: list[Any], outputs: list[Any]) -> int:  # torch's nn.MultiheadAttention in eval mode
+        batch, tokens, width = shape(inputs[0])
+        return batch * tokens * (4 * width * width + 2 * tokens * width)
+
     def product(inputs: list[Any], outputs: list[Any]) -> int:
         batch, rows, inner = shape(inputs[1])
         return batch * rows * inner * shape(inputs[2])[-1]
@@ -149,6 +153,7 @@ def _handlers() -> dict[str, Any]:
 
     return {
         "aten::scaled_dot_product_attention": attention,
+        "aten::_native_multi_head_attention": attention_layer,
         "tokenzoo::selective_scan": scan,
         "aten::_convolution_mode": convolution,  # with padding by name
         "aten::baddbmm": product,
