@@ -13,16 +13,14 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...core.lift import lift
 from ...core.tokens import Tokens
-from ...ops.rows import split_dim
 from ..classes import unwrapped
 from ..features import Reads, encode
-from ..heads import embed_macs
+from ..halving import half_tokens
 from ..model import ReducingModel
 from .naming import PlainName
 from .outputs import asked, refuse_options, selected, whole_mask
@@ -51,6 +49,11 @@ class HfTower(PlainName, ReducingModel):
         return attrgetter(self.layers_path)(self)
 
     @property
+    def patch_embed(self) -> nn.Module:
+        """The convolution that makes patches."""
+        return attrgetter(self.conv_path)(self)
+
+    @property
     def norm(self) -> nn.Module:
         """The norm behind the layers."""
         return nn.Identity() if self.norm_path is None else attrgetter(self.norm_path)(self)
@@ -58,9 +61,6 @@ class HfTower(PlainName, ReducingModel):
     @property
     def own_grid(self) -> tuple[int, int]:
         return self.grid_of(pair(self.config.image_size))
-
-    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        return tuple(side // step for side, step in zip(size, pair(self.config.patch_size)))
 
     def checkpoints(self, index: int) -> bool:
         block = unwrapped(self.blocks[index])
@@ -73,25 +73,16 @@ class HfTower(PlainName, ReducingModel):
 
     def _embedded(self, x: Tensor) -> Tensor:
         """The tower's own embedding; positions follow the size of the image."""
-        x = x.to(attrgetter(self.conv_path)(self).weight.dtype)
+        x = x.to(self.patch_embed.weight.dtype)
         resized = tuple(x.shape[-2:]) != pair(self.config.image_size) and not self.interpolates_alone
         return self.embeddings(x, **({"interpolate_pos_encoding": True} if resized else {}))
 
     def embed_half(self, images: Tensor) -> Tensor:
-        high, wide = self.grid_of(images.shape[-2:])
-        if high % 2 or wide % 2:
-            raise ValueError(f"{type(self).__name__}: the {high} x {wide} patches cannot be halved; use even grids")
-        conv = attrgetter(self.conv_path)(self)
-        images = images.to(conv.weight.dtype)
-        half = conv(F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=False))
+        images, conv = images.to(self.patch_embed.weight.dtype), self.patch_embed
         # positions are what the tower adds to the patches of an empty image
         empty = torch.zeros_like(images[:1])
         places = self._embedded(empty)[:, self.num_prefix_tokens :] - conv(empty).flatten(2).transpose(1, 2)
-        places = F.avg_pool2d(split_dim(places.transpose(1, 2).float(), 2, high, wide), 2).to(half.dtype)
-        return (half + places).flatten(2).transpose(1, 2)
-
-    def embed_macs(self, grid: tuple[int, int]) -> int:
-        return embed_macs(attrgetter(self.conv_path)(self), grid)
+        return half_tokens(self, images, conv, places, self.grid_of(images.shape[-2:]))
 
     def head_macs(self, n: int, layout: Any) -> int:
         return 0
