@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .beit import FAMILY as BEIT
 from .eva.model import FAMILY as EVA
 from .registry import register_family
+from .relpos import FAMILY as RELPOS
 from .sam.model import FAMILY as SAM
 from .scan.plain_mamba import FAMILY as PLAIN_MAMBA
 from .scan.vim import FAMILY as VIM
@@ -11,5 +13,5 @@ from .svit.model import FAMILY as SVIT
 from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
 
-for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA):
+for _family in (VIT, EVA, BEIT, RELPOS, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA):
     register_family(_family)
