@@ -135,6 +135,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
 FAMILY = Family(
     name="beit",
     summary="timm beit.py: BEiT, BEiT v2",
+    tried="timm 1.0.19 to 1.0.31",
     models={Beit: ReducingBeit},
     blocks={Block: ReducingBeitBlock},
     attentions={Attention: ReducingBeitAttention},

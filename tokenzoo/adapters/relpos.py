@@ -155,6 +155,7 @@ def check_block(block: nn.Module) -> nn.Module | None:
 FAMILY = Family(
     name="vision_transformer_relpos",
     summary="timm vision_transformer_relpos.py: ViTs with a relative position bias",
+    tried="timm 1.0.19 to 1.0.31",
     models={VisionTransformerRelPos: ReducingVisionTransformerRelPos},
     blocks={RelPosBlock: ReducingRelPosBlock, ResPostRelPosBlock: ReducingResPostRelPosBlock},
     attentions={RelPosAttention: ReducingRelPosAttention},

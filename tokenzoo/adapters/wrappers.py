@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .classes import FIRST, path_of
+from .registry import around_of
 
 # wrappers of other libraries that hand on what timm's model returns, by module path and class name (none is imported)
 # -> attribute that holds the model
@@ -24,8 +25,8 @@ _OUTERMOST = {
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The module that holds the blocks: thin wrappers of timm, Hugging Face and open_clip, and dense models, are looked
-    through.
+    """The module that holds the blocks: thin wrappers of timm, Hugging Face and open_clip, dense models, and models that
+    a family knows around its own, are looked through.
 
     Raises:
         TypeError: a wrapper that has to be patched before wrapping.
@@ -40,6 +41,9 @@ def backbone_of(model: nn.Module) -> nn.Module:
     thin = _thin(model)
     if thin is not None:
         return backbone_of(getattr(model, thin))
+    around = around_of(model) if isinstance(model, nn.Module) else None
+    if around is not None:
+        return backbone_of(model.get_submodule(around.path))
     name = type(model).__name__
     if name in _OUTERMOST:
         held = _OUTERMOST[name]

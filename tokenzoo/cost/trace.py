@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.inspect import block_names
 from ..adapters.registry import family_of
 from ..adapters.wrappers import backbone_of
 from ..core.graphs import of_one_image
@@ -74,7 +75,8 @@ def count_macs(
     names = {module: name for name, module in backbone.named_modules()}  # blocks may be registered as something else
     family = family_of(backbone)
     blocks = list(getattr(backbone, "blocks", ()) if family is None else family.view(backbone).blocks)
-    rows = [(f"blocks.{i}", int(by_module[names[block]])) for i, block in enumerate(blocks)]
+    shown = [names[block] for block in blocks] if family is None else block_names(model)
+    rows = [(name, int(by_module[names[block]])) for name, block in zip(shown, blocks)]
     return MacReport(total, (*rows, ("elsewhere", total - sum(macs for _, macs in rows))))
 
 
