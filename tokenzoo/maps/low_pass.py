@@ -119,4 +119,5 @@ def _along(weights: list[Tensor], x: Tensor) -> Tensor:
             return (weights[0] @ y).to(x.dtype)
         high, wide = weights
         y = split_dim(high @ split_dim(y, 1, high.shape[2], wide.shape[2]).flatten(2), 2, wide.shape[2], x.shape[2])
-        return (wide.unsqueeze(1) @ y).flatten(1, 2).to(x.dtype)
+        wide = wide.unsqueeze(1).expand(*y.shape[:2], -1, -1)  # so that counters of products see all of them
+        return (wide @ y).flatten(1, 2).to(x.dtype)

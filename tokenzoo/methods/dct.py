@@ -37,7 +37,7 @@ class DCT(KeepRate):
     kind = "merge"
     traits = Traits(
         sizes=lambda m: m.prop_attn, positions=True, proportional=lambda m: m.prop_attn,
-        products=lambda m, before, after: (before * after, before * after),
+        products=lambda m, before, after, layout: ((before - layout.num_prefix) * (after - layout.num_prefix),) * 2,
     )  # fmt: skip
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:

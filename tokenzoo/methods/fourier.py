@@ -50,7 +50,7 @@ class Fourier(Method):
     )  # fmt: skip
     traits = Traits(
         place=BEFORE, sizes=lambda m: m.prop_attn, positions=True, proportional=lambda m: m.prop_attn,
-        products=lambda m, before, after: (before * after, before * after),
+        products=lambda m, before, after, layout: (_products(m, before, after, layout),) * 2,
     )  # fmt: skip
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
@@ -58,8 +58,12 @@ class Fourier(Method):
         return filtered(tokens, cells, lambda n: self.schedule.remaining(n, step, tokens.layout), self.rescale)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
-        (high, wide), (down, right) = layout.grid, step.count(n, layout)
-        patches = n - layout.num_prefix
-        if patches != layout.num_patches:
-            return patches * (n_out - layout.num_prefix) * shape.dim
-        return (high * down * wide + down * wide * right) * shape.dim
+        return _products(self, n, n_out, layout) * shape.dim
+
+
+def _products(method: Fourier, n: int, n_out: int, layout: Layout) -> int:
+    """Multiply-adds per channel: along both axes of a full grid, else along the sequence."""
+    (high, wide), (down, right) = layout.grid, method.grid or cells_of(sides(method.stride), layout)
+    if n - layout.num_prefix != layout.num_patches:
+        return (n - layout.num_prefix) * (n_out - layout.num_prefix)
+    return high * down * wide + down * wide * right
