@@ -264,6 +264,32 @@ def test_layers_and_blocks_called_by_hand(name):
     torch.testing.assert_close(model.norm(embedded), model.forward_tokens(x).x)
 
 
+def test_rows_of_reports_are_called_as_the_modules_are():
+    for name, first in (("torchvision", "encoder.layers.encoder_layer_0"), ("open_clip", "transformer.resblocks.0")):
+        model = tokenzoo.patch_model(build(name), "tome", r=2)
+        assert tokenzoo.report(model).rows[1].name == first and model.get_submodule(first) is layers_of(model)[0]
+
+
+@torch.no_grad()
+def test_explained_on_the_grid():
+    """What `explain` gives of a patched model that removes nothing is what it gives of the plain one."""
+    for name, layer in (("torchvision", "encoder.layers.encoder_layer_1"), ("open_clip", "transformer.resblocks.1")):
+        model, x, found = build(name), images(), []
+        for r in (None, 0, 2):
+            if r is not None:
+                tokenzoo.patch_model(model, "tome", r=r)
+            taken = []
+            handle = model.get_submodule(layer).register_forward_hook(lambda m, a, out, to=taken: to.append(out))
+            with tokenzoo.explain(model) as seen:
+                model(x)
+                found.append(seen.activation(taken[0], layer))
+            handle.remove()
+            if r is not None:
+                tokenzoo.unpatch_model(model)
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+        assert found[2].shape == found[0].shape == (3, 32, 4, 4)
+
+
 # ---- refused by name
 
 

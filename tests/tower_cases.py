@@ -119,7 +119,7 @@ def _of_open_clip(model: nn.Module) -> nn.Module:
     pool = "avg" if model.pool_type == "avg" else "token"
     after = model.final_ln_after_pool
     norm = partial(nn.LayerNorm, eps=1e-5)
-    twin = VIT(pre_norm=True, global_pool=pool, num_classes=24, norm_layer=norm, fc_norm=after, final_norm=not after)
+    twin = VIT(pre_norm=True, global_pool=pool, num_classes=24, norm_layer=norm, fc_norm=after)
     weights = {"head.weight": model.proj.T, "head.bias": torch.zeros(24)}
     for key, value in model.state_dict().items():
         key = key.replace("conv1.", "patch_embed.proj.").replace("ln_pre.", "norm_pre.")

@@ -77,7 +77,8 @@ class ReducingOpenClipTransformer(ReducingModel, VisionTransformer):
 
     @property
     def pools_all(self) -> bool:
-        return super().pools_all or (self.tokenzoo_recipe.dense and self.output_tokens)
+        # written out: a property of `super()` is an object without a value in compiled graphs, and true
+        return self.tokenzoo_recipe.dense and (self.output_tokens or not self.pooling or any(self.head_reads()))
 
     def head_reads(self) -> Reads:
         return Reads.of(self.pooling) if self.attn_pool is None else Reads(attends=True)
