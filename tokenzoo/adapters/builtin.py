@@ -15,3 +15,4 @@ from .vit.stems import FAMILY as STEMS
 for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, TORCHVISION):
     register_family(_family)
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
+register_later("transformers", "tokenzoo.adapters.hf.family")
