@@ -46,17 +46,24 @@ def methods_table() -> str:
 
 
 def backbones_in_short() -> str:
-    """Every family in a line: name and what it covers."""
-    return _table(("family", "covers"), [(f"`{family.name}`", family.summary) for family in families()])
+    """Every family and what it covers, a line per package that the models come from: the page stays short."""
+    packages: dict[str, list[str]] = {}
+    for family in families():
+        origin = next(iter(family.models)).__module__
+        package = "tokenzoo.models" if origin.startswith("tokenzoo.") else origin.partition(".")[0]
+        covers = family.summary.partition(": ")[2] or family.summary
+        packages.setdefault(package, []).append(f"`{family.name}` ({covers})")
+    return _table(("models from", "families"), [(name, ", ".join(found)) for name, found in packages.items()])
 
 
 def backbones_table() -> str:
-    """Every family: what it covers, model and block classes, and what its checks refuse."""
+    """Every family: what it covers and was tried on, model and block classes, and what its checks refuse."""
     rows = []
     for family in families():
-        classes = (", ".join(f"`{cls.__name__}`" for cls in group) for group in (family.models, family.blocks))
-        rows.append((f"`{family.name}`", family.summary, *classes, refusals(family)))
-    return _table(("family", "covers", "models", "blocks", "refused"), rows)
+        groups = ((*family.models, *family.around), family.blocks)
+        classes = (", ".join(f"`{cls.__name__}`" for cls in group) for group in groups)
+        rows.append((f"`{family.name}`", family.summary, family.tried, *classes, refusals(family)))
+    return _table(("family", "covers", "tried on", "models", "blocks", "refused"), rows)
 
 
 def refusals(family: Family) -> str:

@@ -15,56 +15,75 @@ from .backbone import Family
 from .swapping import hooked
 
 
-def reducing_modules(backbone: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, type, type]]:
-    """Modules that patching gives another class: (name, module, plain class, reducing class); patched or not."""
+def reducing_modules(
+    model: nn.Module, backbone: nn.Module, family: Family
+) -> Iterator[tuple[str, nn.Module, type, type]]:
+    """Modules that patching gives another class: (name, module, plain class, reducing class); patched or not.
+
+    Args:
+        model: where names begin; the backbone, or a model around it.
+        backbone: the model that holds the blocks.
+        family: the family that serves it.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    top = names.get(backbone, "")
     inner = {**family.blocks, **family.attentions}
-    named = [("", backbone, family.models)]
+    named = [(top, backbone, family.models)]
     for index, block in enumerate(family.view(backbone).blocks):
-        named += [(f"blocks.{index}.{name}".rstrip("."), module, inner) for name, module in block.named_modules()]
+        own = names.get(block, f"blocks.{index}")
+        named += [(f"{own}.{name}".rstrip("."), module, inner) for name, module in block.named_modules()]
+    around = family.around_of(model)
+    if around is not None and around.kind is not None:
+        plain = next(old for old, known in family.around.items() if known is around)
+        named.append(("", model, {plain: around.kind}))
+    if family.parts:
+        named += [(f"{top}.{name}".strip("."), module, family.parts) for name, module in backbone.named_modules()]
     for name, module, classes in named:
         for plain, reducing in classes.items():
             if type(module) in (plain, reducing):
                 yield name, module, plain, reducing
 
 
-def refuse_overrides(backbone: nn.Module, family: Family) -> None:
+def refuse_overrides(model: nn.Module, backbone: nn.Module, family: Family) -> None:
     """Refuses to patch a model with methods, or hooks, that the patched one would not run.
 
     Raises:
         ValueError: with the module and what to do.
     """
-    for name, module, plain, reducing in reducing_modules(backbone, family):
+    for name, module, plain, reducing in reducing_modules(model, backbone, family):
         taken = _overridden(module, plain, reducing)
         if taken:
             raise ValueError(
-                f"{_shown(backbone, name)}.{taken[0]} was set on the instance ({_about(module, taken[0])}), and a "
+                f"{_shown(model, name)}.{taken[0]} was set on the instance ({_about(module, taken[0])}), and a "
                 f"patched model would run it instead of reducing tokens, or not at all; take it off "
-                f"({_remedy(backbone, name, module, taken[0])}), patch, and set it on the patched model"
+                f"({_remedy(model, name, module, taken[0])}), patch, and set it on the patched model"
             )
+    top = next((name for name, module in model.named_modules() if module is backbone), "")
     for name, module, instead in family.bypassed(backbone):
+        name = f"{top}.{name}".strip(".")
         found = "a forward of its own" if "forward" in vars(module) else None
         if hooked(module):
             found = "hooks"
         if found is not None:
             raise ValueError(
-                f"{_shown(backbone, name)} has {found}, but a patched model runs its parts one by one and never calls "
+                f"{_shown(model, name)} has {found}, but a patched model runs its parts one by one and never calls "
                 f"it as a whole; {instead}"
             )
 
 
-def refuse_leftovers(backbone: nn.Module, family: Family) -> None:
+def refuse_leftovers(model: nn.Module, backbone: nn.Module, family: Family) -> None:
     """Refuses to unpatch a model with methods that would go on running the reducing classes.
 
     Raises:
         ValueError: with the module and what to do.
     """
-    for name, module, plain, reducing in reducing_modules(backbone, family):
+    for name, module, plain, reducing in reducing_modules(model, backbone, family):
         taken = _overridden(module, plain, reducing)
         if taken:
             raise ValueError(
-                f"{_shown(backbone, name)}.{taken[0]} was set on the instance after patching "
+                f"{_shown(model, name)}.{taken[0]} was set on the instance after patching "
                 f"({_about(module, taken[0])}) and would go on reducing tokens; take it off first "
-                f"({_remedy(backbone, name, module, taken[0])}), then unpatch"
+                f"({_remedy(model, name, module, taken[0])}), then unpatch"
             )
 
 
@@ -77,8 +96,8 @@ def _overridden(module: nn.Module, plain: type, reducing: type) -> list[str]:
     return sorted((changed & vars(module).keys()), key=lambda name: (name != "forward", name))
 
 
-def _shown(backbone: nn.Module, name: str) -> str:
-    return f"{type(backbone).__name__}{'.' if name else ''}{name}"
+def _shown(model: nn.Module, name: str) -> str:
+    return f"{type(model).__name__}{'.' if name else ''}{name}"
 
 
 def _about(module: nn.Module, name: str) -> str:
@@ -90,7 +109,7 @@ def _about(module: nn.Module, name: str) -> str:
     return getattr(value, "__qualname__", type(value).__name__)
 
 
-def _remedy(backbone: nn.Module, name: str, module: nn.Module, attribute: str) -> str:
+def _remedy(model: nn.Module, name: str, module: nn.Module, attribute: str) -> str:
     if hasattr(module, "_hf_hook"):
         return "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
     return f"del model{'.' if name else ''}{_indexed(name)}.{attribute}"

@@ -1,4 +1,4 @@
-"""Modules inside of blocks: the ones that change their class, and whether somebody looks at one."""
+"""Modules inside of a model: the ones that change their class, and whether somebody looks at one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from torch import nn
 
 
-def swap_attentions(block: nn.Module, classes: Mapping[type, type]) -> None:
-    """Gives the attention layers of a block other classes.
+def swap_classes(around: nn.Module, classes: Mapping[type, type]) -> None:
+    """Gives modules inside of another one other classes.
 
     Args:
-        block: patched or not.
+        around: a block, or a model.
         classes: exact class now -> class then.
     """
-    for module in block.modules():
+    for module in around.modules():
         if type(module) in classes:
             module.__class__ = classes[type(module)]
 

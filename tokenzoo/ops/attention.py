@@ -31,6 +31,8 @@ class Heads(NamedTuple):
         fused: use `scaled_dot_product_attention`.
         dropout: dropout probability on the map (0 outside training), for the fused kernel.
         drop: what the layer puts its map through where it is written out, a module; None where there is none.
+        kernel: attends in place of the fused kernel, (q, k, v, bias) -> [B, H, Nq, Dv], where a library lets its users
+            choose one; None for that of torch.
     """
 
     q: Tensor
@@ -41,6 +43,7 @@ class Heads(NamedTuple):
     fused: bool = True
     dropout: float = 0.0
     drop: Callable[[Tensor], Tensor] | None = None
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -64,7 +67,9 @@ def attend(heads: Heads, bias: Tensor | None = None) -> Tensor:
     Returns:
         [B, Nq, H * Dv], heads side by side.
     """
-    if not heads.fused:
+    if heads.kernel is not None:
+        out = heads.kernel(heads.q, heads.k, heads.v, None if bias is None else bias.to(heads.q.dtype))
+    elif not heads.fused:
         out = _attend_written_out(heads, bias)
     elif heads.lam is None:
         out = _attend_fused(heads, heads.q, heads.k, bias)

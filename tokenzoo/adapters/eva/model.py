@@ -50,7 +50,7 @@ class _Rotary(ReducingBlock):
         is_causal: bool = False,
         aside: Aside | None = None,
     ) -> Any:
-        x = x if aside is None else aside.given(x, self.tokenzoo.index)
+        x = x if aside is None else aside.given(x, self.tokenzoo.name)
         if rope is not None and not isinstance(rope, Rope):  # called by hand, with timm's own table
             if rope.dim() > 3:
                 raise ValueError(
@@ -60,7 +60,7 @@ class _Rotary(ReducingBlock):
             layout = self.tokenzoo.layout
             rope = Rope.of(rope, layout.num_prefix)
             if not isinstance(x, Tokens):
-                layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
+                layout.check_length(x.shape[1], self.tokenzoo.name)
                 x = Tokens(x, layout._replace(standalone=True, track_positions=True))
         tokens = self.call(x, rope, attn_mask, is_causal)
         return tokens if aside is None else aside.left(tokens)
@@ -156,6 +156,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
 
 FAMILY = Family(
     name="eva",
+    tried="timm 1.0.19 to 1.0.31",
     summary="timm eva.py: EVA, EVA-02, ROPE-ViT, Perception Encoder (PE), DINOv3, LingBot-Vision, Sapiens2",
     models={Eva: ReducingEva},
     blocks={EvaBlock: ReducingEvaBlock, EvaBlockPostNorm: ReducingEvaBlockPostNorm},
