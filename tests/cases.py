@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
@@ -18,6 +19,7 @@ from timm.models.vision_transformer import (
 )
 from torch import nn
 
+from tokenzoo.adapters.inspect import describe
 from tokenzoo.models import LVViT, T2TViT
 
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
@@ -83,6 +85,11 @@ VIT = partial(
     VisionTransformer, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7
 )
 EVA = partial(Eva, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7)
+
+CAIT = partial(
+    Cait, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2, num_classes=7,
+    depth_token_only=2, mlp_ratio_token_only=2,
+)  # fmt: skip
 
 
 def _gated(**kwargs: Any) -> nn.Module:
@@ -156,6 +163,8 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "lv_vit": partial(
         LVViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, skip_lam=2.0
     ),
+    "cait": CAIT,
+    "cait_avg": partial(CAIT, global_pool="avg"),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
@@ -221,4 +230,4 @@ def serves(method: str, model: nn.Module) -> bool:
         return False
     if method in NEEDS_ATTENTION_ALONE and isinstance(model.blocks[0], SHARED_BRANCH):
         return False
-    return method not in NEEDS_CLASS or model.cls_token is not None
+    return method not in NEEDS_CLASS or describe(model).layout.has_class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cait.model import FAMILY as CAIT
 from .eva.model import FAMILY as EVA
 from .registry import register_family
 from .sam.model import FAMILY as SAM
@@ -11,5 +12,5 @@ from .svit.model import FAMILY as SVIT
 from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
 
-for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA):
+for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT):
     register_family(_family)
