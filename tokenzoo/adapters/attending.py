@@ -201,7 +201,7 @@ class Attending:
         ahead, queries = block.tokenzoo.at("ahead"), block.tokenzoo.at("queries")
         scored = any(step.method.traits.carries_values for step in block.tokenzoo.steps)
         parts = self._project(tokens, inputs, with_values=len(ahead) == 0 or scored)
-        bias = block._bias(tokens, self.mask)
+        bias = block._bias(tokens, self.mask, self.rope)
         signals = Signals(join_heads(parts), bias, tokens, block.training)
         tokens = block._scored(tokens, signals)
         self.ahead, self.kept = [], []
@@ -228,9 +228,10 @@ class Attending:
         self.asking = tokens = merging.recorded(tokens, merge, "attention")
         inner = tokens._replace(trace=None).reduce(merge, values=inputs[0])
         parts = self._project(inner, inputs)
-        heads, bias = join_heads(parts), block._bias(inner, self.mask)
+        heads, bias = join_heads(parts), block._bias(inner, self.mask, self.rope)
         tokens = block._scored(tokens, Signals(heads, bias, inner, block.training), merge)
-        signals = Signals(partial(lifted_heads, heads, merge), block._bias(tokens, self.mask), tokens, block.training)
+        bias_behind = block._bias(tokens, self.mask, self.rope)
+        signals = Signals(partial(lifted_heads, heads, merge), bias_behind, tokens, block.training)
         maps: list[TokenMap] = []
         for step in (*block.tokenzoo.at("ahead"), *block.tokenzoo.at("queries")):
             tokens, signals = block._act(step, tokens, block._with_module(signals, step), maps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from ..core.method import BlockShape, Step
 from ..core.signals import Signals
 from ..core.tokens import Tokens
 from ..maps import TokenMap
-from ..ops.attention import Heads, key_bias
+from ..ops.attention import Heads
 from ..ops.layer_macs import linear_macs
 from .attending import Attending, join_heads
 from .flow import Flow
 from .hooked import Aside, HookedBlock
-from .masks import four_dims, gather_mask, refuse_uneven, visible_tokens
+from .masks import four_dims, logit_bias, refuse_uneven, visible_tokens
 from .merging import Merging
 from .plan import OUTSIDE, BlockMacs, BlockPlan
 from .refusals import refuse_symbols
@@ -55,6 +56,14 @@ class ReducingBlock(HookedBlock):
 
     def rotations(self, tokens: Tokens, rope: Any) -> Tensor | None:
         """Rotations of the tokens as they are now, None without rotary positions."""
+        return None
+
+    def position_bias(self, rope: Any) -> Tensor | None:
+        """What attention adds to its logits by the places of query and key [1, H, N0, N0], for the original sequence.
+
+        Rows and columns of the tokens that are left are gathered: behind a reduction a block holds [B, H, N, N], where
+        the unpatched one has [1, H, N0, N0]; no other N x N is stored. The model says `reads_positions`.
+        """
         return None
 
     def attention_branch(self, outs: list[Tensor]) -> Tensor:
@@ -197,7 +206,8 @@ class ReducingBlock(HookedBlock):
             return self.query_keys(tokens._replace(x=self.attention_input(tokens.x)), rope)
 
         heads = query_keys if project is None else project
-        return self._with_module(Signals(heads, self._bias(tokens, mask), tokens, self.training), step)
+        bias = partial(self._bias, tokens, mask, rope)
+        return self._with_module(Signals(heads, bias, tokens, self.training), step)
 
     def _act(
         self, step: Step, tokens: Tokens, signals: Signals, maps: list[TokenMap] | None = None
@@ -212,13 +222,8 @@ class ReducingBlock(HookedBlock):
     def _with_module(self, signals: Signals, step: Step) -> Signals:
         return signals.with_module(getattr(self, step.key, None) if step.key else None)
 
-    def _bias(self, tokens: Tokens, mask: Tensor | None) -> Tensor | None:
-        size = tokens.size if self.tokenzoo.proportional else None
-        bias = key_bias(size, tokens.valid)
-        if mask is not None:
-            rows = gather_mask(mask, tokens)
-            bias = rows if bias is None else rows + bias
-        return bias if tokens.gate is None else tokens.gate.bias(bias, itself=True)
+    def _bias(self, tokens: Tokens, mask: Tensor | None, rope: Any) -> Tensor | None:
+        return logit_bias(tokens, self.tokenzoo.proportional, mask, self.position_bias(rope))
 
     def forward(
         self,

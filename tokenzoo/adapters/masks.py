@@ -1,8 +1,9 @@
-"""The user's attention mask: which tokens it hides, which methods can follow it, and what is left of it after a map.
+"""What is added to attention logits: the user's mask, and biases in original positions, after maps.
 
 A token is hidden if no other token may look at it in any head, as padding is. Hidden tokens are still computed, and
 pooled where the model pools all tokens, but no visible token may ever learn of them: `Tokens.visible` says so to maps
-and methods. Finite biases (of position, say) hide nothing; they follow the token that heads a merged one.
+and methods. Finite biases (of position, say) hide nothing; they follow the token that heads a merged one, a user's as
+well as a block's own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from ..core.method import Step
 from ..core.tokens import Tokens
+from ..ops.attention import key_bias
+from ..ops.rows import split_dim
 
 _HIDES = -1e4  # additive entries from here down hide, -inf or not: exp of them is zero beside any usual logit
 
@@ -94,6 +97,49 @@ def gather_mask(mask: Tensor, tokens: Tokens) -> Tensor:
         hidden = (tokens.positions < 0) & ~tokens.visible
         mask = mask.masked_fill(hidden[:, None, None, :], float("-inf"))
     return mask
+
+
+def logit_bias(tokens: Tokens, proportional: bool, mask: Tensor | None, own: Tensor | None) -> Tensor | None:
+    """Everything that is added to the logits of an attention layer [B or 1, 1 or H, 1 or N, N]; None for nothing.
+
+    Args:
+        tokens: those that attend; padding is hidden, and gates count.
+        proportional: add log sizes.
+        mask: the user's attention mask in original positions.
+        own: the block's own bias in original positions, see `gather_places`.
+    """
+    bias = key_bias(tokens.size if proportional else None, tokens.valid)
+    if own is not None:
+        own = gather_places(own, tokens)
+        bias = own if bias is None else own + bias
+    if mask is not None:
+        rows = gather_mask(mask, tokens)
+        bias = rows if bias is None else rows + bias
+    return bias if tokens.gate is None else tokens.gate.bias(bias, itself=True)
+
+
+def gather_places(bias: Tensor, tokens: Tokens) -> Tensor:
+    """A bias between original places, the same for all images, for the tokens that are left.
+
+    A merged token has the row and the column of the token that heads it. One without a place (a fused rest) has the
+    mean over all patches: a constant that is added to every entry then changes nothing, as in the unpatched model.
+
+    Args:
+        bias: [1, H, N0, N0], queries first, prefix tokens in front.
+        tokens: the tokens.
+
+    Returns:
+        [1, H, N0, N0] itself while nothing is reduced, then [B, H, N, N]: images keep different places.
+    """
+    if tokens.positions is None:
+        return bias
+    first, length = tokens.layout.num_prefix, bias.shape[-1]
+    bias = torch.cat([bias, bias[..., first:, :].mean(2, keepdim=True)], dim=2)
+    bias = torch.cat([bias, bias[..., first:].mean(3, keepdim=True)], dim=3)
+    at = torch.where(tokens.positions < 0, length, tokens.positions)
+    flat = (at.unsqueeze(2) * (length + 1) + at.unsqueeze(1)).reshape(1, -1)
+    heads = bias.squeeze(0).flatten(1)
+    return split_dim(heads.gather(1, flat.expand(heads.shape[0], -1)), 1, *at.shape, at.shape[1]).transpose(0, 1)
 
 
 def _open(mask: Tensor) -> Tensor:

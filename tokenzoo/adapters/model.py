@@ -31,6 +31,8 @@ class ReducingModel(Intermediates):
     norm: nn.Module
     num_prefix_tokens: int
 
+    reads_positions: bool = False  # blocks look at the original places of tokens
+
     gives_tokens = True
     takes_added = True
     takes_gates = True
@@ -81,7 +83,7 @@ class ReducingModel(Intermediates):
 
     def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
         size = recipe is not None and recipe.track_size
-        positions = recipe is not None and recipe.track_positions
+        positions = recipe is not None and (recipe.track_positions or self.reads_positions)
         keep = recipe is not None and recipe.keeps_trace
         added = 0 if recipe is None else recipe.protect
         prefix = self.num_prefix_tokens + added

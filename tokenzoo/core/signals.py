@@ -21,7 +21,8 @@ class Signals:
 
     Args:
         heads: the projected heads, or a function that projects them when first needed.
-        bias: bias of the attention logits [B, 1 or H, 1 or N, N] or None.
+        bias: bias of the attention logits [B or 1, 1 or H, 1 or N, N] or None, or a function that makes it when first
+            needed.
         tokens: the tokens that the heads were projected from.
         training: whether the block is in training mode.
 
@@ -32,9 +33,13 @@ class Signals:
     """
 
     def __init__(
-        self, heads: Heads | Callable[[], Heads], bias: Tensor | None, tokens: Tokens, training: bool = False
+        self,
+        heads: Heads | Callable[[], Heads],
+        bias: Tensor | Callable[[], Tensor | None] | None,
+        tokens: Tokens,
+        training: bool = False,
     ) -> None:
-        self._heads, self._bias, self._tokens, self.training = heads, bias, tokens, training
+        self._heads, self._given_bias, self._tokens, self.training = heads, bias, tokens, training
         self._maps: tuple[TokenMap, ...] = ()
         self._values: Tensor | None = None
         self._values_from = 0  # maps before this one were applied already when the values were projected
@@ -45,7 +50,7 @@ class Signals:
 
     def after(self, token_map: TokenMap) -> Signals:
         """The same signals for the tokens that a map leaves."""
-        other = Signals(self._heads, self._bias, self._tokens, self.training)
+        other = Signals(self._heads, self._given_bias, self._tokens, self.training)
         other.seen = self.seen
         other._maps, other._values, other._values_from = (*self._maps, token_map), self._values, self._values_from
         return other
@@ -66,6 +71,13 @@ class Signals:
         if callable(self._heads):
             self._heads = self._heads()
         return self._heads
+
+    @property
+    def _bias(self) -> Tensor | None:
+        """The bias of the logits, before any map."""
+        if callable(self._given_bias):
+            self._given_bias = self._given_bias()
+        return self._given_bias
 
     def _rows(self, t: Tensor, start: int = 0) -> Tensor:
         """[B, H, N, D] -> rows [B, N', H, D] of the current tokens; the first `start` maps are skipped."""
