@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
@@ -20,6 +21,7 @@ from timm.models.vision_transformer import (
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
+from tokenzoo.adapters.inspect import describe
 from tokenzoo.models import LVViT, T2TViT
 
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
@@ -91,6 +93,11 @@ BEIT = partial(Beit, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads
 RELPOS = partial(
     VisionTransformerRelPos,
     img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, init_values=0.3,
+)  # fmt: skip
+
+CAIT = partial(
+    Cait, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2, num_classes=7,
+    depth_token_only=2, mlp_ratio_token_only=2,
 )  # fmt: skip
 
 
@@ -174,6 +181,8 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "lv_vit": partial(
         LVViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, skip_lam=2.0
     ),
+    "cait": CAIT,
+    "cait_avg": partial(CAIT, global_pool="avg"),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
@@ -239,4 +248,4 @@ def serves(method: str, model: nn.Module) -> bool:
         return False
     if method in NEEDS_ATTENTION_ALONE and isinstance(model.blocks[0], SHARED_BRANCH):
         return False
-    return method not in NEEDS_CLASS or model.cls_token is not None
+    return method not in NEEDS_CLASS or describe(model).layout.has_class

@@ -52,7 +52,7 @@ class Intermediates(Walk):
         refuse_symbols(self, x)
         refuse_causal(self, is_causal)
         take, max_index = feature_take_indices(len(self.blocks), indices)
-        dense, prefix = output_fmt == "NCHW", self.num_protected
+        dense = output_fmt == "NCHW"
         spatial: list[Tensor] = []
         prefixes: list[Tensor] = []
         last = max_index if stop_early else None
@@ -68,17 +68,19 @@ class Intermediates(Walk):
                 y = lift(y, recipe.lift_trace(tokens.trace), recipe.fill, tap)
             if not dense and tokens.valid is not None:
                 y = y * tokens.valid.unsqueeze(-1).to(y.dtype)
+            prefix = tokens.layout.num_prefix
             prefixes.append(y[:, :prefix])
             y = y[:, prefix:]
             if dense:
                 y = split_dim(y.transpose(1, 2), 2, *tokens.layout.grid).contiguous()
             spatial.append(y)
+        return_prefix_tokens = return_prefix_tokens and any(rows.shape[1] for rows in prefixes)
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": spatial}
-            if prefix and return_prefix_tokens:
+            if return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefixes
             if not intermediates_only:
                 result["image_features"] = self.features(self._finish(tokens))
             return result
-        out = list(zip(spatial, prefixes)) if return_prefix_tokens and prefix else spatial
+        out = list(zip(spatial, prefixes)) if return_prefix_tokens else spatial
         return out if intermediates_only else (self.features(self._finish(tokens)), out)

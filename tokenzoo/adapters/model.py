@@ -71,6 +71,14 @@ class ReducingModel(Intermediates):
         """
         return self.norm(x) if norm else x
 
+    def behind_blocks(self, tokens: Tokens) -> Tokens:
+        """What the final norm reads: what the last block left, with tokens that join only there (a class token)."""
+        return tokens
+
+    def head_layout(self, layout: Layout) -> Layout:
+        """The sequence that the head sees, of the one that block 0 sees; another one where tokens join in between."""
+        return layout
+
     # ---- the sequence
 
     def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
@@ -167,6 +175,7 @@ class ReducingModel(Intermediates):
         return self._finish(tokens)
 
     def _finish(self, tokens: Tokens) -> Tokens:
+        tokens = self.behind_blocks(tokens)
         tokens = tokens._replace(x=self.norm(tokens.x))
         for step in self.blocks[-1].tokenzoo.at("norm"):
             token_map = step.decide(tokens, None)
@@ -227,7 +236,7 @@ class ReducingModel(Intermediates):
         """
         if not isinstance(x, Tensor):
             return Tokens(self.lift_features(x), x.layout) if self.pools_all and x.trace else x
-        layout = self.layout((1, x.shape[1] - self.num_protected))
+        layout = self.head_layout(self.layout((1, x.shape[1] - self.num_protected)))
         return decode(x, self.head_reads(), self.tokenzoo_recipe, layout)
 
     def pool(self, x: Tensor | Tokens, pool_type: str | None = None) -> Tensor:

@@ -240,13 +240,16 @@ def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kep
 def _attend_explicit(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kept: list[TokenMap]) -> Tensor:
     """`attend_through` for maps that are no matrices (elementwise maxima): the map itself, one head at a time."""
     outs: list[Tensor] = []
+    mixed = None
+    if heads.talk is not None:  # every head needs the maps of all
+        mixed = heads.talk.map(attention_rows(heads, 0, heads.q.shape[2], bias), bias).float()
     step = 1 if heads.lam is None else 2
     for head in range(heads.v.shape[1]):
         part = slice(head * step, (head + 1) * step)
         lam = heads.lam if heads.lam is None or heads.lam.dim() == 0 else heads.lam[:, head : head + 1]
         one = heads._replace(q=heads.q[:, part], k=heads.k[:, part], lam=lam)
         own_bias = bias if bias is None or bias.shape[1] == 1 else bias[:, part]
-        attention = attention_rows(one, 0, one.q.shape[2], own_bias).squeeze(1)
+        attention = mixed[:, head] if mixed is not None else attention_rows(one, 0, one.q.shape[2], own_bias).squeeze(1)
         for token_map in ahead:
             attention = token_map.pool(attention.transpose(1, 2)).transpose(1, 2)
             attention = token_map.apply(attention)

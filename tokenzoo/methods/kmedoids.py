@@ -101,5 +101,5 @@ class KMedoids(KeepRate):
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         patches, kept = n - layout.num_prefix, n_out - layout.num_prefix
-        received = n_out * n_out * shape.num_heads * shape.head_dim if step.strength[2] else 0
+        received = n_out * n_out * shape.entry if step.strength[2] else 0
         return received + (patches * patches * shape.dim if kept < patches else 0)

@@ -95,6 +95,6 @@ class MCTF(Method):
         return MergeMap(pairs.order, pairs.src, pairs.slot, n, weight, reduce, pairs.valid)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
-        received = n * n * shape.num_heads * shape.head_dim
+        received = n * n * shape.entry
         score = (n // 2) * (n - n // 2) * shape.dim
         return received + score + 2 * (n - n_out) * shape.dim

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rows import split_dim
+from .talking import Talk
 
 # Query rows that are computed at once when a statistic of the whole map is needed. On a CPU few rows stay in cache
 # (three times faster than all at once); elsewhere, and in traced graphs, all rows of a short sequence, and of a long
@@ -33,6 +34,8 @@ class Heads(NamedTuple):
         drop: what the layer puts its map through where it is written out, a module; None where there is none.
         kernel: attends in place of the fused kernel, (q, k, v, bias) -> [B, H, Nq, Dv], where a library lets its users
             choose one; None for that of torch.
+        talk: mixes the maps of all heads in front of the softmax and behind it; never fused. None for heads that keep
+            to themselves.
     """
 
     q: Tensor
@@ -44,6 +47,7 @@ class Heads(NamedTuple):
     dropout: float = 0.0
     drop: Callable[[Tensor], Tensor] | None = None
     kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+    talk: Talk | None = None
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -88,7 +92,9 @@ def _attend_fused(heads: Heads, q: Tensor, k: Tensor, bias: Tensor | None) -> Te
 def _attend_written_out(heads: Heads, bias: Tensor | None) -> Tensor:
     """The map itself, which goes through the layer's dropout in one piece, as hooks on that module expect."""
     logits = (heads.q * heads.scale) @ heads.k.transpose(-2, -1)
+    logits = logits if heads.talk is None else heads.talk.logits(logits)
     probs = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(dim=-1)
+    probs = probs if heads.talk is None else heads.talk.map(probs, bias)
     probs = drop_map(heads, probs)
     if heads.lam is not None:
         first, second = split_dim(probs, 1, -1, 2).unbind(2)
@@ -104,13 +110,19 @@ def drop_map(heads: Heads, probs: Tensor) -> Tensor:
 
 
 def attention_rows(heads: Heads, start: int, stop: int, bias: Tensor | None = None) -> Tensor:
-    """Softmax rows of the queries start..stop-1 in float32, before dropout: [B, H, stop - start, N]."""
+    """Softmax rows of the queries start..stop-1 in float32, before dropout: [B, H, stop - start, N].
+
+    Of heads that talk, the rows between the two mixings: these are shares of attention, which the second makes signed.
+    """
     q, k = heads.q[:, :, start:stop].float(), heads.k.float()
     if bias is not None and bias.shape[-2] != 1:
         bias = bias[..., start:stop, :]
     with full_precision(q):
-        if bias is None:
+        if bias is None or heads.talk is not None:
             logits = (q * heads.scale) @ k.transpose(-2, -1)
+            if heads.talk is not None:
+                logits = heads.talk.logits(logits).float()
+                logits = logits if bias is None else logits + bias.float()
         else:  # bias and scale ride along with the product
             bias = bias.float().expand(*q.shape[:2], -1, -1).flatten(0, 1)
             logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=heads.scale)

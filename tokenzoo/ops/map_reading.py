@@ -122,7 +122,8 @@ def attend_sparsely(
         kth = (total * total - count + (count * (1 - share)).long().clamp(min=1) - 1).clamp(min=0)
         bound = flat.sort(dim=2).values.gather(2, kth.view(-1, 1, 1).expand(-1, flat.shape[1], -1))
     rows = rows * (rows >= bound.unsqueeze(3))
-    out = drop_map(heads, rows.to(heads.v.dtype)) @ heads.v
+    mixed = rows if heads.talk is None else heads.talk.map(rows, bias)
+    out = drop_map(heads, mixed.to(heads.v.dtype)) @ heads.v
     rows = rows.detach()
     return out.transpose(1, 2).flatten(2), MapStatistics.of_rows(rows)._replace(rows=rows)
 
