@@ -58,6 +58,7 @@ MORE = [
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 0},
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 1.0},
     {"method": "kmedoids", "keep_rate": 0.6, "start": "farthest", "cost": "cluster", "mean": True},
+    {"method": "kmedoids", "keep_rate": 0.6, "start": "farthest", "cost": "cluster", "space": "spectral", "graph": 4},
     {"method": "gtp", "r": 4, "layers": (0, 2), "graph": "semantic", "neighbours": 5, "selection": "IMGAttnMean"},
     {"method": "gtp", "r": 3, "sparsity": 0.6},
     {"method": "atc", "keep_rate": 0.4, "linkage": "single"},
