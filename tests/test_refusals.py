@@ -140,7 +140,7 @@ REFUSED = {
         lambda: timm.create_model("swin_tiny_patch4_window7_224"), "tome", {}, TypeError, ["SwinTransformer", "patch"]
     ),
     "cnn": (lambda: timm.create_model("resnet18"), "tome", {}, TypeError, ["ResNet", "serves exactly"]),
-    "torchvision": (lambda: torchvision.models.vit_b_32(), "tome", {}, TypeError, ["torchvision", "VisionTransformer"]),
+    "torchvision": (lambda: torchvision.models.swin_t(), "tome", {}, TypeError, ["torchvision", "SwinTransformer"]),
     "no module": (lambda: "deit", "tome", {}, TypeError, ["str", "torch.nn.Module"]),
     "compiled": (lambda: torch.compile(VIT()), "tome", {"r": 1}, TypeError, ["OptimizedModule", "first"]),
     "data parallel": (lambda: nn.DataParallel(VIT()), "tome", {"r": 1}, TypeError, ["DataParallel", "afterwards"]),
