@@ -1,4 +1,5 @@
-"""Models of torchvision and open_clip under every method: the checks of test_matrix.py, and timm's model as judge."""
+"""Models of torchvision and open_clip under every method: the checks of test_matrix.py, and the same weights in timm's
+and transformers' models as judges."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 from cases import KEEPS_LENGTH, METHODS, given
 from test_hooks import _halve
 from torch import nn
-from tower_cases import SIZE, TOWERS, build, images, open_clip, pooled, serves, timm_twin
+from tower_cases import SIZE, TOWERS, build, clip_twin, images, open_clip, pooled, serves, timm_twin
 
 import tokenzoo
 from tokenzoo.cost.trace import count_macs
@@ -90,6 +91,17 @@ def test_the_same_weights_in_timm_give_the_same_answer(name, method):
     for kind in ("reduce", "static"):
         with tokenzoo.patched(model, given(method, kind)), tokenzoo.patched(twin, given(method, kind)):
             torch.testing.assert_close(model(x), twin(x), atol=1e-5, rtol=1e-5)
+
+
+@methods
+@torch.no_grad()
+def test_the_same_weights_in_transformers_give_the_same_answer(method):
+    model, x = build("open_clip"), images()
+    twin = clip_twin(model)
+    torch.testing.assert_close(twin(x).image_embeds, model(x), atol=1e-5, rtol=1e-5)
+    for kind in ("reduce", "static"):
+        with tokenzoo.patched(model, given(method, kind)), tokenzoo.patched(twin, given(method, kind)):
+            torch.testing.assert_close(model(x), twin(x).image_embeds, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", [None, *(given(name, "static") for name in ("tome", "evit", "mctf", "pool"))])

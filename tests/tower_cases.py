@@ -134,3 +134,34 @@ def _of_open_clip(model: nn.Module) -> nn.Module:
             weights[key] = value
     twin.load_state_dict(weights)
     return twin
+
+
+# ---- the same weights in transformers' model
+
+
+def clip_twin(model: nn.Module) -> nn.Module:
+    """transformers' `CLIPVisionModelWithProjection` with the weights of a plain open_clip tower."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2)
+    config = transformers.CLIPVisionConfig(**sizes, intermediate_size=64, projection_dim=24, hidden_act="gelu")
+    twin, weights = transformers.CLIPVisionModelWithProjection(config).eval(), {}
+    own, inner = model.state_dict(), "transformer.resblocks"
+    names = {
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        for index in range(4):
+            layer = f"encoder.layers.{index}"
+            for ours, theirs in names.items():
+                weights[f"{layer}.{theirs}.{kind}"] = own[f"{inner}.{index}.{ours}.{kind}"]
+            for part, value in zip("qkv", own[f"{inner}.{index}.attn.in_proj_{kind}"].chunk(3)):
+                weights[f"{layer}.self_attn.{part}_proj.{kind}"] = value
+        weights[f"pre_layrnorm.{kind}"] = own[f"ln_pre.{kind}"]  # spelled so
+        weights[f"post_layernorm.{kind}"] = own[f"ln_post.{kind}"]
+    weights["embeddings.class_embedding"] = own["class_embedding"]
+    weights["embeddings.patch_embedding.weight"] = own["conv1.weight"]
+    weights["embeddings.position_embedding.weight"] = own["positional_embedding"]
+    twin.vision_model.load_state_dict(weights)
+    twin.visual_projection.weight.data = own["proj"].T.clone()
+    return twin

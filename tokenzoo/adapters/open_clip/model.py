@@ -42,6 +42,11 @@ class ReducingOpenClipTransformer(ReducingModel, VisionTransformer):
         return self.conv1
 
     @property
+    def norm_pre(self) -> nn.Module:
+        """Of tokens that join the sequence in front of block 0, as of those in it."""
+        return self.ln_pre
+
+    @property
     def own_grid(self) -> tuple[int, int]:
         return tuple(self.grid_size)
 
