@@ -28,15 +28,6 @@ def _narrow(**options: object) -> nn.Module:
     return open_clip(attn_pooler_heads=2, attn_pooler_queries=5, **options)
 
 
-def _batch_second() -> nn.Module:
-    """open_clip's tower as it was before 2.27: its blocks take [N, B, C]."""
-    model = open_clip()
-    model.transformer.batch_first = False
-    for block in model.transformer.resblocks:
-        block.attn.batch_first = False
-    return model
-
-
 # name -> model; everything that the adapters of torchvision and open_clip claim to serve
 TOWERS: dict[str, Callable[[], nn.Module]] = {
     "torchvision": TORCHVISION,
@@ -47,7 +38,6 @@ TOWERS: dict[str, Callable[[], nn.Module]] = {
     "open_clip_custom": partial(
         open_clip, qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_attn=True, scale_fc=True
     ),
-    "open_clip_batch_second": _batch_second,
     "open_clip_avg": partial(open_clip, pool_type="avg"),
     "open_clip_avg_last_norm": partial(open_clip, pool_type="avg", final_ln_after_pool=True),
     "open_clip_all": partial(open_clip, pool_type="none"),
