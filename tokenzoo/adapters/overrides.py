@@ -62,7 +62,9 @@ def refuse_overrides(model: nn.Module, backbone: nn.Module, family: Family) -> N
     top = next((name for name, module in model.named_modules() if module is backbone), "")
     for name, module, instead in family.bypassed(backbone):
         name = f"{top}.{name}".strip(".")
-        found = "a forward of its own" if "forward" in vars(module) else None
+        # offloading of what is inside does not need the module itself to be called
+        harmless = dispatched(module) and not list(module.parameters(recurse=False))
+        found = "a forward of its own" if "forward" in vars(module) and not harmless else None
         if hooked(module):
             found = "hooks"
         if found is not None:

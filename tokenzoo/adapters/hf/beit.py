@@ -19,7 +19,6 @@ from transformers.models.beit.modeling_beit import (
     BeitModelOutputWithPooling,
 )
 
-from ...core.recipe import Recipe
 from ...core.tokens import Tokens
 from ..backbone import Around
 from ..features import Reads
@@ -95,9 +94,6 @@ class BiasedTower(HfTower):
             shared = self.shared_bias(grid, interpolate_pos_encoding=False, dim_size=values.shape[1])
         return values, Places(grid, shared)
 
-    def layout(self, grid: tuple[int, int], rope: Any = None) -> Any:
-        return super().layout(grid, None)  # places are kept anyway
-
     def head_reads(self) -> Reads:
         mean = self.pooler is not None and self.pooler.layernorm is not None
         return Reads(mean=mean)
@@ -148,21 +144,6 @@ class ReducingBeitBackbone(ReadsGrid, BeitBackbone):
 
 class ReducingBeitForSemanticSegmentation(ReadsGrid, BeitForSemanticSegmentation):
     """A decoder on hidden states on the full grid."""
-
-
-def check_protect(model: Any, recipe: Recipe) -> None:
-    """Refuses tokens that have no place in a table of biases.
-
-    Raises:
-        ValueError: tokens added behind the prefix of BEiT or Data2Vec (protect).
-    """
-    if recipe.protect and getattr(
-        model, "reads_positions", type(model).__name__ in ("BeitModel", "Data2VecVisionModel")
-    ):
-        raise ValueError(
-            f"protect={recipe.protect}: the position bias of {type(model).__name__} has no rows for added tokens; leave "
-            "protect out"
-        )
 
 
 MODELS = {BeitModel: ReducingBeitModel}

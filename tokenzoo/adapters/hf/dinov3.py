@@ -89,8 +89,8 @@ class _Rotating(DinoTower):
         names = [name for name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale") if self._draws(name)]
         if self.training and names:
             raise ValueError(
-                f"merged_positions='mean' rebuilds rotary tables, but {type(self).__name__} draws coordinates at random "
-                f"in training ({', '.join(names)}); use merged_positions='destination' or set these to None"
+                f"merged_positions='mean' rebuilds rotary tables, but {type(self).__name__} draws coordinates at "
+                f"random in training ({', '.join(names)}); use merged_positions='destination' or set these to None"
             )
         bands = 2 * math.pi * self.rope_embeddings.inv_freq
         still = torch.zeros_like(bands)

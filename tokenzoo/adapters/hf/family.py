@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.models.beit.modeling_beit import BeitModel
+from transformers.models.data2vec.modeling_data2vec_vision import Data2VecVisionModel
 
+from ...core.recipe import Recipe
 from ..backbone import Family
+from ..refusals import refuse_unplaced
 from ..registry import register_family
 from . import beit, clip, data2vec, dinov2, dinov3, idefics, internvl, mae, siglip, vit
 
@@ -25,6 +29,17 @@ def check(model: nn.Module) -> None:
             f"{type(model).__name__} attends by {chosen!r}, which lays all images of a batch into one sequence; call "
             "model.set_attn_implementation('sdpa') before patching"
         )
+
+
+def check_recipe(model: nn.Module, recipe: Recipe) -> None:
+    """Refuses recipes that a model cannot follow.
+
+    Raises:
+        ValueError: tokens added behind the prefix (protect), or mean positions, where a position bias knows neither
+            (BEiT, Data2Vec).
+    """
+    if isinstance(model, (BeitModel, Data2VecVisionModel)):
+        refuse_unplaced(model, recipe)
 
 
 def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -52,7 +67,7 @@ FAMILY = register_family(
         parts=siglip.PARTS_OUTSIDE,
         around={plain: known for tower in _TOWERS for plain, known in getattr(tower, "AROUND", {}).items()},
         check=check,
-        check_recipe=beit.check_protect,
+        check_recipe=check_recipe,
         bypassed=bypassed,
     )
 )

@@ -65,8 +65,8 @@ def check_masking(model: nn.Module) -> None:
     """
     if isinstance(model, ViTMAEModel) and model.config.mask_ratio:
         raise ValueError(
-            f"{type(model).__name__} drops {model.config.mask_ratio:.0%} of the patches at random in front of layer 0; set "
-            "model.config.mask_ratio = 0 before patching"
+            f"{type(model).__name__} drops {model.config.mask_ratio:.0%} of the patches at random in front of layer 0; "
+            "set model.config.mask_ratio = 0 before patching"
         )
 
 
