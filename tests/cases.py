@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
@@ -16,6 +17,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
 from tokenzoo.models import LVViT, T2TViT
@@ -83,6 +85,11 @@ VIT = partial(
     VisionTransformer, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7
 )
 EVA = partial(Eva, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7)
+BEIT = partial(Beit, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7)
+RELPOS = partial(
+    VisionTransformerRelPos,
+    img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, init_values=0.3,
+)  # fmt: skip
 
 
 def _gated(**kwargs: Any) -> nn.Module:
@@ -150,6 +157,15 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
         EVA, attn_type="rope", use_pre_transformer_norm=True, use_rot_pos_emb=True, global_pool="map",
         ref_feat_shape=(8, 8),
     ),
+    "beit": partial(BEIT, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
+    "beit_shared": partial(
+        BEIT, use_shared_rel_pos_bias=True, global_pool="token", swiglu_mlp=True, scale_mlp=True, qkv_bias=False
+    ),
+    "relpos_mlp": partial(RELPOS, rel_pos_type="mlp", rel_pos_dim=16, fc_norm=True, qk_norm=True, init_values=0.3),
+    "relpos_bias": partial(
+        RELPOS, rel_pos_type="bias", class_token=True, global_pool="token", block_fn=ResPostRelPosBlock
+    ),
+    "relpos_shared": partial(RELPOS, rel_pos_type="swin", shared_rel_pos=True, class_token=True),
     "t2t_vit": partial(
         T2TViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, token_dim=16
     ),

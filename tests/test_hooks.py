@@ -11,13 +11,19 @@ import tokenzoo
 from tokenzoo.adapters.attending import Attending
 from tokenzoo.models import SViT
 
-LAYERS = ("Attention", "DiffAttention", "EvaAttention", "AttentionRope", "SuperTokenAttention", "MapAttention")
+LAYERS = (
+    "Attention", "RelPosAttention", "DiffAttention", "EvaAttention", "AttentionRope", "SuperTokenAttention",
+    "MapAttention",
+)  # fmt: skip
 # one row for every class of block and attention layer
 BACKBONES = [
     name
-    for name in ("deit", "gated", "res_post", "parallel_things", "differential", "eva02", "eva_post_norm", "pe_like")
+    for name in (
+        "deit", "gated", "res_post", "parallel_things", "differential", "eva02", "eva_post_norm", "pe_like", "beit",
+        "relpos_mlp",
+    )
     if name in backbone_names()
-]
+]  # fmt: skip
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ MODELS = [
     name
     for name in (
         "deit", "parallel_scaling", "parallel_things", "differential", "gap", "registers", "eva02", "eva_post_norm",
-        "dinov3", "rope_mixed",
+        "dinov3", "rope_mixed", "beit",
     )
     if name in backbone_names()
 ]  # fmt: skip

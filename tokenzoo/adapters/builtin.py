@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .beit import FAMILY as BEIT
 from .eva.model import FAMILY as EVA
 from .registry import register_family, register_later
+from .relpos import FAMILY as RELPOS
 from .sam.model import FAMILY as SAM
 from .scan.plain_mamba import FAMILY as PLAIN_MAMBA
 from .scan.vim import FAMILY as VIM
@@ -12,7 +14,7 @@ from .torchvision import FAMILY as TORCHVISION
 from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
 
-for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, TORCHVISION):
+for _family in (VIT, EVA, BEIT, RELPOS, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, TORCHVISION):
     register_family(_family)
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
 register_later("transformers", "tokenzoo.adapters.hf.family")

@@ -112,12 +112,27 @@ class ReducingModel(Intermediates):
     # ---- the pass
 
     def start(self, x: Tensor, mask: Tensor | None, trace: bool, dense: bool) -> tuple[Tokens, Any]:
-        recipe, images = self.tokenzoo_recipe, x
+        values, rope = self.embed(x)
+        return self.begin(x, values, rope, mask, trace, dense), rope
+
+    def begin(
+        self, images: Tensor, x: Tensor, rope: Any, mask: Tensor | None, trace: bool = False, dense: bool = False
+    ) -> Tokens:
+        """What enters block 0, from values that are embedded already.
+
+        Args:
+            images: [B, C, H, W].
+            x: what `embed` gives for them [B, N, C].
+            rope: the rotary table that goes with it.
+            mask: see `start`.
+            trace: see `start`.
+            dense: see `start`.
+        """
+        recipe = self.tokenzoo_recipe
         dense = dense or self.pools_all or recipe.keeps_trace
         # whoever watches the blocks has to know what happened in front of them
         trace = trace or dense or (len(self.blocks[0].tokenzoo.at("embed")) > 0 and hooked(self.blocks[0]))
-        grid = self.grid_of(x.shape[-2:])
-        x, rope = self.embed(x)
+        grid = self.grid_of(images.shape[-2:])
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
             grid = tuple(int(side) for side in grid)
         layout = self.layout(tuple(grid), rope)._replace(keep_values=dense)
@@ -138,7 +153,7 @@ class ReducingModel(Intermediates):
             token_map = step.decide(tokens, signals)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
-        return tokens, rope
+        return tokens
 
     def forward_tokens(
         self,
