@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from cases import METHODS, given
 from torch import nn
-from tower_cases import build, images, rough
+from library_cases import build, images, rough
 
 import tokenzoo
 

@@ -1,4 +1,4 @@
-"""Models of other libraries than timm, tiny and random: the tables of test_towers.py."""
+"""Models of other libraries than timm, tiny and random: the tables of test_other_libraries.py."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from cases import KEEPS_LENGTH, METHODS, given
 from test_hooks import _halve
 from torch import nn
-from tower_cases import SIZE, TOWERS, build, clip_twin, images, open_clip, pooled, serves, timm_twin
+from library_cases import SIZE, TOWERS, build, clip_twin, images, open_clip, pooled, serves, timm_twin
 
 import tokenzoo
 from tokenzoo.cost.trace import count_macs
