@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import KEEPS_LENGTH, METHODS, given
+from library_cases import SIZE, TOWERS, build, clip_twin, images, open_clip, pooled, serves, timm_twin
 from test_hooks import _halve
 from torch import nn
-from library_cases import SIZE, TOWERS, build, clip_twin, images, open_clip, pooled, serves, timm_twin
 
 import tokenzoo
 from tokenzoo.cost.trace import count_macs

@@ -7,8 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from cases import METHODS, given
-from torch import nn
 from library_cases import build, images, rough
+from torch import nn
 
 import tokenzoo
 

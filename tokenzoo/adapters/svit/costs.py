@@ -65,7 +65,7 @@ def leaving_rows(model: Any, index: int, flow: Flow) -> list[Beside]:
     down, dim = _halving(stage, flow.layout.grid), _width(stage.blocks[-1].attn)
     if not down:
         return []
-    back = _way_back(flow.held_behind, dim, dim, flow.recipe)
+    back = way_back_macs(flow.held_behind, dim, dim, flow.recipe)
     return [Beside(f"layers.{index}.downsample", flow.left, grid[0] * grid[1], down + back, back)]
 
 
@@ -93,7 +93,7 @@ def _dropped(step: Step, before: int, after: int) -> int:
     return before - after + (step.method.fuses and before != after)
 
 
-def _way_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
+def way_back_macs(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
     """Multiply-adds of giving every place a value of some width, where the residual stream has dim channels."""
     macs = 0
     for step, before, after in trace:
@@ -107,8 +107,8 @@ def _way_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | 
 
 
 def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
-    """`_way_back`, and of giving the tokens what a convolution made of the values."""
-    macs = _way_back(trace, dim, width, recipe)
+    """`way_back_macs`, and of giving the tokens what a convolution made of the values."""
+    macs = way_back_macs(trace, dim, width, recipe)
     products = [step.method.products(before, after)[0] for step, before, after in trace]
     kept = all(step.method.drops_in(step) and not step.method.merges_in(step) for step, _, _ in trace)
     if kept and not any(products):
