@@ -80,6 +80,7 @@ TOWERS: dict[str, Callable[[], nn.Module]] = {
         use_mean_pooling=False,
     ),
     "beit_plain": partial(biased, "BeitModel", use_relative_position_bias=False, layer_scale_init_value=0),
+    "beit_plain": partial(biased, "BeitModel", use_relative_position_bias=False, layer_scale_init_value=0.0),
     "beit_maps": partial(biased, "BeitBackbone", out_features=["stage1", "stage4"]),
     "data2vec": partial(data2vec, "Data2VecVisionModel"),
     "data2vec_classes": partial(
@@ -124,6 +125,14 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1, size: tuple[int, int
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
+def ask(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    """Calls a model; MAE's encoder with the noise that does not shuffle, which is all that a patched one knows."""
+    if type(model).__name__ == "ViTMAEModel":
+        n = (x.shape[-2] // 8) * (x.shape[-1] // 8)
+        options["noise"] = torch.arange(n, dtype=torch.float32).expand(len(x), -1)
+    return model(x, **options)
+
+
 def answers(output: Any) -> list[Tensor]:
     """The tensors of an output, but for the hidden states, and MAE's notes of a shuffle."""
     found = []
@@ -138,4 +147,4 @@ def served(method: str, model: nn.Module) -> bool:
     return method not in NEEDS_CLASS or describe(backbone_of(model)).layout.has_class
 
 
-__all__ = ["FEW", "MEANS", "TOWERS", "answers", "build", "given", "images", "served", "whole"]
+__all__ = ["FEW", "MEANS", "TOWERS", "answers", "ask", "build", "given", "images", "served", "whole"]

@@ -60,6 +60,10 @@ FAMILY = register_family(
         name="transformers",
         summary="Hugging Face transformers: vision towers of ViT, DeiT, DINOv2 (registers), DINOv3, CLIP, SigLIP, BEiT, "
         "Data2Vec, MAE, Idefics3, SmolVLM, InternVL",
+        summary=(
+            "vision towers of Hugging Face transformers: ViT, DeiT, DINOv2 (registers), DINOv3, CLIP, SigLIP, BEiT, "
+            "Data2Vec, MAE, Idefics3, SmolVLM, InternVL"
+        ),
         tried="transformers 5.18 to 5.24",
         models={plain: kind for tower in _TOWERS for plain, kind in tower.MODELS.items()},
         blocks={plain: kind for tower in _TOWERS for plain, kind in tower.BLOCKS.items()},
