@@ -25,8 +25,8 @@ _OUTERMOST = {
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The module that holds the blocks: thin wrappers of timm, Hugging Face and open_clip, dense models, and models that
-    a family knows around its own, are looked through.
+    """The module that holds the blocks: looks through thin wrappers of timm, Hugging Face and open_clip, dense models,
+    and models that a family knows around its own.
 
     Raises:
         TypeError: a wrapper that has to be patched before wrapping.
