@@ -79,7 +79,6 @@ TOWERS: dict[str, Callable[[], nn.Module]] = {
         biased, "BeitModel", use_shared_relative_position_bias=True, use_absolute_position_embeddings=True,
         use_mean_pooling=False,
     ),
-    "beit_plain": partial(biased, "BeitModel", use_relative_position_bias=False, layer_scale_init_value=0),
     "beit_plain": partial(biased, "BeitModel", use_relative_position_bias=False, layer_scale_init_value=0.0),
     "beit_maps": partial(biased, "BeitBackbone", out_features=["stage1", "stage4"]),
     "data2vec": partial(data2vec, "Data2VecVisionModel"),

@@ -12,6 +12,7 @@ from .cluster import ClusterMap
 from .fuse import FuseMap
 from .gate import GateMap
 from .keep import KeepMap
+from .low_pass import Filter, LowPassMap
 from .merge import MergeMap
 from .mix import MixMap
 from .mlerp import MlerpMap
@@ -27,9 +28,11 @@ __all__ = [
     "BesideMap",
     "ChainMap",
     "ClusterMap",
+    "Filter",
     "FuseMap",
     "GateMap",
     "KeepMap",
+    "LowPassMap",
     "MergeMap",
     "MixMap",
     "MlerpMap",

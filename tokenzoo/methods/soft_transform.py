@@ -54,7 +54,7 @@ class SoftTransform(KeepRate):
     kind = "merge"
     traits = Traits(
         sizes=True, proportional=lambda m: m.prop_attn, mass_pool=lambda m: m.mixture == "columns", positions=True,
-        products=lambda m, before, after: (before * after, before * after),
+        products=lambda m, before, after, layout: (before * after, before * after),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

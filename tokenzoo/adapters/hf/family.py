@@ -58,8 +58,6 @@ def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 FAMILY = register_family(
     Family(
         name="transformers",
-        summary="Hugging Face transformers: vision towers of ViT, DeiT, DINOv2 (registers), DINOv3, CLIP, SigLIP, BEiT, "
-        "Data2Vec, MAE, Idefics3, SmolVLM, InternVL",
         summary=(
             "vision towers of Hugging Face transformers: ViT, DeiT, DINOv2 (registers), DINOv3, CLIP, SigLIP, BEiT, "
             "Data2Vec, MAE, Idefics3, SmolVLM, InternVL"

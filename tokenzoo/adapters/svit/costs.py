@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ...core.method import Step
-from ...core.recipe import Recipe
 from ...models.svit.blocks import halved
 from ...ops.cells.super_tokens import SLOTS
 from ...ops.layer_macs import conv_macs
@@ -32,8 +31,8 @@ def kernel_macs(dim: int, hidden: int, flow: Flow) -> int:
 
 def grid_macs(dim: int, hidden: int, flow: Flow) -> int:
     """Multiply-adds of going to the grid and back around both convolutions; see `kernel_macs`."""
-    macs = _to_grid_and_back(flow.held, dim, dim, flow.recipe)  # the positional convolution
-    macs += _to_grid_and_back(flow.held_inside, dim, hidden, flow.recipe) + (flow.mlp_entered - flow.mlp) * hidden
+    macs = _to_grid_and_back(flow.held, dim, dim, flow)  # the positional convolution
+    macs += _to_grid_and_back(flow.held_inside, dim, hidden, flow) + (flow.mlp_entered - flow.mlp) * hidden
     if flow.recipe is not None and flow.recipe.fill.kind == "stash":  # hidden values of dropped tokens
         macs += sum(_dropped(*found) for found in flow.held_inside) * dim * hidden
     return macs
@@ -65,7 +64,7 @@ def leaving_rows(model: Any, index: int, flow: Flow) -> list[Beside]:
     down, dim = _halving(stage, flow.layout.grid), _width(stage.blocks[-1].attn)
     if not down:
         return []
-    back = way_back_macs(flow.held_behind, dim, dim, flow.recipe)
+    back = way_back_macs(flow.held_behind, dim, dim, flow)
     return [Beside(f"layers.{index}.downsample", flow.left, grid[0] * grid[1], down + back, back)]
 
 
@@ -93,23 +92,23 @@ def _dropped(step: Step, before: int, after: int) -> int:
     return before - after + (step.method.fuses and before != after)
 
 
-def way_back_macs(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
+def way_back_macs(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
     """Multiply-adds of giving every place a value of some width, where the residual stream has dim channels."""
-    macs = 0
+    macs, recipe = 0, flow.recipe
     for step, before, after in trace:
         if step.method.opens_span:
             macs += before * after * (dim + width)  # distances to the centres, and the mix
-        elif step.method.products(before, after)[1]:
-            macs += step.method.products(before, after)[1] * width
+        elif back := step.method.products(before, after, flow.layout)[1]:
+            macs += back * width
         elif recipe is not None and recipe.fill.kind == "nearest":
             macs += _dropped(step, before, after) * after * dim
     return macs
 
 
-def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
+def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
     """`way_back_macs`, and of giving the tokens what a convolution made of the values."""
-    macs = way_back_macs(trace, dim, width, recipe)
-    products = [step.method.products(before, after)[0] for step, before, after in trace]
+    macs, recipe = way_back_macs(trace, dim, width, flow), flow.recipe
+    products = [step.method.products(before, after, flow.layout)[0] for step, before, after in trace]
     kept = all(step.method.drops_in(step) and not step.method.merges_in(step) for step, _, _ in trace)
     if kept and not any(products):
         return macs

@@ -91,7 +91,7 @@ class Tower(RotaryModel):
         if self.projector is None or index < len(self.blocks) - 1:
             return []
         dim = self.embed_dim
-        back = way_back_macs(flow.held_behind, dim, dim, flow.recipe)
+        back = way_back_macs(flow.held_behind, dim, dim, flow)
         return [Beside("grid", flow.left, flow.layout.num_patches, back, back)] if back else []
 
 
