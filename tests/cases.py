@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import timm
@@ -119,6 +120,15 @@ def _diff_parallel() -> nn.Module:
     return VIT(block_fn=DiffParallelScalingBlock)
 
 
+def _tower(file: str, name: str, **kwargs: Any) -> nn.Module:
+    """A vision tower that newer releases of timm have: an encoder or a classifier around one."""
+    cls = getattr(import_module(f"timm.models.{file}"), name)
+    more = {"num_classes": 7} if name.endswith("Classifier") else {}
+    more |= {"pos_embed_grid_size": 4} if file == "qwen3_vit" else {}
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
+    return cls(**sizes, **more, **kwargs)
+
+
 # name -> model; everything that the adapters claim to serve
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "deit": VIT,
@@ -175,6 +185,14 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
         RELPOS, rel_pos_type="bias", class_token=True, global_pool="token", block_fn=ResPostRelPosBlock
     ),
     "relpos_shared": partial(RELPOS, rel_pos_type="swin", shared_rel_pos=True, class_token=True),
+    "qwen3": partial(_tower, "qwen3_vit", "Qwen3VitClassifier"),
+    "qwen3_merge": partial(_tower, "qwen3_vit", "Qwen3VitClassifier", encoder_pool="merge", out_features=24),
+    "qwen3_enc": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", out_features=24),
+    "qwen3_enc_avg": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", global_pool="avg"),
+    "qwen3_enc_all": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", global_pool=""),
+    "deepseek": partial(_tower, "deepseek_vit", "DeepseekVitClassifier"),
+    "deepseek_align": partial(_tower, "deepseek_vit", "DeepseekVitClassifier", encoder_pool="align", out_features=24),
+    "deepseek_enc": partial(_tower, "deepseek_vit", "DeepseekVitEncoder", out_features=24),
     "t2t_vit": partial(
         T2TViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, token_dim=16
     ),
@@ -236,16 +254,20 @@ def shaken(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def size_of(model: nn.Module) -> tuple[int, int]:
+    """Pixels of the model's own images; a classifier around an encoder has no patch embedding of its own."""
+    return tuple(getattr(model, "encoder", model).patch_embed.img_size)
+
+
 def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
     """Random images of the model's size."""
-    size = model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, 3, *size_of(model), generator=torch.Generator().manual_seed(seed))
 
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
     if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT)):
         return False
-    if method in NEEDS_ATTENTION_ALONE and isinstance(model.blocks[0], SHARED_BRANCH):
+    if method in NEEDS_ATTENTION_ALONE and isinstance(getattr(model, "encoder", model).blocks[0], SHARED_BRANCH):
         return False
     return method not in NEEDS_CLASS or describe(model).layout.has_class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,6 +28,14 @@ def _made(model: str, config: str, sizes: dict[str, Any] = SIZES, **more: Any) -
     return getattr(transformers, model)(getattr(transformers, config)(**{**sizes, **more}))
 
 
+def _vision(model: str, config: str, package: str, **more: Any) -> nn.Module:
+    """A tower that transformers hands out as part of a model of images and text alone."""
+    files = [f"transformers.models.{package}.{kind}_{package}" for kind in ("modeling", "configuration")]
+    modeling, configuration = map(importlib.import_module, files)
+    sizes = SQUARE if package == "internvl" else PATCHES
+    return getattr(modeling, model)(getattr(configuration, config)(**{**sizes, **more}))
+
+
 def _whole(model: str, config: str, **more: Any) -> nn.Module:
     """A model of two towers, or a classifier whose configuration says so."""
     text = {**SIZES, "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 1, "projection_size": 32}
@@ -34,6 +43,11 @@ def _whole(model: str, config: str, **more: Any) -> nn.Module:
     return getattr(transformers, model)(getattr(transformers, config)(**options))
 
 
+PATCHES = {key: value for key, value in SIZES.items() if key != "num_labels"}
+SQUARE = {**PATCHES, "image_size": [32, 32], "patch_size": [8, 8]}
+dinov3 = partial(_made, config="DINOv3ViTConfig", sizes={**PATCHES, "num_register_tokens": 3, "layerscale_value": 0.3})
+biased = partial(_made, config="BeitConfig", use_relative_position_bias=True)
+data2vec = partial(_made, config="Data2VecVisionConfig", use_relative_position_bias=True)
 dino = partial(_made, config="Dinov2Config", sizes=DINO)
 registers = partial(_made, config="Dinov2WithRegistersConfig", sizes=DINO)
 # name -> model
@@ -56,7 +70,29 @@ TOWERS: dict[str, Callable[[], nn.Module]] = {
     "siglip": partial(_made, "SiglipVisionModel", "SiglipVisionConfig"),
     "siglip_headless": partial(_made, "SiglipVisionModel", "SiglipVisionConfig", vision_use_head=False),
     "siglip_classes": partial(_whole, "SiglipForImageClassification", "SiglipConfig"),
-}
+    "dinov3": partial(dinov3, "DINOv3ViTModel"),
+    "dinov3_gated": partial(dinov3, "DINOv3ViTModel", use_gated_mlp=True, num_register_tokens=0),
+    "dinov3_maps": partial(dinov3, "DINOv3ViTBackbone", out_features=["stage2", "stage4"], return_class_token=True),
+    "beit": partial(biased, "BeitModel"),
+    "beit_classes": partial(biased, "BeitForImageClassification", use_mean_pooling=True),
+    "beit_shared": partial(
+        biased, "BeitModel", use_shared_relative_position_bias=True, use_absolute_position_embeddings=True,
+        use_mean_pooling=False,
+    ),
+    "beit_plain": partial(biased, "BeitModel", use_relative_position_bias=False, layer_scale_init_value=0.0),
+    "beit_maps": partial(biased, "BeitBackbone", out_features=["stage1", "stage4"]),
+    "data2vec": partial(data2vec, "Data2VecVisionModel"),
+    "data2vec_classes": partial(
+        data2vec, "Data2VecVisionForImageClassification", use_shared_relative_position_bias=True
+    ),
+    "mae": partial(_made, "ViTMAEModel", "ViTMAEConfig", mask_ratio=0.0),
+    "idefics3": partial(_vision, "Idefics3VisionTransformer", "Idefics3VisionConfig", "idefics3"),
+    "smolvlm": partial(_vision, "SmolVLMVisionTransformer", "SmolVLMVisionConfig", "smolvlm"),
+    "internvl": partial(_vision, "InternVLVisionModel", "InternVLVisionConfig", "internvl", use_qk_norm=True),
+    "internvl_rms": partial(
+        _vision, "InternVLVisionModel", "InternVLVisionConfig", "internvl", norm_type="rms_norm", use_mean_pooling=False
+    ),
+}  # fmt: skip
 # classifiers around towers that take a mean of patches themselves
 MEANS = ("dinov2_classes", "registers_classes", "clip_classes", "siglip_classes")
 # the shortest way through every kind of tower
@@ -69,7 +105,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
     model = shaken(TOWERS[name]())
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "position_embedding" in key or "probe" in key:
+            if "position_embedding" in key or "probe" in key or "bias_table" in key:
                 parameter.normal_(std=0.3)
             elif "lambda" in key:
                 parameter.uniform_(0.1, 0.5)
@@ -88,11 +124,19 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1, size: tuple[int, int
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
+def ask(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    """Calls a model; MAE's encoder with the noise that does not shuffle, which is all that a patched one knows."""
+    if type(model).__name__ == "ViTMAEModel":
+        n = (x.shape[-2] // 8) * (x.shape[-1] // 8)
+        options["noise"] = torch.arange(n, dtype=torch.float32).expand(len(x), -1)
+    return model(x, **options)
+
+
 def answers(output: Any) -> list[Tensor]:
-    """The tensors of an output, but for the hidden states."""
+    """The tensors of an output, but for the hidden states, and MAE's notes of a shuffle."""
     found = []
     for key, value in output.items():
-        if key != "hidden_states" and value is not None:
+        if key not in ("hidden_states", "mask", "ids_restore") and value is not None:
             found += list(value) if isinstance(value, tuple) else [value]
     return found
 
@@ -102,4 +146,4 @@ def served(method: str, model: nn.Module) -> bool:
     return method not in NEEDS_CLASS or describe(backbone_of(model)).layout.has_class
 
 
-__all__ = ["FEW", "MEANS", "TOWERS", "answers", "build", "given", "images", "served", "whole"]
+__all__ = ["FEW", "MEANS", "TOWERS", "answers", "ask", "build", "given", "images", "served", "whole"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import KEEPS_LENGTH, METHODS
-from hf_cases import MEANS, TOWERS, answers, build, given, images, served
+from hf_cases import MEANS, TOWERS, answers, ask, build, given, images, served
 
 import tokenzoo
 from tokenzoo.adapters.wrappers import backbone_of
@@ -41,14 +41,14 @@ def test_zero_reduction_changes_nothing(model, method, tower):
             tokenzoo.patch_model(model, method)
         return
     x = images(model)
-    plain = model(x, output_hidden_states=True)
+    plain = ask(model, x, output_hidden_states=True)
     with tokenzoo.patched(model, given(method, "zero")):
-        got = model(x, output_hidden_states=True)
+        got = ask(model, x, output_hidden_states=True)
     if method != "ats":  # it has no strength zero
         close(answers(got), answers(plain))
         assert len(got.hidden_states) == len(plain.hidden_states) == 5
         close(got.hidden_states, plain.hidden_states, atol=2e-5)
-    assert all(torch.equal(a, b) for a, b in zip(answers(model(x)), answers(plain)))
+    assert all(torch.equal(a, b) for a, b in zip(answers(ask(model, x)), answers(plain)))
 
 
 @methods
@@ -59,12 +59,12 @@ def test_reduction(model, method, tower):
     if not served(method, model):
         return
     x, backbone = images(model), backbone_of(model)
-    plain, keys, classes = model(x), list(model.state_dict()), [type(m) for m in model.modules()]
+    plain, keys, classes = ask(model, x), list(model.state_dict()), [type(m) for m in model.modules()]
     tokenzoo.patch_model(model, given(method))
     try:
         report, tokens = tokenzoo.report(model), backbone.forward_tokens(x, trace=True)
-        out = model(x, output_hidden_states=True)
-        lengths = [state.shape[1] for state in out.hidden_states[1:]]
+        out, states = ask(model, x), ask(backbone, x, output_hidden_states=True).hidden_states
+        lengths = [state.shape[1] for state in states[1:]]
         expected = [row.tokens_out for row in report.rows if row.block is not None]
         if create_method(method).traits.data_dependent or report.data_dependent:
             assert all(n <= bound for n, bound in zip(lengths, expected)) and tokens.length == lengths[-1]
@@ -76,13 +76,13 @@ def test_reduction(model, method, tower):
             a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(answers(out), answers(plain))
         )
         pooled = [value for value in answers(out) if value.dim() != 3]
-        alone = [[v for v in answers(model(image[None])) if v.dim() != 3] for image in x]
+        alone = [[v for v in answers(ask(model, image[None])) if v.dim() != 3] for image in x]
         close([torch.cat(parts) for parts in zip(*alone)], pooled, atol=2e-5, rtol=1e-4)
         close([backbone.forward_head(backbone.forward_features(x))], [backbone.forward_head(tokens)], atol=2e-5)
         assert list(model.state_dict()) == keys
     finally:
         tokenzoo.unpatch_model(model)
-    assert all(torch.equal(a, b) for a, b in zip(answers(model(x)), answers(plain)))
+    assert all(torch.equal(a, b) for a, b in zip(answers(ask(model, x)), answers(plain)))
     assert [type(m) for m in model.modules()] == classes
     assert not any("tokenzoo" in key for module in model.modules() for key in vars(module))
 

@@ -7,8 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from cases import METHODS, given
+from library_cases import build, images, rough
 from torch import nn
-from tower_cases import build, images, rough
 
 import tokenzoo
 

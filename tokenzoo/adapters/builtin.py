@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 from .beit import FAMILY as BEIT
 from .cait.model import FAMILY as CAIT
 from .eva.model import FAMILY as EVA
@@ -19,3 +22,9 @@ for _family in (VIT, EVA, BEIT, RELPOS, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT
     register_family(_family)
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
 register_later("transformers", "tokenzoo.adapters.hf.family")
+
+# files that only newer releases of timm have -> module here
+_NEWER = {"qwen3_vit": "towers.qwen3", "deepseek_vit": "towers.deepseek"}
+for _file, _module in _NEWER.items():
+    if find_spec(f"timm.models.{_file}") is not None:
+        register_family(import_module(f"{__package__}.{_module}").FAMILY)

@@ -116,7 +116,7 @@ def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: Bac
     if recipe.protect and not family.model_kind(backbone).takes_added:
         raise ValueError(
             f"protect={recipe.protect}: the sequence of {name} has no place for added tokens, since its blocks see "
-            "windows, stages or a scan; leave protect out"
+            "windows, stages or a scan, or its features are maps; leave protect out"
         )
     for method in recipe.methods:
         _check_mixing(method, name, family)

@@ -1,4 +1,4 @@
-"""Models around a tower that pool its tokens by a plain mean."""
+"""Models around a tower that read more of its tokens than the pooled one."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from ..features import Reads
 from .naming import PlainName
 
 
-class ReadsMean(PlainName):
-    """Mixin of classifiers that take a mean of the tower's `last_hidden_state`.
+class TellsTower(PlainName):
+    """Mixin of models that tell the tower what they do with its tokens, as an option of the call.
 
-    The tower is told so: it gives a tensor of which a plain mean is that of the tokens by size and without padding, see
-    `tokenzoo.adapters.features`. Upstream's own `forward` runs on that, its losses and outputs included.
+    Upstream's own `forward` runs on what the tower then gives, its losses and outputs included.
     """
 
-    tokenzoo_reads = Reads(mean=True)
+    tokenzoo_options: dict[str, Any] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.forward = _telling(cls.__bases__[-1].forward)
+        plain = cls.__bases__[-1]
+        if plain.__module__.startswith("transformers."):
+            cls.forward = _telling(plain.forward)
 
     @property
     def loss_function(self) -> Any:
         """Upstream's, which is given the options of the call and knows nothing of ours."""
         plain = super().loss_function
 
-        def loss(*args: Any, tokenzoo_reads: Any = None, **kwargs: Any) -> Any:
-            return plain(*args, **kwargs)
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            return plain(*args, **{key: value for key, value in kwargs.items() if key not in self.tokenzoo_options})
 
         return loss
 
@@ -37,11 +38,27 @@ class ReadsMean(PlainName):
         self._loss_function = value
 
 
+class ReadsMean(TellsTower):
+    """Mixin of classifiers that take a plain mean of the tower's `last_hidden_state` behind the class token.
+
+    The tower gives a tensor of which that is the mean of the tokens by size and without padding, see
+    `tokenzoo.adapters.features`.
+    """
+
+    tokenzoo_options = {"tokenzoo_reads": Reads(mean=True)}
+
+
+class ReadsGrid(TellsTower):
+    """Mixin of models that lay hidden states out on the grid: every patch reads the token it went into."""
+
+    tokenzoo_options = {"tokenzoo_dense": True}
+
+
 def _telling(plain: Any) -> Any:
     """A `forward` of the same signature, which trainers look at, that hands on what the model reads."""
 
     @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return plain(self, *args, tokenzoo_reads=self.tokenzoo_reads, **kwargs)
+        return plain(self, *args, **self.tokenzoo_options, **kwargs)
 
     return forward

@@ -53,7 +53,10 @@ class HfAttention(PlainName, AttentionLayer):
 
     def project(self, z: Tensor, rows: Tensor | None, with_values: bool = True) -> Heads:
         q, k = self._split(self.q_proj(z)), self._split(self.k_proj(z))
-        v = self.project_values(z) if with_values else None
+        return self._heads(q, k, self.project_values(z) if with_values else None)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor | None) -> Heads:
+        """Heads [B, H, N, D] as this layer attends with them."""
         fused = self.config._attn_implementation != "eager"
         return Heads(q, k, v, getattr(self, self.scale_name), fused=fused, dropout=self._rate, kernel=self._kernel)
 

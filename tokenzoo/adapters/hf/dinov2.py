@@ -53,10 +53,10 @@ class ReducingDinov2WithRegistersLayer(HfLayer, Dinov2WithRegistersLayer):
     parts = PARTS
 
 
-class _Dino(HfTower):
+class DinoTower(HfTower):
     """The class token is pooled; positions follow the size of the image by themselves."""
 
-    layers_path, norm_path, interpolates_alone = "encoder.layer", "layernorm", True
+    layers_path, norm_name, interpolates_alone = "encoder.layer", "layernorm", True
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -64,7 +64,9 @@ class _Dino(HfTower):
         return 1 + getattr(self.config, "num_register_tokens", 0)
 
 
-class _DinoModel(_Dino):
+class DinoModel(DinoTower):
+    """The tower as a model with a pooled class token."""
+
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -76,19 +78,19 @@ class _DinoModel(_Dino):
         return self.output_of(pixel_values, attention_mask, {**kwargs, "bool_masked_pos": bool_masked_pos})
 
 
-class ReducingDinov2Model(_DinoModel, Dinov2Model):
+class ReducingDinov2Model(DinoModel, Dinov2Model):
     """`Dinov2Model` whose layers reduce tokens."""
 
 
-class ReducingDinov2WithRegistersModel(_DinoModel, Dinov2WithRegistersModel):
+class ReducingDinov2WithRegistersModel(DinoModel, Dinov2WithRegistersModel):
     """`Dinov2WithRegistersModel`: class token, registers, patches."""
 
 
-class ReducingDinov2Backbone(GivesFeatureMaps, _Dino, Dinov2Backbone):
+class ReducingDinov2Backbone(GivesFeatureMaps, DinoTower, Dinov2Backbone):
     """`Dinov2Backbone`, its feature maps on the full grid."""
 
 
-class ReducingDinov2WithRegistersBackbone(GivesFeatureMaps, _Dino, Dinov2WithRegistersBackbone):
+class ReducingDinov2WithRegistersBackbone(GivesFeatureMaps, DinoTower, Dinov2WithRegistersBackbone):
     """`Dinov2WithRegistersBackbone`, its feature maps on the full grid."""
 
 

@@ -29,7 +29,7 @@ class GivesFeatureMaps:
         for stage, tokens in zip(self.stage_names, walk):
             if stage in self.out_features:
                 maps.append(self._map(tokens))
-            states.append(self._shown(tokens))
+            states.append(self._shown(tokens, self.tokenzoo_recipe.dense))
         output = BackboneOutput(feature_maps=tuple(maps), hidden_states=selected(states, wanted))
         return output if asked(self, kwargs, "return_dict") is not False else output.to_tuple()
 

@@ -73,7 +73,7 @@ def pooling_macs(head: Any, n: int) -> int:
 class ReducingSiglipVisionModel(HfTower, SiglipVisionModel):
     """`SiglipVisionModel` whose layers reduce tokens."""
 
-    norm_path, conv_path = "post_layernorm", "embeddings.patch_embedding"
+    norm_name, conv_path = "post_layernorm", "embeddings.patch_embedding"
     num_prefix_tokens, has_class = 0, False
 
     def head_reads(self) -> Reads:
@@ -100,7 +100,7 @@ class ReducingSiglipVisionModel(HfTower, SiglipVisionModel):
 class ReducingSiglipForImageClassification(ReadsMean, SiglipForImageClassification):
     """The mean of the tokens by size."""
 
-    tokenzoo_reads = Reads(mean=True, include_prefix=True)
+    tokenzoo_options = {"tokenzoo_reads": Reads(mean=True, include_prefix=True)}
 
 
 MODELS = {SiglipVisionModel: ReducingSiglipVisionModel}

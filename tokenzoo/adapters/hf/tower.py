@@ -13,16 +13,14 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...core.lift import lift
 from ...core.tokens import Tokens
-from ...ops.rows import split_dim
 from ..classes import unwrapped
 from ..features import Reads, encode
-from ..heads import embed_macs
+from ..halving import half_tokens
 from ..model import ReducingModel
 from .naming import PlainName
 from .outputs import asked, refuse_options, selected, whole_mask
@@ -37,7 +35,7 @@ class HfTower(PlainName, ReducingModel):
     """Mixin of towers; subclasses say where layers, final norm and patch convolution are, and how they pool."""
 
     layers_path: str = "encoder.layers"
-    norm_path: str | None = None  # the norm behind the layers, None where only what is pooled goes through one
+    norm_name: str | None = None  # the norm behind the layers, None where only what is pooled goes through one
     conv_path: str = "embeddings.patch_embeddings.projection"
     num_prefix_tokens: int = 1
     has_class: bool = True
@@ -51,16 +49,18 @@ class HfTower(PlainName, ReducingModel):
         return attrgetter(self.layers_path)(self)
 
     @property
+    def patch_embed(self) -> nn.Module:
+        """The convolution that makes patches."""
+        return attrgetter(self.conv_path)(self)
+
+    @property
     def norm(self) -> nn.Module:
         """The norm behind the layers."""
-        return nn.Identity() if self.norm_path is None else attrgetter(self.norm_path)(self)
+        return nn.Identity() if self.norm_name is None else self._modules[self.norm_name]
 
     @property
     def own_grid(self) -> tuple[int, int]:
         return self.grid_of(pair(self.config.image_size))
-
-    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        return tuple(side // step for side, step in zip(size, pair(self.config.patch_size)))
 
     def checkpoints(self, index: int) -> bool:
         block = unwrapped(self.blocks[index])
@@ -73,25 +73,19 @@ class HfTower(PlainName, ReducingModel):
 
     def _embedded(self, x: Tensor) -> Tensor:
         """The tower's own embedding; positions follow the size of the image."""
-        x = x.to(attrgetter(self.conv_path)(self).weight.dtype)
+        return self.embeddings(x.to(self.patch_embed.weight.dtype), **self._positions(x))
+
+    def _positions(self, x: Tensor) -> dict[str, bool]:
+        """What the embedding has to be told about positions."""
         resized = tuple(x.shape[-2:]) != pair(self.config.image_size) and not self.interpolates_alone
-        return self.embeddings(x, **({"interpolate_pos_encoding": True} if resized else {}))
+        return {"interpolate_pos_encoding": True} if resized else {}
 
     def embed_half(self, images: Tensor) -> Tensor:
-        high, wide = self.grid_of(images.shape[-2:])
-        if high % 2 or wide % 2:
-            raise ValueError(f"{type(self).__name__}: the {high} x {wide} patches cannot be halved; use even grids")
-        conv = attrgetter(self.conv_path)(self)
-        images = images.to(conv.weight.dtype)
-        half = conv(F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=False))
+        images, conv = images.to(self.patch_embed.weight.dtype), self.patch_embed
         # positions are what the tower adds to the patches of an empty image
         empty = torch.zeros_like(images[:1])
         places = self._embedded(empty)[:, self.num_prefix_tokens :] - conv(empty).flatten(2).transpose(1, 2)
-        places = F.avg_pool2d(split_dim(places.transpose(1, 2).float(), 2, high, wide), 2).to(half.dtype)
-        return (half + places).flatten(2).transpose(1, 2)
-
-    def embed_macs(self, grid: tuple[int, int]) -> int:
-        return embed_macs(attrgetter(self.conv_path)(self), grid)
+        return half_tokens(self, images, conv, places, self.grid_of(images.shape[-2:]))
 
     def head_macs(self, n: int, layout: Any) -> int:
         return 0
@@ -119,53 +113,55 @@ class HfTower(PlainName, ReducingModel):
     # ---- transformers' own call
 
     def answer(
-        self, images: Tensor, mask: Tensor | None, options: dict[str, Any], reads: Reads | None = None
+        self, images: Tensor, mask: Tensor | None, options: dict[str, Any], embedded: Tensor | None = None
     ) -> tuple[Tokens, Tensor, tuple[Tensor, ...] | None]:
         """What `forward` of a tower runs.
 
         Args:
             images: [B, C, H, W].
             mask: [B, N] of tokens that may be looked at, or a mask of four dimensions.
-            options: the keyword arguments that upstream hands on from model to model.
-            reads: what a head outside of the tower does with `last_hidden_state`.
+            options: the keyword arguments that upstream hands on from model to model; `tokenzoo_reads` is what a model
+                around the tower does with `last_hidden_state`, `tokenzoo_dense` asks for all tokens in their places.
+            embedded: values of all tokens, where the tower embeds with more than the images.
 
         Returns:
             Tokens behind the final norm, `last_hidden_state`, and the hidden states if they are asked for.
         """
         refuse_options(self, options)
-        recipe = self.tokenzoo_recipe
-        weighs = reads is not None and reads.weighs(recipe)
-        wanted = asked(self, options, "output_hidden_states")
-        states = []
-        walk = self.walk(images, whole_mask(mask), trace=weighs or recipe.dense, dense=recipe.dense)
+        recipe, reads = self.tokenzoo_recipe, options.get("tokenzoo_reads")
+        dense = recipe.dense or options.get("tokenzoo_dense", False)
+        trace = dense or (reads is not None and reads.weighs(recipe))
+        wanted, mask, states = asked(self, options, "output_hidden_states"), whole_mask(mask), []
+        if embedded is None:
+            walk = self.walk(images, mask, trace=trace, dense=dense)
+        else:
+            walk = self.follow(self.begin(images, embedded, None, mask, trace, dense), None, mask)
         for tokens in walk:
             if wanted is not False:
-                states.append(self._shown(tokens))
+                states.append(self._shown(tokens, dense))
         tokens = self._finish(tokens)
-        if recipe.dense:
+        if dense:
             last = self.lift_features(tokens)
         else:
             last = tokens.x if reads is None else encode(tokens, reads, recipe)
         return tokens, last, selected(states, wanted)
 
-    def _shown(self, tokens: Tokens) -> Tensor:
-        """Tokens between two layers as a tensor [B, N, C]."""
-        recipe = self.tokenzoo_recipe
-        if recipe.dense:
+    def _shown(self, tokens: Tokens, dense: bool) -> Tensor:
+        """Tokens between two layers as a tensor [B, N, C], all of them in their places if that is asked for."""
+        if dense:
+            recipe = self.tokenzoo_recipe
             return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, partial(self.tap, index=-1, norm=False))
         return tokens.x if tokens.valid is None else tokens.x * tokens.valid.unsqueeze(-1).to(tokens.x.dtype)
 
-    def output_of(self, images: Tensor, mask: Tensor | None, options: dict[str, Any], interpolate: Any = True) -> Any:
-        """`forward` of towers that give `BaseModelOutputWithPooling`.
+    def check_size(self, images: Tensor | None, interpolate: Any) -> None:
+        """Refuses what upstream refuses.
 
         Args:
-            images: see `answer`.
-            mask: see `answer`.
-            options: see `answer`; `tokenzoo_reads` is what a head outside does with `last_hidden_state`.
-            interpolate: whether positions may follow the size of the image.
+            images: [B, C, H, W].
+            interpolate: whether positions may follow the size of the images.
 
         Raises:
-            ValueError: an image of another size than the tower's own, without `interpolate_pos_encoding`.
+            ValueError: no images, or of another size than the tower's own, without `interpolate_pos_encoding`.
         """
         if images is None:
             raise ValueError(f"{type(self).__name__}: give pixel_values")
@@ -174,8 +170,18 @@ class HfTower(PlainName, ReducingModel):
                 f"Input image size ({images.shape[-2]}*{images.shape[-1]}) doesn't match model "
                 f"({'*'.join(map(str, pair(self.config.image_size)))}); pass interpolate_pos_encoding=True"
             )
-        reads = options.get("tokenzoo_reads")
-        tokens, last, states = self.answer(images, mask, options, reads)
+
+    def output_of(self, images: Tensor, mask: Tensor | None, options: dict[str, Any], interpolate: Any = True) -> Any:
+        """`forward` of towers that give `BaseModelOutputWithPooling`.
+
+        Args:
+            images: see `answer`.
+            mask: see `answer`.
+            options: see `answer`.
+            interpolate: see `check_size`.
+        """
+        self.check_size(images, interpolate)
+        tokens, last, states = self.answer(images, mask, options)
         pooled = self.pooled(self.read(tokens))
         output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=states)
         return output if asked(self, options, "return_dict") is not False else output.to_tuple()

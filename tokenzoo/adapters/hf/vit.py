@@ -24,7 +24,7 @@ from .attention import HfAttention
 from .layer import HfLayer, Parts
 from .tower import HfTower
 
-_PARTS = Parts("layernorm_before", "attention", "layernorm_after", ("dropout",), ("dropout",))
+PARTS = Parts("layernorm_before", "attention", "layernorm_after", ("dropout",), ("dropout",))
 
 
 class ReducingViTAttention(HfAttention, ViTAttention):
@@ -38,19 +38,19 @@ class ReducingDeiTAttention(HfAttention, DeiTAttention):
 class ReducingViTLayer(HfLayer, ViTLayer):
     """`ViTLayer` on tokens."""
 
-    parts = _PARTS
+    parts = PARTS
 
 
 class ReducingDeiTLayer(HfLayer, DeiTLayer):
     """`DeiTLayer` on tokens."""
 
-    parts = _PARTS
+    parts = PARTS
 
 
 class _ClassPooler(HfTower):
     """A tower whose pooler, if it has one, is a layer on the class token."""
 
-    layers_path, norm_path = "layers", "layernorm"
+    layers_path, norm_name = "layers", "layernorm"
 
     def pooled(self, tokens: Tokens) -> Tensor | None:
         return None if self.pooler is None else self.pooler(tokens.x)

@@ -1,6 +1,6 @@
 """open_clip's transformer.py: the image towers of CLIP, CoCa, MetaCLIP, DFN, ... that are its own `VisionTransformer`.
 
-Read from open_clip 2.24 to 3.3. Differences from upstream: the model's subclass runs the parts of `transformer` one by
+Read from open_clip 2.27 to 3.3. Differences from upstream: the model's subclass runs the parts of `transformer` one by
 one; attention runs through `scaled_dot_product_attention` in every mode, and its output projection is called; attention
 pooling sees sizes and padding. With `output_tokens` the tokens handed out are those that are left, all of them with
 `dense=True`; those of attention pooling are its queries, as ever. Of whole CLIP models
@@ -40,6 +40,11 @@ class ReducingOpenClipTransformer(ReducingModel, VisionTransformer):
     @property
     def patch_embed(self) -> nn.Module:
         return self.conv1
+
+    @property
+    def norm_pre(self) -> nn.Module:
+        """Of tokens that join the sequence in front of block 0, as of those in it."""
+        return self.ln_pre
 
     @property
     def own_grid(self) -> tuple[int, int]:
@@ -180,7 +185,7 @@ FAMILY = register_family(
         blocks=BLOCKS,
         attentions=ATTENTIONS,
         around={cls: Around("visual") for cls in (CLIP, CustomTextCLIP, CoCa)},
-        tried="open_clip 2.24 to 3.3",
+        tried="open_clip 2.27 to 3.3",
         check=check,
         check_block=check_block,
         bypassed=bypassed,

@@ -64,7 +64,7 @@ def leaving_rows(model: Any, index: int, flow: Flow) -> list[Beside]:
     down, dim = _halving(stage, flow.layout.grid), _width(stage.blocks[-1].attn)
     if not down:
         return []
-    back = _way_back(flow.held_behind, dim, dim, flow)
+    back = way_back_macs(flow.held_behind, dim, dim, flow)
     return [Beside(f"layers.{index}.downsample", flow.left, grid[0] * grid[1], down + back, back)]
 
 
@@ -92,7 +92,7 @@ def _dropped(step: Step, before: int, after: int) -> int:
     return before - after + (step.method.fuses and before != after)
 
 
-def _way_back(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
+def way_back_macs(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
     """Multiply-adds of giving every place a value of some width, where the residual stream has dim channels."""
     macs, recipe = 0, flow.recipe
     for step, before, after in trace:
@@ -106,8 +106,8 @@ def _way_back(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> in
 
 
 def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
-    """`_way_back`, and of giving the tokens what a convolution made of the values."""
-    macs, recipe = _way_back(trace, dim, width, flow), flow.recipe
+    """`way_back_macs`, and of giving the tokens what a convolution made of the values."""
+    macs, recipe = way_back_macs(trace, dim, width, flow), flow.recipe
     products = [step.method.products(before, after, flow.layout)[0] for step, before, after in trace]
     kept = all(step.method.drops_in(step) and not step.method.merges_in(step) for step, _, _ in trace)
     if kept and not any(products):

@@ -1,0 +1,169 @@
+"""transformers around a patched model: files, pipelines, Trainer, PEFT, accelerate, compilers."""
+
+import copy
+import json
+from functools import partial
+
+import pytest
+import torch
+from hf_cases import FEW, answers, build, images, transformers
+from PIL import Image
+from torch import nn
+
+import tokenzoo
+from tokenzoo.adapters.wrappers import backbone_of
+
+few = pytest.mark.parametrize("tower", FEW)
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+
+
+@few
+@torch.no_grad()
+def test_files_are_those_of_the_plain_model(tower, tmp_path):
+    """save_pretrained of a patched model: names, architectures and weights as published; AutoModel reads them."""
+    model, x = build(tower), images(None)
+    model.save_pretrained(tmp_path / "plain")
+    tokenzoo.patch_model(model, "tome", r=2)
+    model.save_pretrained(tmp_path / "patched")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "patched")]
+    assert configs[0] == configs[1] and configs[1]["architectures"] == [type(model).__name__]
+    fresh = type(build(tower)).from_pretrained(tmp_path / "patched")
+    assert not tokenzoo.is_patched(fresh)
+    tokenzoo.patch_model(fresh, tokenzoo.recipe(model))
+    assert all(map(torch.equal, answers(fresh(x)), answers(model(x))))
+    auto = transformers.AutoModel.from_pretrained(tmp_path / "patched")
+    assert tokenzoo.is_patched(tokenzoo.patch_model(auto, "tome", r=2))
+
+
+def processor():
+    return transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+
+
+@torch.no_grad()
+def test_pipelines():
+    model, picture = build("dinov2_classes"), Image.new("RGB", (40, 50), (200, 10, 90))
+    tokenzoo.patch_model(model, "evit", keep_rate=0.6)
+    classify = transformers.pipeline("image-classification", model=model, image_processor=processor())
+    scores = {row["label"]: row["score"] for row in classify(picture, top_k=7)}
+    logits = model(**processor()(picture, return_tensors="pt")).logits.softmax(-1)[0]
+    for label, index in model.config.label2id.items():
+        assert scores[label] == pytest.approx(float(logits[index]), abs=1e-5)
+    tower = tokenzoo.patch_model(build("vit"), "tome", r=3)
+    features = transformers.pipeline("image-feature-extraction", model=tower, image_processor=processor())
+    assert len(features(picture)[0]) == 5
+
+
+@pytest.mark.parametrize("tower,method", [("vit_classes", "tome"), ("dinov2_classes", "evit")])
+def test_trainer(tower, method, tmp_path):
+    """Two steps, with checkpointed activations; the weights that it writes are those of the plain class."""
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return {"pixel_values": images(None, 1, index)[0], "labels": index % 7, "name": "dropped"}
+
+    results = []
+    for checkpointing in (False, True):
+        model = tokenzoo.patch_model(build(tower), method, **({"r": 2} if method == "tome" else {}))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+            gradient_checkpointing=checkpointing, use_cpu=True, learning_rate=1e-3, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
+        before = copy.deepcopy(model.state_dict())
+        trainer.train()
+        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert trainer.evaluate()["eval_loss"] > 0
+        results.append({name: value.clone() for name, value in model.state_dict().items()})
+    for name, value in results[0].items():
+        close(results[1][name], value, msg=name)
+    trainer.save_model(str(tmp_path / "last"))
+    assert json.loads((tmp_path / "last" / "config.json").read_text())["architectures"] == [type(model).__name__]
+    fresh = type(build(tower)).from_pretrained(tmp_path / "last")
+    tokenzoo.unpatch_model(model.eval())
+    with torch.no_grad():
+        close(fresh(images(None)).logits, model(images(None)).logits)
+
+
+@few
+def test_peft(tower):
+    """LoRA before and after patching; the adapters learn, and switching them off gives the model without them."""
+    peft = pytest.importorskip("peft")
+    model, x = build(tower), images(None)
+    expected = answers(tokenzoo.patch_model(copy.deepcopy(model), "tome", r=2)(x))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    first = copy.deepcopy(model)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(first, config)
+    tokenzoo.patch_model(wrapped, "tome", r=2)
+    torch.manual_seed(0)
+    second = peft.get_peft_model(tokenzoo.patch_model(model, "tome", r=2), config)
+    for made in (wrapped, second):
+        assert tokenzoo.is_patched(made) and "layer" in tokenzoo.report(made).rows[1].name
+        out = answers(made(x))
+        assert not torch.allclose(out[0], expected[0], atol=1e-3)
+        sum(y.square().mean() for y in out).backward()
+        grads = [p.grad for name, p in made.named_parameters() if "lora" in name]
+        assert len(grads) == 16 and all(grad is not None for grad in grads)
+        with torch.no_grad(), made.disable_adapter():
+            close(answers(made(x))[0], expected[0])
+    with torch.no_grad():
+        close(answers(wrapped(x))[0], answers(second(x))[0])
+
+
+def spread(model):
+    """A device map: the last layers on disk, everything else in memory."""
+    where = {}
+    for name, module in model.named_modules():
+        if not any(name.startswith(f"{above}.") for above in where) and not isinstance(module, nn.ModuleList):
+            layer = name.rpartition(".")[2].isdigit()
+            if layer or not any("layer" in inner for inner, _ in module.named_modules()) or name.endswith("head"):
+                where[name] = "disk" if layer and name[-1] in "23" else "cpu"
+    return where
+
+
+@few
+@torch.no_grad()
+def test_device_maps(tower, tmp_path):
+    """Offloaded layers give the same numbers: accelerate's hooks in front of them follow their classes."""
+    pytest.importorskip("accelerate")
+    model, x = build(tower), images(None)
+    plain = answers(model(x))
+    model.save_pretrained(tmp_path)
+    options = {"device_map": spread(model), "offload_folder": tmp_path / "disk"}
+    offloaded = type(model).from_pretrained(tmp_path, **options)
+    assert any(p.device.type == "meta" for p in offloaded.parameters())
+    tokenzoo.patch_model(model, "tome", r=2)
+    tokenzoo.patch_model(offloaded, "tome", r=2)
+    assert all(map(torch.equal, answers(offloaded(x)), answers(model(x))))
+    tokenzoo.unpatch_model(offloaded)
+    assert all(map(torch.equal, answers(offloaded(x)), plain))
+    block = backbone_of(offloaded).get_submodule(backbone_of(model).layers_path)[1]
+    block._old_forward = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match=r"1\.forward was set on the instance \(by accelerate's AlignDevicesHook"):
+        tokenzoo.patch_model(offloaded, "tome", r=2)
+
+
+@pytest.mark.parametrize("tower,method", [("vit_classes", "tome"), ("siglip", "tome"), ("dinov2_classes", "evit")])
+@torch.no_grad()
+def test_one_graph(tower, method):
+    model, x = build(tower), images(None)
+    tokenzoo.patch_model(model, "topk" if method == "evit" else method, **({} if method == "evit" else {"r": 2}))
+    expected = answers(model(x))
+
+    class Answers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return answers(self.model(x))
+
+    compiled = torch.compile(Answers(), fullgraph=True, backend="eager")
+    for got, want in zip(compiled(x), expected):
+        close(got, want)
+    exported = torch.export.export(Answers(), (x,)).module()
+    for got, want in zip(exported(x), expected):
+        close(got, want)
