@@ -17,8 +17,10 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.xcit import Xcit
 from torch import nn
 
+from tokenzoo import create_method
 from tokenzoo.adapters.inspect import describe
 from tokenzoo.models import LVViT, T2TViT
 
@@ -89,6 +91,10 @@ EVA = partial(Eva, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2
 CAIT = partial(
     Cait, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2, num_classes=7,
     depth_token_only=2, mlp_ratio_token_only=2,
+)  # fmt: skip
+
+XCIT = partial(
+    Xcit, img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, eta=0.3,
 )  # fmt: skip
 
 
@@ -165,6 +171,8 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     ),
     "cait": CAIT,
     "cait_avg": partial(CAIT, global_pool="avg"),
+    "xcit": XCIT,
+    "xcit_avg": partial(XCIT, global_pool="avg", tokens_norm=True, use_pos_embed=False),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
@@ -226,7 +234,9 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
-    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT)):
+    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit)):
+        return False
+    if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
         return False
     if method in NEEDS_ATTENTION_ALONE and isinstance(model.blocks[0], SHARED_BRANCH):
         return False

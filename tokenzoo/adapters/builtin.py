@@ -11,6 +11,7 @@ from .scan.vim import FAMILY as VIM
 from .svit.model import FAMILY as SVIT
 from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
+from .xcit.model import FAMILY as XCIT
 
-for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT):
+for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT):
     register_family(_family)

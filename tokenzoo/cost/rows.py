@@ -130,5 +130,8 @@ class _Bias:
         """What a report says of a block."""
         if block.fused is None:
             return ""
+        path = "fused" if block.fused else "unfused"
+        if block.attends_among != "tokens":
+            path += f" among {block.attends_among} (linear in tokens)"
         found = [*(["log-size bias"] if self.sized else []), *(["padding mask"] if self.padded else [])]
-        return ("fused" if block.fused else "unfused") + (", " + " and ".join(found) if found else "")
+        return path + (", " + " and ".join(found) if found else "")

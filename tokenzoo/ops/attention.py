@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .channels import attend_channels
 from .rows import split_dim
 from .talking import Talk
 
@@ -34,6 +35,8 @@ class Heads(NamedTuple):
         drop: what the layer puts its map through where it is written out, a module; None where there is none.
         talk: mixes the maps of all heads in front of the softmax and behind it; never fused. None for heads that keep
             to themselves.
+        temperature: factor of the logits among channels [H, 1, 1], for attention among these; None among tokens. Then q
+            and k are what they are before the norm over tokens, and scale counts for nothing.
     """
 
     q: Tensor
@@ -45,6 +48,7 @@ class Heads(NamedTuple):
     dropout: float = 0.0
     drop: Callable[[Tensor], Tensor] | None = None
     talk: Talk | None = None
+    temperature: Tensor | None = None
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -68,7 +72,9 @@ def attend(heads: Heads, bias: Tensor | None = None) -> Tensor:
     Returns:
         [B, Nq, H * Dv], heads side by side.
     """
-    if not heads.fused:
+    if heads.temperature is not None:
+        out = attend_channels(heads.q, heads.k, heads.v, heads.temperature, bias, heads.fused, heads.drop)
+    elif not heads.fused:
         out = _attend_written_out(heads, bias)
     elif heads.lam is None:
         out = _attend_fused(heads, heads.q, heads.k, bias)
@@ -109,6 +115,11 @@ def attention_rows(heads: Heads, start: int, stop: int, bias: Tensor | None = No
 
     Of heads that talk, the rows between the two mixings: these are shares of attention, which the second makes signed.
     """
+    if heads.temperature is not None:
+        raise ValueError(
+            "attention between tokens was asked for, but this block attends among channels; use a method that reads "
+            "keys or values alone, and declare the trait reads_maps for one that does not"
+        )
     q, k = heads.q[:, :, start:stop].float(), heads.k.float()
     if bias is not None and bias.shape[-2] != 1:
         bias = bias[..., start:stop, :]
