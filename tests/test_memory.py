@@ -23,7 +23,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-PAIRS = {"dpcknn", "kmedoids", "soft_transform"}  # defined by distances or shares of all pairs, and they say so
+PAIRS = {"dct", "dpcknn", "kmedoids", "soft_transform"}  # defined by weights of all pairs, and they say so
 SMALL = {
     "ats": {"layers": (0, 1)},
     "mctf": {"r": 1000, "layers": (0, 1)},

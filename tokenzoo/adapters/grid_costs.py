@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..core.method import Step
-from ..core.recipe import Recipe
-from .flow import Acting
+from .flow import Acting, Flow
 
 _SEEN = 25  # cells that a token gives a share to where tokens are clustered softly
 
@@ -18,23 +17,23 @@ def count_dropped(step: Step, before: int, after: int) -> int:
     return before - after + (step.method.fuses and before != after)
 
 
-def way_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
+def way_back(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
     """Multiply-adds of giving every place a value of some width, where the residual stream has dim channels."""
-    macs = 0
+    macs, recipe = 0, flow.recipe
     for step, before, after in trace:
         if step.method.opens_span:
             macs += before * after * (dim + width)  # distances to the centres, and the mix
-        elif step.method.products(before, after)[1]:
-            macs += step.method.products(before, after)[1] * width
+        elif back := step.method.products(before, after, flow.layout)[1]:
+            macs += back * width
         elif recipe is not None and recipe.fill.kind == "nearest":
             macs += count_dropped(step, before, after) * after * dim
     return macs
 
 
-def to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, recipe: Recipe | None) -> int:
+def to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
     """`way_back`, and of giving the tokens what a layer made of the values."""
-    macs = way_back(trace, dim, width, recipe)
-    products = [step.method.products(before, after)[0] for step, before, after in trace]
+    macs, recipe = way_back(trace, dim, width, flow), flow.recipe
+    products = [step.method.products(before, after, flow.layout)[0] for step, before, after in trace]
     kept = all(step.method.drops_in(step) and not step.method.merges_in(step) for step, _, _ in trace)
     if kept and not any(products):
         return macs

@@ -79,8 +79,8 @@ class Traits(NamedTuple):
         opens_span: a later method may rebuild the tokens that this one reduces.
         closes_span: it rebuilds the tokens in front of the last open span, inside the model.
         keeps_trace: the forward pass has to remember its maps.
-        products: where its maps are products with a matrix: multiply-adds per channel of applying one and of its way
-            back, of the method, by tokens before and after; None where rows are taken and added.
+        products: where its maps are products with matrices: multiply-adds per channel of applying one and of its way
+            back, of the method, tokens before and after, and the layout; None where rows are taken and added.
         decodes_reduced: published with decoders that run on the reduced tokens, class maps copied back.
     """
 
@@ -105,5 +105,5 @@ class Traits(NamedTuple):
     opens_span: bool = False
     closes_span: bool | Callable[[Any], bool] = False
     keeps_trace: bool | Callable[[Any], bool] = False
-    products: Callable[[Any, int, int], tuple[int, int]] | None = None
+    products: Callable[[Any, int, int, Any], tuple[int, int]] | None = None
     decodes_reduced: bool | Callable[[Any], bool] = False

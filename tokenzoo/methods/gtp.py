@@ -67,7 +67,7 @@ class GTP(Companion, OwnAttention, Remembering, Method):
         reads_maps=True, positions=True, proportional=lambda m: m.token_scale and m.propagation == "graph",
         merges=lambda m: m.propagation == "mean", mixes=lambda m: m.propagation != "none",
         remembers=lambda m: m.propagation == "graph" and m.graph != "spatial",
-        products=lambda m, before, after: (after * (before - after) * (m.propagation == "graph"), 0),
+        products=lambda m, before, after, layout: (after * (before - after) * (m.propagation == "graph"), 0),
         attends=lambda m: m.sparsity < 1 or m.selection[:3] not in ("CLS", "Cos"),
     )  # fmt: skip
 

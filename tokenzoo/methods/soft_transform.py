@@ -55,7 +55,7 @@ class SoftTransform(KeepRate):
     traits = Traits(
         reads_maps=True, sizes=True, positions=True, proportional=lambda m: m.prop_attn,
         mass_pool=lambda m: m.mixture == "columns",
-        products=lambda m, before, after: (before * after, before * after),
+        products=lambda m, before, after, layout: (before * after, before * after),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

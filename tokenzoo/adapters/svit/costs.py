@@ -30,8 +30,8 @@ def kernel_macs(dim: int, hidden: int, flow: Flow) -> int:
 
 def grid_macs(dim: int, hidden: int, flow: Flow) -> int:
     """Multiply-adds of going to the grid and back around both convolutions; see `kernel_macs`."""
-    macs = to_grid_and_back(flow.held, dim, dim, flow.recipe)  # the positional convolution
-    macs += to_grid_and_back(flow.held_inside, dim, hidden, flow.recipe) + (flow.mlp_entered - flow.mlp) * hidden
+    macs = to_grid_and_back(flow.held, dim, dim, flow)  # the positional convolution
+    macs += to_grid_and_back(flow.held_inside, dim, hidden, flow) + (flow.mlp_entered - flow.mlp) * hidden
     if flow.recipe is not None and flow.recipe.fill.kind == "stash":  # hidden values of dropped tokens
         macs += sum(count_dropped(*found) for found in flow.held_inside) * dim * hidden
     return macs
@@ -63,7 +63,7 @@ def leaving_rows(model: Any, index: int, flow: Flow) -> list[Beside]:
     down, dim = _halving(stage, flow.layout.grid), _width(stage.blocks[-1].attn)
     if not down:
         return []
-    back = way_back(flow.held_behind, dim, dim, flow.recipe)
+    back = way_back(flow.held_behind, dim, dim, flow)
     return [Beside(f"layers.{index}.downsample", flow.left, grid[0] * grid[1], down + back, back)]
 
 

@@ -127,4 +127,4 @@ class ReducingXCABlock(ReducingBlock, XCABlock):
 
     def overhead(self, flow: Flow) -> int:
         dim = self.shape().dim
-        return super().overhead(flow) + to_grid_and_back(flow.held_attended, dim, dim, flow.recipe)
+        return super().overhead(flow) + to_grid_and_back(flow.held_attended, dim, dim, flow)
