@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.models.cait import Cait
+from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
@@ -99,6 +100,11 @@ XCIT = partial(
     Xcit, img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, eta=0.3,
 )  # fmt: skip
 
+CONVIT = partial(
+    ConVit, img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2, num_classes=7,
+    local_up_to_layer=2,
+)  # fmt: skip
+
 
 def _gated(**kwargs: Any) -> nn.Module:
     """A ViT whose attention is gated and has its own width (timm builds it for GenLIP-like models)."""
@@ -173,6 +179,9 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     ),
     "cait": CAIT,
     "cait_avg": partial(CAIT, global_pool="avg"),
+    "convit": CONVIT,
+    "convit_avg": partial(CONVIT, global_pool="avg", use_pos_embed=False, local_up_to_layer=3),
+    "convit_plain": partial(CONVIT, local_up_to_layer=0),
     "xcit": XCIT,
     "xcit_avg": partial(XCIT, global_pool="avg", tokens_norm=True, use_pos_embed=False),
 }  # fmt: skip

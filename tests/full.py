@@ -21,6 +21,7 @@ TAKEN = {
     "test_any_batch.py::test_torchscript_onnx_keeps_the_batch_open": 8,
     "test_any_batch.py::test_traced_as_usual": 8,
     "test_compile.py::test_one_graph": 4,
+    "test_convit.py::test_compiled_and_exported": 0,
     "test_counts.py::test_counts_that_stay_compile_nothing": 2,
     "test_dense_export.py::test_exported_at_any_batch": 1,
     "test_export.py::test_backbones_of_the_papers": 1,

@@ -12,12 +12,12 @@ from tokenzoo.adapters.attending import Attending
 from tokenzoo.models import SViT
 
 LAYERS = ("Attention", "DiffAttention", "EvaAttention", "AttentionRope", "SuperTokenAttention", "MapAttention",
-          "TalkingHeadAttn")  # fmt: skip
+          "TalkingHeadAttn", "XCA", "GPSA", "MHSA")  # fmt: skip
 # one row for every class of block and attention layer
 BACKBONES = [
     name
     for name in ("deit", "gated", "res_post", "parallel_things", "differential", "eva02", "eva_post_norm", "pe_like",
-                 "cait")  # fmt: skip
+                 "cait", "xcit", "convit")  # fmt: skip
     if name in backbone_names()
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cait.model import FAMILY as CAIT
+from .convit.model import FAMILY as CONVIT
 from .eva.model import FAMILY as EVA
 from .registry import register_family
 from .sam.model import FAMILY as SAM
@@ -13,5 +14,5 @@ from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
 from .xcit.model import FAMILY as XCIT
 
-for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT):
+for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT):
     register_family(_family)

@@ -90,8 +90,11 @@ def block_rows(costs: Costs, recipe: Recipe | None, cost: Callable[[Any, Flow], 
     bias = _Bias(recipe)
     for index, (block, steps) in enumerate(zip(costs.blocks, counts)):
         if index in info.restarts:
-            layout, held, bias = info.restarts[index], (), _Bias(recipe)
-            n = layout.num_prefix + layout.num_patches
+            layout = info.restarts[index]
+            if layout.joined:
+                n += layout.joined
+            else:
+                n, held, bias = layout.num_prefix + layout.num_patches, (), _Bias(recipe)
         flow = flow_through(steps, n, layout, grid, recipe, held)
         if model.rebuilds and index == depth - 1:
             flow = flow._replace(left=layout.num_prefix + layout.num_patches)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .channels import attend_channels
+from .placed import GatedPlaces
 from .rows import split_dim
 from .talking import Talk
 
@@ -35,6 +36,7 @@ class Heads(NamedTuple):
         drop: what the layer puts its map through where it is written out, a module; None where there is none.
         talk: mixes the maps of all heads in front of the softmax and behind it; never fused. None for heads that keep
             to themselves.
+        placed: a second map by the places of query and key, which the first one is mixed with; never fused.
         temperature: factor of the logits among channels [H, 1, 1], for attention among these; None among tokens. Then q
             and k are what they are before the norm over tokens, and scale counts for nothing.
     """
@@ -48,6 +50,7 @@ class Heads(NamedTuple):
     dropout: float = 0.0
     drop: Callable[[Tensor], Tensor] | None = None
     talk: Talk | None = None
+    placed: GatedPlaces | None = None
     temperature: Tensor | None = None
 
 
@@ -96,6 +99,7 @@ def _attend_written_out(heads: Heads, bias: Tensor | None) -> Tensor:
     logits = logits if heads.talk is None else heads.talk.logits(logits)
     probs = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(dim=-1)
     probs = probs if heads.talk is None else heads.talk.map(probs, bias)
+    probs = probs if heads.placed is None else heads.placed.map(probs, bias)
     probs = drop_map(heads, probs)
     if heads.lam is not None:
         first, second = split_dim(probs, 1, -1, 2).unbind(2)
@@ -130,10 +134,12 @@ def attention_rows(heads: Heads, start: int, stop: int, bias: Tensor | None = No
                 logits = heads.talk.logits(logits).float()
                 logits = logits if bias is None else logits + bias.float()
         else:  # bias and scale ride along with the product
-            bias = bias.float().expand(*q.shape[:2], -1, -1).flatten(0, 1)
-            logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=heads.scale)
+            added = bias.float().expand(*q.shape[:2], -1, -1).flatten(0, 1)
+            logits = torch.baddbmm(added, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=heads.scale)
             logits = split_dim(logits, 0, *q.shape[:2])
     rows = logits.softmax(dim=-1)
+    if heads.placed is not None:
+        return heads.placed.queries(slice(start, stop)).map(rows, bias)
     if heads.lam is None:
         return rows
     first, second = split_dim(rows, 1, -1, 2).unbind(2)
