@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.models.beit import Beit
 from timm.models.cait import Cait
+from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
@@ -20,8 +21,10 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.xcit import Xcit
 from torch import nn
 
+from tokenzoo import create_method
 from tokenzoo.adapters.inspect import describe
 from tokenzoo.models import LVViT, T2TViT
 
@@ -99,6 +102,15 @@ RELPOS = partial(
 CAIT = partial(
     Cait, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2, num_classes=7,
     depth_token_only=2, mlp_ratio_token_only=2,
+)  # fmt: skip
+
+XCIT = partial(
+    Xcit, img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, eta=0.3,
+)  # fmt: skip
+
+CONVIT = partial(
+    ConVit, img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2, num_classes=7,
+    local_up_to_layer=2,
 )  # fmt: skip
 
 
@@ -201,6 +213,11 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     ),
     "cait": CAIT,
     "cait_avg": partial(CAIT, global_pool="avg"),
+    "convit": CONVIT,
+    "convit_avg": partial(CONVIT, global_pool="avg", use_pos_embed=False, local_up_to_layer=3),
+    "convit_plain": partial(CONVIT, local_up_to_layer=0),
+    "xcit": XCIT,
+    "xcit_avg": partial(XCIT, global_pool="avg", tokens_norm=True, use_pos_embed=False),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
@@ -266,7 +283,9 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
-    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT)):
+    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit)):
+        return False
+    if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
         return False
     if method in NEEDS_ATTENTION_ALONE and isinstance(getattr(model, "encoder", model).blocks[0], SHARED_BRANCH):
         return False

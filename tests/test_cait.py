@@ -11,9 +11,11 @@ from test_map_properties import make
 import tokenzoo
 from tokenzoo.core.joining import join_front
 from tokenzoo.core.tokens import Layout, Tokens
+from tokenzoo.evaluation.runs import forward_counted
 from tokenzoo.maps import FrontedMap, MergeMap
 from tokenzoo.ops.attention import Heads, attend, attention_received, attention_rows, key_bias
 from tokenzoo.ops.talking import Talk
+from tokenzoo.training.token_distillation import full_layout, patch_tokens
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -158,6 +160,37 @@ def test_hidden_patches_are_no_keys_of_the_class_token():
         with tokenzoo.patched(model, given(method)):
             torch.testing.assert_close(model(x, attn_mask=mask), model(other, attn_mask=mask), **CLOSE)
             assert not torch.allclose(model(x), model(other), atol=1e-3)
+
+
+@torch.no_grad()
+def test_explained_and_distilled():
+    """Grids in front of the class token and behind it; a teacher's tokens at their places."""
+    model, plain, outs = build("cait"), build("cait"), {}
+    x = images(model)
+
+    def keep(module, args, out):
+        outs[module] = out
+
+    for one in (model, plain):
+        for name in ("blocks.2", "norm"):
+            one.get_submodule(name).register_forward_hook(keep)
+    for method, options in (("tome", {"r": 2}), ("topk", {"keep_rate": 1.0})):
+        with tokenzoo.patched(model, method, **options), tokenzoo.explain(model) as seen:
+            model(x)
+            for name in ("blocks.2", "norm"):
+                out = outs[model.get_submodule(name)]
+                assert seen.activation(out, name).shape == (3, 32, 4, 4)
+                gradient, count = seen.gradient(torch.ones_like(out), name), float(out.shape[1] - (name == "norm"))
+                torch.testing.assert_close(gradient.sum((2, 3)), torch.full((3, 32), count))
+    with tokenzoo.explain(plain) as seen:
+        plain(x)
+        found = seen.activation(outs[plain.norm], "norm").flatten(2).transpose(1, 2)
+        assert torch.equal(found, outs[plain.norm][:, 1:])
+    layout = full_layout(plain, x)
+    assert layout.num_prefix == 1 and patch_tokens(plain.forward_features(x), layout).shape == (3, 16, 32)
+    assert forward_counted(plain, x)[1].tolist() == [17] * 3
+    with tokenzoo.patched(model, "tome", r=2):
+        assert forward_counted(model, x)[1].tolist() == [9] * 3
 
 
 @torch.no_grad()

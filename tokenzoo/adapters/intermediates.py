@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..core.lift import lift
+from ..core.tokens import Tokens
 from ..ops.rows import split_dim
 from .block import refuse_causal
 from .refusals import refuse_symbols
@@ -58,7 +60,7 @@ class Intermediates(Walk):
         last = max_index if stop_early else None
         weighs = self.head_reads().weighs(self.tokenzoo_recipe)
         keep = dense or self.tokenzoo_recipe.dense
-        for index, tokens in enumerate(self.walk(x, attn_mask, last, trace=weighs, dense=keep), -1):
+        for index, tokens in self._left(self.walk(x, attn_mask, last, trace=weighs, dense=keep)):
             if index not in take:
                 continue
             tap = partial(self.tap, index=index, norm=norm)
@@ -84,3 +86,14 @@ class Intermediates(Walk):
             return result
         out = list(zip(spatial, prefixes)) if return_prefix_tokens else spatial
         return out if intermediates_only else (self.features(self._finish(tokens)), out)
+
+    def _left(self, walked: Iterator[Tokens]) -> Iterator[tuple[int, Tokens]]:
+        """(block, what it left) of a walk, -1 for what entered block 0; without what enters later sequences."""
+        entering = set(self.sequences((1, 1), self.tokenzoo_recipe)) - {0}
+        index = -2
+        for tokens in walked:
+            if index + 1 in entering:
+                entering.discard(index + 1)
+                continue
+            index += 1
+            yield index, tokens

@@ -80,9 +80,9 @@ class ReducingModel(Intermediates):
         """What the final norm reads: what the last block left, with tokens that join only there (a class token)."""
         return tokens
 
-    def head_layout(self, layout: Layout) -> Layout:
-        """The sequence that the head sees, of the one that block 0 sees; another one where tokens join in between."""
-        return layout
+    def end_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the residual stream behind the last block as the head would get them: through the final norm."""
+        return self.final_norm(rows)
 
     # ---- the sequence
 
@@ -216,7 +216,7 @@ class ReducingModel(Intermediates):
             come back as the recipe's `fill` says, through the final norm.
         """
         recipe = self.tokenzoo_recipe
-        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.final_norm)
+        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.end_rows)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens after the final norm as one tensor, of which `forward_head` makes what `forward` does.

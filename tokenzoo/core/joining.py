@@ -28,7 +28,11 @@ def join_front(tokens: Tokens, front: Tensor, has_class: bool) -> Tokens:
     trace = None if tokens.trace is None else tuple(_step(step, count) for step in tokens.trace)
     inside = tuple(Inside(i.block, i.method, FrontedMap(i.map, count), i.after) for i in tokens.inside)
     x = torch.cat([front, tokens.x], dim=1)
-    return Tokens(x, layout, trace=trace, inside=inside, records=tokens.records, memory=tokens.memory, **side._asdict())
+    tokens = Tokens(
+        x, layout, trace=trace, inside=inside, records=tokens.records, memory=tokens.memory, **side._asdict()
+    )
+    tokens.tell()
+    return tokens
 
 
 def fronted_layout(layout: Layout, count: int, has_class: bool) -> Layout:

@@ -64,7 +64,7 @@ class GTP(Companion, OwnAttention, Remembering, Method):
     kind = "prune + propagate"
     schedule = RemoveAll()
     traits = Traits(
-        positions=True, proportional=lambda m: m.token_scale and m.propagation == "graph",
+        reads_maps=True, positions=True, proportional=lambda m: m.token_scale and m.propagation == "graph",
         merges=lambda m: m.propagation == "mean", mixes=lambda m: m.propagation != "none",
         remembers=lambda m: m.propagation == "graph" and m.graph != "spatial",
         products=lambda m, before, after, layout: (after * (before - after) * (m.propagation == "graph"), 0),

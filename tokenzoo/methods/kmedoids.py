@@ -61,7 +61,10 @@ class KMedoids(KeepRate):
     source = "Haurum et al., ICCV-W 2023"
     kind = "prune"
     schedule = Keep(layers=lambda depth: [i for i in quarters(depth) if i > 0])
-    traits = Traits(place=BEFORE, carries=True, merges=lambda m: m.mean, mixes=lambda m: m.mean, mass_pool=True)
+    traits = Traits(
+        place=BEFORE, reads_maps=lambda m: m._weighs, carries=True, merges=lambda m: m.mean, mixes=lambda m: m.mean,
+        mass_pool=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

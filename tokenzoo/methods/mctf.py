@@ -72,8 +72,8 @@ class MCTF(Method):
         why=lambda m: f" (half of them, and {m.min_tokens} stay)",
     )  # fmt: skip
     traits = Traits(
-        place=lambda m: _PLACES[m.one_step_ahead], reads_attention=True, proportional=lambda m: m.prop_attn,
-        mass_pool=True,
+        place=lambda m: _PLACES[m.one_step_ahead], reads_attention=True, reads_maps=True,
+        proportional=lambda m: m.prop_attn, mass_pool=True,
     )  # fmt: skip
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:

@@ -143,7 +143,8 @@ def _images(heads: Heads, bias: Tensor | None) -> Iterator[tuple[Heads, Tensor |
         at = slice(i, i + 1)
         v = None if heads.v is None else heads.v[at]
         own = bias if bias is None or bias.shape[0] == 1 else bias[at]
-        yield heads._replace(q=heads.q[at], k=heads.k[at], v=v), own, at
+        placed = None if heads.placed is None else heads.placed.images(at)
+        yield heads._replace(q=heads.q[at], k=heads.k[at], v=v, placed=placed), own, at
 
 
 def _in_cache(heads: Heads) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Queries, keys, values and output of CaiT's talking-heads attention, and its class attention on fewer tokens.
+"""Queries, keys, values and output of CaiT's talking-heads attention.
 
 Read from timm 1.0.19 to 1.0.31. Differences from upstream: the projection can be split (queries and keys alone, values
 alone), and the output takes fewer rows than there were keys. Talking heads mix whole maps, so these are written out in
@@ -7,11 +7,10 @@ the patched model too, by the same operations; with nothing removed the numbers 
 
 from __future__ import annotations
 
-import torch
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor, nn
 
-from ...ops.attention import Heads, attend
+from ...ops.attention import Heads
 from ...ops.layer_macs import linear_macs, linear_shapes, stream_width
 from ...ops.projections import linear_part
 from ...ops.talking import Talk
@@ -54,33 +53,3 @@ class ReducingTalkingHeadAttn(AttentionLayer, TalkingHeadAttn):
 
     def output(self, out: Tensor, z: Tensor | None) -> Tensor:
         return self.proj_drop(self.proj(out))
-
-
-def class_block(block: nn.Module, x: Tensor, class_token: Tensor, bias: Tensor | None) -> Tensor:
-    """timm's `LayerScaleBlockClassAttn` with a bias of the keys.
-
-    Args:
-        block: the block.
-        x: values of the patches that are left [B, N, C].
-        class_token: [B, 1, C].
-        bias: of all keys, the class token in front [B, 1, 1, 1 + N], None for none.
-    """
-    z = block.norm1(torch.cat((class_token, x), dim=1))
-    class_token = class_token + block.drop_path(block.gamma_1 * _class_attention(block.attn, z, bias))
-    return class_token + block.drop_path(block.gamma_2 * block.mlp(block.norm2(class_token)))
-
-
-def _class_attention(attn: nn.Module, z: Tensor, bias: Tensor | None) -> Tensor:
-    """What the class token reads of itself and the patches z [B, 1 + N, C]: [B, 1, C]."""
-    rows = attn.q(z[:, 0]).unsqueeze(1), attn.k(z), attn.v(z)
-    q, k, v = (split_heads(part, attention_width(attn) // attn.num_heads) for part in rows)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    heads = Heads(q, k, v, attn.scale, fused=attn.fused_attn, dropout=dropout, drop=attn.attn_drop)
-    return attn.proj_drop(attn.proj(attend(heads, bias)))
-
-
-def class_block_macs(block: nn.Module, n: int) -> int:
-    """Multiply-adds of a class-attention block that reads n tokens, the class token included."""
-    attn, width = block.attn, attention_width(block.attn)
-    once = linear_macs(attn.q) + linear_macs(attn.proj) + linear_macs(block.mlp)
-    return once + n * (linear_macs(attn.k) + linear_macs(attn.v) + 2 * width)
