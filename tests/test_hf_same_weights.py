@@ -253,7 +253,7 @@ def test_towers_of_one_kind(method):
             state = {key: value for key, value in first.state_dict().items() if key in model.state_dict()}
             model.load_state_dict(state)
             if not served(method, model):
-                return
+                pytest.skip("needs a class token")
             tokenzoo.patch_model(model, given(method))
             torch.manual_seed(5)
             outs.append(model(x).last_hidden_state)
