@@ -19,6 +19,7 @@ from .vit.stems import FAMILY as STEMS
 
 for _family in (VIT, EVA, BEIT, RELPOS, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, TORCHVISION):
     register_family(_family)
+register_later("dinov2", "tokenzoo.adapters.dinov2_hub")
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
 register_later("transformers", "tokenzoo.adapters.hf.family")
 
