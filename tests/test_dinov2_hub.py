@@ -103,6 +103,16 @@ def test_upstreams_own_calls(dino):
     assert tokenzoo.report(model).total == pytest.approx(count_macs(model, SIZE).total, rel=0.01)
 
 
+@torch.no_grad()
+def test_a_mean_of_the_patches_is_weighed_by_size(dino):
+    """As upstream's classifiers take it, of a model whose recipe pools by size."""
+    model, x = build(dino, 4), images()
+    tokenzoo.patch_model(model, "tome", r=3, mass_pool=True)
+    tokens = model.forward_tokens(x)
+    expected = (tokens.x * tokens.size)[:, 5:].sum(1) / tokens.size[:, 5:].sum(1)
+    torch.testing.assert_close(model.forward_features(x)["x_norm_patchtokens"].mean(1), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_blocks_that_are_not_the_sum_of_their_parts_are_refused(dino, monkeypatch):
     block = dino.NestedTensorBlock
     monkeypatch.setattr(block, "forward", lambda self, x: x + self.ls2(self.mlp(self.norm2(x))))

@@ -28,6 +28,7 @@ from ..ops.rows import split_dim
 from .attending import AttentionLayer
 from .backbone import Family
 from .block import ReducingBlock
+from .features import Reads, encode
 from .halving import half_tokens
 from .model import ReducingModel
 from .registry import register_family
@@ -120,7 +121,7 @@ class ReducingDinoVisionTransformer(ReducingModel, DinoVisionTransformer):
         return features if is_training else self.head(features["x_norm_clstoken"])
 
     def forward_features(self, x: Tensor, masks: None = None) -> dict[str, Any]:
-        """Tokens behind and in front of the final norm, under upstream's names.
+        """Tokens behind and in front of the final norm, under upstream's names; the mean of the patches is pooling's.
 
         Args:
             x: images [B, C, H, W].
@@ -134,18 +135,18 @@ class ReducingDinoVisionTransformer(ReducingModel, DinoVisionTransformer):
                 f"{type(self).__name__}: masks and lists of crops belong to pre-training, which needs every patch; "
                 "give images [B, C, H, W], or unpatch the model"
             )
-        recipe = self.tokenzoo_recipe
-        for tokens in self.walk(x, dense=recipe.dense):  # noqa: B007 (only the last one is wanted)
+        recipe, reads = self.tokenzoo_recipe, Reads(mean=True)  # upstream's classifiers take the mean of the patches
+        for tokens in self.walk(x, trace=reads.weighs(recipe), dense=recipe.dense):  # noqa: B007 (the last one)
             pass
         before, after = tokens.x, self._finish(tokens)
         if recipe.dense:
             before = lift(before, recipe.lift_trace(tokens.trace), recipe.fill, lambda rows: rows)
-            after = Tokens(self.lift_features(after), after.layout)
+        after = self.lift_features(after) if recipe.dense else encode(after, reads, recipe)
         first = self.num_protected
         return {
-            "x_norm_clstoken": after.x[:, 0],
-            "x_norm_regtokens": after.x[:, 1:first],
-            "x_norm_patchtokens": after.x[:, first:],
+            "x_norm_clstoken": after[:, 0],
+            "x_norm_regtokens": after[:, 1:first],
+            "x_norm_patchtokens": after[:, first:],
             "x_prenorm": before,
             "masks": None,
         }
