@@ -60,6 +60,7 @@ TAKEN = {
     "test_composition.py::test_two_methods": 60,
     "test_dense_export.py::test_one_graph": 1,
     "test_docs.py::test_configuration_patches_its_backbone": 40,
+    "test_dinov2_hub.py::test_the_same_weights_in_timm_give_the_same_answer": 28,
     "test_eva.py::test_compile": 1,
     "test_explaining.py::test_nothing_removed_is_the_grid_of_the_plain_model": 15,
     "test_explaining.py::test_rows_of_attention_sum_to_one": 15,

@@ -22,6 +22,7 @@ from .xcit.model import FAMILY as XCIT
 
 for _family in (VIT, EVA, BEIT, RELPOS, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, TORCHVISION):
     register_family(_family)
+register_later("dinov2", "tokenzoo.adapters.dinov2_hub")
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
 register_later("transformers", "tokenzoo.adapters.hf.family")
 

@@ -65,6 +65,12 @@ _MODULES: tuple[tuple[str, Unserved, str], ...] = (
     ("transformers.models.{0}.modeling_{0}", CONVOLUTIONS, "regnet resnet"),
 )
 _ROWS: dict[str, Unserved] = {
+    # repositories whose classes are in no package index
+    "dinov3.models.vision_transformer": Unserved(
+        "is a class of a repository that is no package",
+        "timm's vit_small_patch16_dinov3 or transformers' DINOv3ViTModel with the same weights, or register_family",
+    ),
+    "models_mae": Unserved("drops patches at random by itself, for pre-training", "timm's vit_base_patch16_224.mae"),
     "timm.models.cait": Unserved("mixes the maps of its heads", _VIT),
     "timm.models.convit": Unserved("blends attention with a map of fixed places, in every head of early blocks", _VIT),
     "timm.models.crossvit": Unserved("runs two branches that exchange their class tokens between blocks", _VIT),
