@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from .beit import FAMILY as BEIT
 from .eva.model import FAMILY as EVA
+from .naflex.model import FAMILY as NAFLEX
 from .registry import register_family
 from .relpos import FAMILY as RELPOS
 from .sam.model import FAMILY as SAM
@@ -16,7 +17,7 @@ from .svit.model import FAMILY as SVIT
 from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
 
-for _family in (VIT, EVA, BEIT, RELPOS, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA):
+for _family in (VIT, EVA, BEIT, RELPOS, NAFLEX, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA):
     register_family(_family)
 
 # files that only newer releases of timm have -> module here

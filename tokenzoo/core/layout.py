@@ -26,6 +26,8 @@ class Layout(NamedTuple):
         added: how many of the prefix tokens are not the model's own (prompts); pooling takes them for patches.
         watch: told what the layers see from there on, see `Tokens.tell`; None when nobody asks.
         raster: patches stand in the order of the grid after every reduction.
+        own_grids: every image has a grid of its own, which nobody knows here: `grid` is one row of all patches, padding
+            behind the real ones.
     """
 
     num_prefix: int
@@ -39,6 +41,7 @@ class Layout(NamedTuple):
     added: int = 0
     watch: Callable[[View], None] | None = None
     raster: bool = False
+    own_grids: bool = False
 
     __getattr__ = refuse_attribute
 
