@@ -14,6 +14,7 @@ from timm.models.cait import Cait
 from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -97,6 +98,10 @@ BEIT = partial(Beit, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads
 RELPOS = partial(
     VisionTransformerRelPos,
     img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, init_values=0.3,
+)  # fmt: skip
+NAFLEX = partial(
+    NaFlexVit, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, class_token=False,
+    pos_embed_grid_size=(4, 4),
 )  # fmt: skip
 
 CAIT = partial(
@@ -197,6 +202,10 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
         RELPOS, rel_pos_type="bias", class_token=True, global_pool="token", block_fn=ResPostRelPosBlock
     ),
     "relpos_shared": partial(RELPOS, rel_pos_type="swin", shared_rel_pos=True, class_token=True),
+    "naflex": partial(NAFLEX, class_token=True, global_pool="token", init_values=0.3),
+    "naflex_siglip": partial(NAFLEX, embed_proj_type="linear", global_pool="map", pre_norm=True),
+    "naflex_rope": partial(NAFLEX, rope_type="axial", pos_embed="none", reg_tokens=2, global_pool="avg", img_size=32),
+    "naflex_mixed": partial(NAFLEX, rope_type="mixed", pos_embed="factorized", global_pool="avgmax", swiglu_mlp=True),
     "qwen3": partial(_tower, "qwen3_vit", "Qwen3VitClassifier"),
     "qwen3_merge": partial(_tower, "qwen3_vit", "Qwen3VitClassifier", encoder_pool="merge", out_features=24),
     "qwen3_enc": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", out_features=24),
@@ -273,6 +282,8 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def size_of(model: nn.Module) -> tuple[int, int]:
     """Pixels of the model's own images; a classifier around an encoder has no patch embedding of its own."""
+    if isinstance(model, NaFlexVit):
+        return tuple(8 * side for side in model.embeds.pos_embed_grid_size or (4, 4))
     return tuple(getattr(model, "encoder", model).patch_embed.img_size)
 
 
@@ -283,7 +294,7 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
-    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit)):
+    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit, NaFlexVit)):
         return False
     if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
         return False

@@ -9,6 +9,7 @@ from .beit import FAMILY as BEIT
 from .cait.model import FAMILY as CAIT
 from .convit.model import FAMILY as CONVIT
 from .eva.model import FAMILY as EVA
+from .naflex.model import FAMILY as NAFLEX
 from .registry import register_family, register_later
 from .relpos import FAMILY as RELPOS
 from .sam.model import FAMILY as SAM
@@ -20,7 +21,7 @@ from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
 from .xcit.model import FAMILY as XCIT
 
-for _family in (VIT, EVA, BEIT, RELPOS, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, TORCHVISION):
+for _family in (VIT, EVA, BEIT, RELPOS, NAFLEX, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, TORCHVISION):
     register_family(_family)
 register_later("dinov2", "tokenzoo.adapters.dinov2_hub")
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
