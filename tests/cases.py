@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import timm
 import torch
 from timm.models.beit import Beit
+from timm.models.cait import Cait
+from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -18,8 +22,11 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.xcit import Xcit
 from torch import nn
 
+from tokenzoo import create_method
+from tokenzoo.adapters.inspect import describe
 from tokenzoo.models import LVViT, T2TViT
 
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
@@ -29,11 +36,13 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "ats": ({"layers": (3,)}, {"layers": (1, 2)}, {"layers": (1, 2), "max_tokens": 10}),
     "cluster": ({"scale": 1.0}, {"layers": 0, "where": "before", "scale": 0.5}, {}),
     "cts": ({"shared": 0}, {"shared": 2}, {}),
+    "dct": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "dpcknn": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "neighbours": 3}, {}),
     "diffrate": ({"prune": 1.0, "merge": 1.0}, {"prune": 0.9, "merge": 0.7}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
     "flowcut": ({"keep_rate": 1.0}, {"keep_rate": 0.1, "layers": (1, 2)}, {"entropy": 0.7}),
+    "fourier": ({"stride": 1}, {"stride": 2}, {}),
     "gtp": ({"r": 0}, {"r": 2, "neighbours": 4, "alpha": 0.4}, {}),
     "kmedoids": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
@@ -90,6 +99,24 @@ RELPOS = partial(
     VisionTransformerRelPos,
     img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, init_values=0.3,
 )  # fmt: skip
+NAFLEX = partial(
+    NaFlexVit, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, class_token=False,
+    pos_embed_grid_size=(4, 4),
+)  # fmt: skip
+
+CAIT = partial(
+    Cait, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2, num_classes=7,
+    depth_token_only=2, mlp_ratio_token_only=2,
+)  # fmt: skip
+
+XCIT = partial(
+    Xcit, img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, eta=0.3,
+)  # fmt: skip
+
+CONVIT = partial(
+    ConVit, img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2, num_classes=7,
+    local_up_to_layer=2,
+)  # fmt: skip
 
 
 def _gated(**kwargs: Any) -> nn.Module:
@@ -108,6 +135,15 @@ def _diff_parallel() -> nn.Module:
     from timm.models.vision_transformer import DiffParallelScalingBlock
 
     return VIT(block_fn=DiffParallelScalingBlock)
+
+
+def _tower(file: str, name: str, **kwargs: Any) -> nn.Module:
+    """A vision tower that newer releases of timm have: an encoder or a classifier around one."""
+    cls = getattr(import_module(f"timm.models.{file}"), name)
+    more = {"num_classes": 7} if name.endswith("Classifier") else {}
+    more |= {"pos_embed_grid_size": 4} if file == "qwen3_vit" else {}
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
+    return cls(**sizes, **more, **kwargs)
 
 
 # name -> model; everything that the adapters claim to serve
@@ -166,12 +202,31 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
         RELPOS, rel_pos_type="bias", class_token=True, global_pool="token", block_fn=ResPostRelPosBlock
     ),
     "relpos_shared": partial(RELPOS, rel_pos_type="swin", shared_rel_pos=True, class_token=True),
+    "naflex": partial(NAFLEX, class_token=True, global_pool="token", init_values=0.3),
+    "naflex_siglip": partial(NAFLEX, embed_proj_type="linear", global_pool="map", pre_norm=True),
+    "naflex_rope": partial(NAFLEX, rope_type="axial", pos_embed="none", reg_tokens=2, global_pool="avg", img_size=32),
+    "naflex_mixed": partial(NAFLEX, rope_type="mixed", pos_embed="factorized", global_pool="avgmax", swiglu_mlp=True),
+    "qwen3": partial(_tower, "qwen3_vit", "Qwen3VitClassifier"),
+    "qwen3_merge": partial(_tower, "qwen3_vit", "Qwen3VitClassifier", encoder_pool="merge", out_features=24),
+    "qwen3_enc": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", out_features=24),
+    "qwen3_enc_avg": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", global_pool="avg"),
+    "qwen3_enc_all": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", global_pool=""),
+    "deepseek": partial(_tower, "deepseek_vit", "DeepseekVitClassifier"),
+    "deepseek_align": partial(_tower, "deepseek_vit", "DeepseekVitClassifier", encoder_pool="align", out_features=24),
+    "deepseek_enc": partial(_tower, "deepseek_vit", "DeepseekVitEncoder", out_features=24),
     "t2t_vit": partial(
         T2TViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, token_dim=16
     ),
     "lv_vit": partial(
         LVViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, skip_lam=2.0
     ),
+    "cait": CAIT,
+    "cait_avg": partial(CAIT, global_pool="avg"),
+    "convit": CONVIT,
+    "convit_avg": partial(CONVIT, global_pool="avg", use_pos_embed=False, local_up_to_layer=3),
+    "convit_plain": partial(CONVIT, local_up_to_layer=0),
+    "xcit": XCIT,
+    "xcit_avg": partial(XCIT, global_pool="avg", tokens_norm=True, use_pos_embed=False),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
@@ -225,16 +280,24 @@ def shaken(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def size_of(model: nn.Module) -> tuple[int, int]:
+    """Pixels of the model's own images; a classifier around an encoder has no patch embedding of its own."""
+    if isinstance(model, NaFlexVit):
+        return tuple(8 * side for side in model.embeds.pos_embed_grid_size or (4, 4))
+    return tuple(getattr(model, "encoder", model).patch_embed.img_size)
+
+
 def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
     """Random images of the model's size."""
-    size = model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, 3, *size_of(model), generator=torch.Generator().manual_seed(seed))
 
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
-    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT)):
+    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit, NaFlexVit)):
         return False
-    if method in NEEDS_ATTENTION_ALONE and isinstance(model.blocks[0], SHARED_BRANCH):
+    if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
         return False
-    return method not in NEEDS_CLASS or model.cls_token is not None
+    if method in NEEDS_ATTENTION_ALONE and isinstance(getattr(model, "encoder", model).blocks[0], SHARED_BRANCH):
+        return False
+    return method not in NEEDS_CLASS or describe(model).layout.has_class

@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenzoo.core.filtering import filtered
 from tokenzoo.core.lift import lift
 from tokenzoo.core.tokens import Layout, Tokens, trace_assign
 from tokenzoo.maps import ChainMap, FuseMap, GateMap, KeepMap, MergeMap, MixMap, SpreadMap
 
 FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_sum", "merge_assign", "merge_dropped", "fuse", "mix",
-         "gate", "spread", "chain")  # fmt: skip
+         "gate", "spread", "low_pass", "chain")  # fmt: skip
+SOFT = ("mix", "spread", "low_pass")
 
 
 def random_rows(batch, n, count, generator):
@@ -52,6 +54,8 @@ def make(form, n, seed, batch=2):
         front = torch.zeros(batch, 1, dtype=torch.int64)
         anchors = 1 + torch.randint(n - 1, (batch, keep), generator=g)
         return SpreadMap(torch.cat([front, anchors], 1), shares, 1, weight[:, 1:].transpose(1, 2))
+    if form == "low_pass":
+        return filtered(Tokens(torch.zeros(batch, n, 1), Layout(0, False, (1, n))), None, lambda n: keep)
     first = make("merge_weighted", n, seed + 1, batch)
     return ChainMap(first, make("keep", first.n_out, seed + 2, batch) if first.n_out > 1 else first_identity(first))
 
@@ -87,12 +91,13 @@ def test_pooling_is_membership_and_keeps_mass(form, n, seed):
         torch.testing.assert_close(pooled, token_map.membership().double() @ mass, atol=1e-6, rtol=1e-6)
     kept = (token_map.assign >= 0).unsqueeze(-1)
     if form != "mix":
-        torch.testing.assert_close(pooled.sum(1), (mass * kept).sum(1), atol=1e-9, rtol=1e-9)
+        tol = 1e-6 if form == "low_pass" else 1e-9  # shares of stretches are float32
+        torch.testing.assert_close(pooled.sum(1), (mass * kept).sum(1), atol=tol, rtol=tol)
     else:
         torch.testing.assert_close(pooled.sum(1), mass.sum(1), atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("mix", "spread")])  # soft: no token is alone
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in SOFT])  # soft: no token is alone
 @settings(max_examples=25, deadline=None)
 @sizes
 def test_tokens_that_stand_for_themselves_come_back(form, n, seed):

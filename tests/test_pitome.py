@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import build, images
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tokenzoo
@@ -68,6 +68,8 @@ def test_groups_are_the_loops(n, share, seed, margin, alpha, split, padding):
         alone = metric[image, :count].double()
         expected = slow_energy(alone, margin, alpha, gaussian)
         torch.testing.assert_close(energy[image, :count].double(), torch.tensor(expected).double(), atol=1e-5, rtol=0)
+        # of three tokens, two can be alike in all that decides: float32 orders such as it rounds them
+        assume(torch.tensor(expected).sort().values.diff().min() > 1e-6)
         groups = slow_groups(alone, expected, r, split)
         assign, head = (part[image] for part in plan)
         assert (assign[count:] == -1).all() and not head[count:].any()

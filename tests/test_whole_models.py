@@ -7,8 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from cases import METHODS, given
+from library_cases import build, images, rough
 from torch import nn
-from tower_cases import build, images, rough
 
 import tokenzoo
 
@@ -54,7 +54,9 @@ def test_clip_models(kind, method):
     assert tokenzoo.patch_model(model, given(method)) is model and tokenzoo.is_patched(model)
     changed = {name for name, module in model.named_modules() if type(module) is not classes[name]}
     assert changed and all(name.startswith("visual") for name in changed)
-    assert tokenzoo.report(model) == tokenzoo.report(model.visual) and tokenzoo.recipe(model)
+    assert tokenzoo.report(model).total == tokenzoo.report(model.visual).total and tokenzoo.recipe(model)
+    inner = "trunk.blocks" if kind == "timm" else "transformer.resblocks"
+    assert tokenzoo.report(model).rows[1].name == f"visual.{inner}.0"
     assert torch.equal(model.encode_text(text), written)
     features = model.encode_image(x, normalize=kind != "coca")
     out = model.visual(x)

@@ -21,6 +21,7 @@ from ..maps import TokenMap
 from ..ops.attention import Heads
 from ..ops.map_reading import MapStatistics
 from .merging import Merging, lifted_heads
+from .plan import BlockPlan
 
 
 class AttentionLayer:
@@ -111,15 +112,11 @@ class Attending:
         self.block, self.rope, self.mask = block, rope, mask
         if mask is not None:
             _refuse_mask(block.tokenzoo.at("around"))
-        before = block.tokenzoo.at("before")
-        # a decision that needs queries or keys in front of attention is made where their weights are: in the layer
-        outside = next((i for i, step in enumerate(before) if step.method.reads_attention), len(before))
-        for step in before[:outside]:
-            tokens = block._act(step, tokens, block._signals_of(step, tokens, rope, mask))[0]
-        self.tokens, self.before = tokens, before[outside:]
-        late = (*self.before, *block.tokenzoo.at("around"))
+        self.tokens, self.before = tokens, ()
         self.merging: Merging | None = None
-        if not any(step.method.reads_attention for step in late):
+        if block.tokenzoo.steps:
+            self._start(block.tokenzoo)
+        else:
             self.merging = self._merging(tokens)
         self.layers = block.attention_layers()
         self.entered = list(self.layers)  # the layers themselves, without what is wrapped around them
@@ -127,6 +124,20 @@ class Attending:
         self.outputs: list[Tensor | None] = [None] * len(self.layers)
         self.seen: list[MapStatistics | None] = [None] * len(self.layers)  # what methods read of the maps
         self.merge: TokenMap | None = None
+
+    def _start(self, plan: BlockPlan) -> None:
+        """The steps in front of the layers.
+
+        A decision that needs queries or keys in front of attention is made where their weights are: in the layer.
+        """
+        before = plan.at("before")
+        outside = next((i for i, step in enumerate(before) if step.method.reads_attention), len(before))
+        for step in before[:outside]:
+            signals = self.block._signals_of(step, self.tokens, self.rope, self.mask)
+            self.tokens = self.block._act(step, self.tokens, signals)[0]
+        self.before = before[outside:]
+        if not any(step.method.reads_attention for step in (*self.before, *plan.at("around"))):
+            self.merging = self._merging(self.tokens)
 
     def result(self) -> tuple[list[Tensor], Decided]:
         """Outputs of all layers [B, N', C], and what was decided on the way."""

@@ -49,6 +49,11 @@ class ReducingModel(Intermediates):
         return self.cls_token is not None
 
     @property
+    def final_norm(self) -> nn.Module:
+        """What runs behind the last block, on every token."""
+        return self.norm
+
+    @property
     def pooling(self) -> str:
         """How tokens are pooled: "token", "avg", "avgmax", "max" or "" (not at all)."""
         return getattr(self, "global_pool", "token" if self.has_class else "avg")
@@ -69,7 +74,15 @@ class ReducingModel(Intermediates):
             index: the block.
             norm: apply the final norm.
         """
-        return self.norm(x) if norm else x
+        return self.final_norm(x) if norm else x
+
+    def behind_blocks(self, tokens: Tokens) -> Tokens:
+        """What the final norm reads: what the last block left, with tokens that join only there (a class token)."""
+        return tokens
+
+    def end_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the residual stream behind the last block as the head would get them: through the final norm."""
+        return self.final_norm(rows)
 
     # ---- the sequence
 
@@ -182,7 +195,8 @@ class ReducingModel(Intermediates):
         return self._finish(tokens)
 
     def _finish(self, tokens: Tokens) -> Tokens:
-        tokens = tokens._replace(x=self.norm(tokens.x))
+        tokens = self.behind_blocks(tokens)
+        tokens = tokens._replace(x=self.final_norm(tokens.x))
         for step in self.blocks[-1].tokenzoo.at("norm"):
             token_map = step.decide(tokens, None)
             if token_map is not None:
@@ -202,7 +216,7 @@ class ReducingModel(Intermediates):
             come back as the recipe's `fill` says, through the final norm.
         """
         recipe = self.tokenzoo_recipe
-        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.norm)
+        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.end_rows)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens after the final norm as one tensor, of which `forward_head` makes what `forward` does.
@@ -242,7 +256,7 @@ class ReducingModel(Intermediates):
         """
         if not isinstance(x, Tensor):
             return Tokens(self.lift_features(x), x.layout) if self.pools_all and x.trace else x
-        layout = self.layout((1, x.shape[1] - self.num_protected))
+        layout = self.head_layout(self.layout((1, x.shape[1] - self.num_protected)))
         return decode(x, self.head_reads(), self.tokenzoo_recipe, layout)
 
     def pool(self, x: Tensor | Tokens, pool_type: str | None = None) -> Tensor:

@@ -65,8 +65,7 @@ class ReducingMultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                     "a hook gave queries, keys and values of an attention layer different inputs, which tokens that "
                     "are reduced between them cannot follow; let it change all three alike, or hook the norm in front"
                 )
-        out = attend(self, query if self.batch_first else query.transpose(0, 1))
-        return out if self.batch_first else out.transpose(0, 1), None
+        return attend(self, query), None
 
 
 def projected(layer: nn.Module, z: Tensor, start: int, stop: int) -> list[Tensor]:
@@ -88,10 +87,7 @@ def projected(layer: nn.Module, z: Tensor, start: int, stop: int) -> list[Tensor
 
 def call_multihead(layer: nn.Module, z: Tensor, attend: Callable[..., Tensor]) -> Tensor:
     """Calls a layer, or what is wrapped around it, as encoders do: self-attention, no map asked for."""
-    first = unwrapped(layer).batch_first
-    z = z if first else z.transpose(0, 1)
-    out = layer(z, z, z, need_weights=False, attend=attend)[0]
-    return out if first else out.transpose(0, 1)
+    return layer(z, z, z, need_weights=False, attend=attend)[0]
 
 
 def multihead_shape(layer: nn.Module) -> BlockShape:
@@ -108,9 +104,10 @@ def check_multihead(layer: nn.Module, name: str) -> None:
         name: of the layer, for the message.
 
     Raises:
-        ValueError: widths of keys or values of their own, keys and values added, or zeros.
+        ValueError: batches not in front, widths of keys or values of their own, keys and values added, or zeros.
     """
     found = {
+        "batch_first=False": not layer.batch_first,
         "kdim or vdim": not layer._qkv_same_embed_dim,
         "add_bias_kv=True": layer.bias_k is not None,
         "add_zero_attn=True": layer.add_zero_attn,

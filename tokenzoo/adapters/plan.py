@@ -36,6 +36,8 @@ class BlockPlan(NamedTuple):
 
     def at(self, place: str) -> tuple[Step, ...]:
         """The steps at one place."""
+        if not self.steps and place not in OUTSIDE:
+            return ()  # most blocks of most recipes, asked many times a pass
         return tuple(s for s in (self.outside if place in OUTSIDE else self.steps) if s.method.place == place)
 
 

@@ -13,6 +13,7 @@ from .attending import AttentionLayer
 from .backbone import Around, Family
 from .classes import class_of, path_of
 from .hooked import HookedBlock
+from .unserved import why_not
 from .walk import Walk
 
 _log = logging.getLogger(__name__)
@@ -124,6 +125,12 @@ def find_family(model: nn.Module) -> Family:
     if family is not None:
         return family
     refuse_around(model)
+    known = why_not(class_of(model))
+    if known is not None:
+        raise TypeError(
+            f"{path_of(class_of(model))} is not a backbone that tokenzoo can patch: it {known.why}; nearest: "
+            f"{known.nearest}"
+        )
     served = ", ".join(path_of(cls) for family in families() for cls in family.models)
     raise TypeError(
         f"{path_of(class_of(model))} is not a backbone that tokenzoo can patch; it serves exactly {served} (see "

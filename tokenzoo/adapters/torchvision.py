@@ -1,9 +1,9 @@
 """torchvision's vision_transformer.py: `vit_b_16`, `vit_b_32`, `vit_l_16`, `vit_l_32`, `vit_h_14` and their relatives.
 
-Read from torchvision 0.21 to 0.29. Differences from upstream: the model's subclass runs the parts of `encoder` one by
-one, so that features, intermediates and pictures are there as for timm's models (`forward_features`, `forward_head`,
-`forward_intermediates`); attention runs through `scaled_dot_product_attention` in every mode, and its output projection
-is called. Images have to be of the model's own size, as upstream.
+Read from torchvision 0.21 and 0.29, which differ in type hints alone. Differences from upstream: the model's subclass
+runs the parts of `encoder` one by one, so that features, intermediates and pictures are there as for timm's models
+(`forward_features`, `forward_head`, `forward_intermediates`); attention runs through `scaled_dot_product_attention` in
+every mode, and its output projection is called. Images have to be of the model's own size, as upstream.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ FAMILY = Family(
     models={VisionTransformer: ReducingTorchvisionTransformer},
     blocks={EncoderBlock: ReducingEncoderBlock},
     attentions=REDUCING_MULTIHEAD,
-    tried="torchvision 0.21 to 0.29",
+    tried="torchvision 0.29",
     check_block=check_block,
     check_recipe=check_recipe,
     bypassed=bypassed,

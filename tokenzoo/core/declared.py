@@ -76,6 +76,11 @@ class Declared:
         return self.traits.reads_attention
 
     @property
+    def reads_maps(self) -> bool:
+        """Whether the decision looks at attention between tokens."""
+        return self._of(self.traits.reads_maps)
+
+    @property
     def merges(self) -> bool:
         """Whether tokens come to stand for several patches."""
         declared = self._of(self.traits.merges)
@@ -166,14 +171,15 @@ class Declared:
         """Whether the method was published with decoders that run on the reduced tokens."""
         return self._of(self.traits.decodes_reduced)
 
-    def products(self, before: int, after: int) -> tuple[int, int]:
-        """Multiply-adds per channel of a map that is a product with a matrix, and of its way back; else zeros.
+    def products(self, before: int, after: int, layout: Layout) -> tuple[int, int]:
+        """Multiply-adds per channel of a map that is a product with matrices, and of its way back; else zeros.
 
         Args:
             before: tokens in front of the map.
             after: tokens behind it.
+            layout: the sequence.
         """
-        return (0, 0) if self.traits.products is None else self.traits.products(self, before, after)
+        return (0, 0) if self.traits.products is None else self.traits.products(self, before, after, layout)
 
     @property
     def data_dependent(self) -> bool:

@@ -62,6 +62,8 @@ class Traits(NamedTuple):
         mass_pool: average pooling weighs tokens by size.
         positions: the original place of each token has to be kept.
         reads_attention: the decision looks at queries or keys (before attention, these have to be projected for it).
+        reads_maps: the decision looks at attention between tokens: what the class token pays or what tokens receive;
+            keys and values alone are none.
         merges: tokens come to stand for several patches; None for what the kind says.
         mixes: values of tokens are mixed, so that a mask has to treat all patches alike that it does not hide; None for
             what the kind says.
@@ -77,8 +79,8 @@ class Traits(NamedTuple):
         opens_span: a later method may rebuild the tokens that this one reduces.
         closes_span: it rebuilds the tokens in front of the last open span, inside the model.
         keeps_trace: the forward pass has to remember its maps.
-        products: where its maps are products with a matrix: multiply-adds per channel of applying one and of its way
-            back, of the method, by tokens before and after; None where rows are taken and added.
+        products: where its maps are products with matrices: multiply-adds per channel of applying one and of its way
+            back, of the method, tokens before and after, and the layout; None where rows are taken and added.
         decodes_reduced: published with decoders that run on the reduced tokens, class maps copied back.
     """
 
@@ -88,6 +90,7 @@ class Traits(NamedTuple):
     mass_pool: bool | Callable[[Any], bool] = False
     positions: bool = False
     reads_attention: bool = False
+    reads_maps: bool | Callable[[Any], bool] = False
     merges: bool | Callable[[Any], bool] | None = None
     mixes: bool | Callable[[Any], bool] | None = None
     either: Callable[[Any, Any], bool] | None = None
@@ -102,5 +105,5 @@ class Traits(NamedTuple):
     opens_span: bool = False
     closes_span: bool | Callable[[Any], bool] = False
     keeps_trace: bool | Callable[[Any], bool] = False
-    products: Callable[[Any, int, int], tuple[int, int]] | None = None
+    products: Callable[[Any, int, int, Any], tuple[int, int]] | None = None
     decodes_reduced: bool | Callable[[Any], bool] = False

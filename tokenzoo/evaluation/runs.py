@@ -180,7 +180,7 @@ def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
     else:
         grid = tuple(view.grid_of(images.shape[-2:]))
         info = describe(model, grid)
-        layout = info.sequence(info.depth - 1)[0]
+        layout = view.head_layout(info.sequence(info.depth - 1)[0])
         count = view.all_tokens(layout.num_prefix + layout.num_patches, grid, layout)
         logits = scores_of(model(images))
     return logits, torch.full((len(images),), count, device=images.device)

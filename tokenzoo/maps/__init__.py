@@ -9,9 +9,11 @@ from .base import TokenMap
 from .beside import BesideMap
 from .chain import ChainMap
 from .cluster import ClusterMap
+from .fronted import FrontedMap
 from .fuse import FuseMap
 from .gate import GateMap
 from .keep import KeepMap
+from .low_pass import Filter, LowPassMap
 from .merge import MergeMap
 from .mix import MixMap
 from .mlerp import MlerpMap
@@ -27,9 +29,12 @@ __all__ = [
     "BesideMap",
     "ChainMap",
     "ClusterMap",
+    "Filter",
+    "FrontedMap",
     "FuseMap",
     "GateMap",
     "KeepMap",
+    "LowPassMap",
     "MergeMap",
     "MixMap",
     "MlerpMap",

@@ -30,8 +30,8 @@ from .attention import REDUCING_ATTENTIONS, head_width, input_width, rotary_macs
 from .rope import Rope, check_rebuild, waves_of
 
 
-class _Rotary(ReducingBlock):
-    """Both kinds of block; subclasses say where the norms are."""
+class RotaryBlock(ReducingBlock):
+    """A block that gathers the rows of its tokens; subclasses say where the norms are."""
 
     def rotations(self, tokens: Tokens, rope: Rope | None) -> Tensor | None:
         return None if rope is None else rope.rows(tokens)
@@ -66,7 +66,7 @@ class _Rotary(ReducingBlock):
         return tokens if aside is None else aside.left(tokens)
 
 
-class ReducingEvaBlock(_Rotary, EvaBlock):
+class ReducingEvaBlock(RotaryBlock, EvaBlock):
     """Pre-norm block; either layer scale may be absent."""
 
     def attention_input(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class ReducingEvaBlock(_Rotary, EvaBlock):
         return self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
-class ReducingEvaBlockPostNorm(_Rotary, EvaBlockPostNorm):
+class ReducingEvaBlockPostNorm(RotaryBlock, EvaBlockPostNorm):
     """Block with the norms on the branches; queries and keys come from the residual stream itself."""
 
     def attention_branch(self, outs: list[Tensor]) -> Tensor:
@@ -94,7 +94,17 @@ class ReducingEvaBlockPostNorm(_Rotary, EvaBlockPostNorm):
         return self.drop_path2(self.norm2(self.mlp(z)))
 
 
-class ReducingEva(ReducingModel, Eva):
+class RotaryModel(ReducingModel):
+    """A model whose blocks rotate queries and keys by one of timm's tables."""
+
+    def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
+        layout = super().layout(grid, rope)
+        if rope is not None and rope.waves is not None:
+            layout = layout._replace(track_size=True)  # mean coordinates are weighted by it
+        return layout
+
+
+class ReducingEva(RotaryModel, Eva):
     """`Eva` whose blocks reduce tokens."""
 
     def embed(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -112,12 +122,6 @@ class ReducingEva(ReducingModel, Eva):
             return rope
         waves = None if rope.waves is None else rope.waves._replace(freqs=rope.waves.freqs[:, index])
         return Rope.of(rope.table[index], self.num_protected, waves)
-
-    def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
-        layout = super().layout(grid, rope)
-        if rope is not None and rope.waves is not None:
-            layout = layout._replace(track_size=True)  # mean coordinates are weighted by it
-        return layout
 
     def head_reads(self) -> Reads:
         return Reads.of(self.global_pool) if self.attn_pool is None else Reads(attends=True)

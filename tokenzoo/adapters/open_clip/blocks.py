@@ -1,6 +1,6 @@
 """open_clip's blocks and the attention inside of them: torch's `nn.MultiheadAttention`, or open_clip's own `Attention`.
 
-Read from open_clip 2.24 to 3.3; blocks with norms inside of attention from 3.0 on.
+Read from open_clip 2.27 to 3.3; blocks with norms inside of attention from 3.0 on.
 """
 
 from __future__ import annotations
@@ -80,13 +80,10 @@ class ReducingResidualAttentionBlock(_OpenClipBlock, ResidualAttentionBlock):
         """Tokens to tokens; the first four arguments are open_clip's.
 
         Raises:
-            ValueError: keys or values of another sequence, or a plain tensor [N, B, C].
+            ValueError: keys or values of another sequence.
         """
         if k_x is not None or v_x is not None:
             raise ValueError("k_x, v_x: a block that reduces tokens attends to its own ones only; unpatch the model")
-        by_hand = isinstance(q_x, Tensor) and (aside is None or aside.state is None)
-        if by_hand and not unwrapped(self.attn).batch_first:
-            raise ValueError("this block takes [N, B, C] (batch_first=False); call the patched model, not its blocks")
         return self.call(q_x, rope, attn_mask, is_causal, aside)
 
 

@@ -1,6 +1,6 @@
 """open_clip's transformer.py: the image towers of CLIP, CoCa, MetaCLIP, DFN, ... that are its own `VisionTransformer`.
 
-Read from open_clip 2.24 to 3.3. Differences from upstream: the model's subclass runs the parts of `transformer` one by
+Read from open_clip 2.27 to 3.3. Differences from upstream: the model's subclass runs the parts of `transformer` one by
 one; attention runs through `scaled_dot_product_attention` in every mode, and its output projection is called; attention
 pooling sees sizes and padding. With `output_tokens` the tokens handed out are those that are left, all of them with
 `dense=True`; those of attention pooling are its queries, as ever. Of whole CLIP models
@@ -42,6 +42,11 @@ class ReducingOpenClipTransformer(ReducingModel, VisionTransformer):
         return self.conv1
 
     @property
+    def norm_pre(self) -> nn.Module:
+        """Of tokens that join the sequence in front of block 0, as of those in it."""
+        return self.ln_pre
+
+    @property
     def own_grid(self) -> tuple[int, int]:
         return tuple(self.grid_size)
 
@@ -77,7 +82,8 @@ class ReducingOpenClipTransformer(ReducingModel, VisionTransformer):
 
     @property
     def pools_all(self) -> bool:
-        return super().pools_all or (self.tokenzoo_recipe.dense and self.output_tokens)
+        # written out: a property of `super()` is an object without a value in compiled graphs, and true
+        return self.tokenzoo_recipe.dense and (self.output_tokens or not self.pooling or any(self.head_reads()))
 
     def head_reads(self) -> Reads:
         return Reads.of(self.pooling) if self.attn_pool is None else Reads(attends=True)
@@ -179,7 +185,7 @@ FAMILY = register_family(
         blocks=BLOCKS,
         attentions=ATTENTIONS,
         around={cls: Around("visual") for cls in (CLIP, CustomTextCLIP, CoCa)},
-        tried="open_clip 2.24 to 3.3",
+        tried="open_clip 2.27 to 3.3",
         check=check,
         check_block=check_block,
         bypassed=bypassed,

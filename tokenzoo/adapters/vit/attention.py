@@ -52,7 +52,8 @@ def differential_lambda(attn: nn.Module, like: Tensor) -> Tensor | None:
 def attention_heads(attn: nn.Module, x: Tensor, with_values: bool = True) -> Heads:
     """Heads of normed tokens x [B, N, C]."""
     width = attention_width(attn)
-    parts = linear_part(attn.qkv, x, 0, width * (3 if with_values else 2)).split(width, dim=2)
+    qkv = attn.qkv(x) if with_values else linear_part(attn.qkv, x, 0, 2 * width)
+    parts = qkv.split(width, dim=2)
     q = attn.q_norm(split_heads(parts[0], attn.head_dim))
     k = attn.k_norm(split_heads(parts[1], attn.head_dim))
     v = split_heads(parts[2], value_width(attn)) if with_values else None

@@ -1,4 +1,4 @@
-"""Models of other libraries than timm, tiny and random: the tables of test_towers.py."""
+"""Models of other libraries than timm, tiny and random: the tables of test_other_libraries.py."""
 
 from __future__ import annotations
 
@@ -28,15 +28,6 @@ def _narrow(**options: object) -> nn.Module:
     return open_clip(attn_pooler_heads=2, attn_pooler_queries=5, **options)
 
 
-def _batch_second() -> nn.Module:
-    """open_clip's tower as it was before 2.27: its blocks take [N, B, C]."""
-    model = open_clip()
-    model.transformer.batch_first = False
-    for block in model.transformer.resblocks:
-        block.attn.batch_first = False
-    return model
-
-
 # name -> model; everything that the adapters of torchvision and open_clip claim to serve
 TOWERS: dict[str, Callable[[], nn.Module]] = {
     "torchvision": TORCHVISION,
@@ -47,7 +38,6 @@ TOWERS: dict[str, Callable[[], nn.Module]] = {
     "open_clip_custom": partial(
         open_clip, qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_attn=True, scale_fc=True
     ),
-    "open_clip_batch_second": _batch_second,
     "open_clip_avg": partial(open_clip, pool_type="avg"),
     "open_clip_avg_last_norm": partial(open_clip, pool_type="avg", final_ln_after_pool=True),
     "open_clip_all": partial(open_clip, pool_type="none"),
@@ -119,7 +109,7 @@ def _of_open_clip(model: nn.Module) -> nn.Module:
     pool = "avg" if model.pool_type == "avg" else "token"
     after = model.final_ln_after_pool
     norm = partial(nn.LayerNorm, eps=1e-5)
-    twin = VIT(pre_norm=True, global_pool=pool, num_classes=24, norm_layer=norm, fc_norm=after, final_norm=not after)
+    twin = VIT(pre_norm=True, global_pool=pool, num_classes=24, norm_layer=norm, fc_norm=after)
     weights = {"head.weight": model.proj.T, "head.bias": torch.zeros(24)}
     for key, value in model.state_dict().items():
         key = key.replace("conv1.", "patch_embed.proj.").replace("ln_pre.", "norm_pre.")
@@ -133,4 +123,35 @@ def _of_open_clip(model: nn.Module) -> nn.Module:
         if key != "proj":
             weights[key] = value
     twin.load_state_dict(weights)
+    return twin
+
+
+# ---- the same weights in transformers' model
+
+
+def clip_twin(model: nn.Module) -> nn.Module:
+    """transformers' `CLIPVisionModelWithProjection` with the weights of a plain open_clip tower."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2)
+    config = transformers.CLIPVisionConfig(**sizes, intermediate_size=64, projection_dim=24, hidden_act="gelu")
+    twin, weights = transformers.CLIPVisionModelWithProjection(config).eval(), {}
+    own, inner = model.state_dict(), "transformer.resblocks"
+    names = {
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        for index in range(4):
+            layer = f"encoder.layers.{index}"
+            for ours, theirs in names.items():
+                weights[f"{layer}.{theirs}.{kind}"] = own[f"{inner}.{index}.{ours}.{kind}"]
+            for part, value in zip("qkv", own[f"{inner}.{index}.attn.in_proj_{kind}"].chunk(3)):
+                weights[f"{layer}.self_attn.{part}_proj.{kind}"] = value
+        weights[f"pre_layrnorm.{kind}"] = own[f"ln_pre.{kind}"]  # spelled so
+        weights[f"post_layernorm.{kind}"] = own[f"ln_post.{kind}"]
+    weights["embeddings.class_embedding"] = own["class_embedding"]
+    weights["embeddings.patch_embedding.weight"] = own["conv1.weight"]
+    weights["embeddings.position_embedding.weight"] = own["positional_embedding"]
+    twin.vision_model.load_state_dict(weights)
+    twin.visual_projection.weight.data = own["proj"].T.clone()
     return twin
