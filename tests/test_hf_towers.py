@@ -151,7 +151,7 @@ def test_images_of_any_size_in_one_batch(method):
         with pytest.raises(ValueError, match="class token"):
             tokenzoo.patch_model(model, method)
         return
-    uses = tokenzoo.create_method(method).uses_positions or method in ("cts", "sta")
+    uses = tokenzoo.create_method(method).uses_positions or method in ("cts", "sta", "flowcut", "reconstruct")
     with tokenzoo.patched(model, given(method)), tokenzoo.patched(classes, given(method)):
         if uses:
             with pytest.raises(ValueError, match="grids of their own|given patches"):
@@ -161,7 +161,7 @@ def test_images_of_any_size_in_one_batch(method):
             assert got.pooler_output.isfinite().all() and not torch.allclose(
                 got.pooler_output[0], plain.pooler_output[0]
             )
-            if method in ("topk", "evit", "gtp", "turbo", "dpcknn", "evo"):  # counts follow each image's own tokens
+            if method in ("topk", "evit", "gtp", "dpcknn", "evo"):  # counts follow each image's own tokens
                 torch.testing.assert_close(got.pooler_output[1:], model(**alone).pooler_output, atol=1e-5, rtol=1e-5)
                 torch.testing.assert_close(scores[1:], classes(**alone).logits, atol=1e-5, rtol=1e-5)
     with tokenzoo.patched(model, "tome", r=0), tokenzoo.patched(classes, "tome", r=0):
