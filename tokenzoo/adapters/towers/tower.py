@@ -92,7 +92,7 @@ class Tower(RotaryModel):
             return []
         dim = self.embed_dim
         back = way_back(flow.held_behind, dim, dim, flow)
-        return [Beside("grid", flow.left, flow.layout.num_patches, back, back)] if back else []
+        return [Beside("grid", flow.left, flow.left, back, back)] if back else []  # not the model's tokens, a copy
 
 
 class Encoder(Tower):
