@@ -99,6 +99,7 @@ TAKEN = {
     "test_other_libraries.py::test_reduction": 45,
     "test_other_libraries.py::test_the_same_weights_in_timm_give_the_same_answer": 56,
     "test_other_libraries.py::test_threads_share_one_model": 4,
+    "test_other_libraries.py::test_two_processes_give_the_gradients_of_one": 0,
     "test_other_libraries.py::test_zero_reduction_changes_nothing": 45,
     "test_scan_graphs.py::test_compiled_gradients": 1,
     "test_scan_matrix.py::test_reduction": 48,

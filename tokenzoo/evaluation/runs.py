@@ -191,12 +191,14 @@ def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple
     """Channels, height and width of a model's images.
 
     Args:
-        model: a timm model.
+        model: a model of timm, torchvision or open_clip.
         img_size: overrides height and width, one side or two.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(config.get("input_size", (3, 224, 224)))
-    embed = getattr(model, "patch_embed", None)
+    embed, own = getattr(model, "patch_embed", None), getattr(model, "image_size", None)
+    if own is not None:  # torchvision's and open_clip's: one side, or both
+        size = (size[0], *((own, own) if isinstance(own, int) else own))
     if getattr(embed, "img_size", None) is not None:
         size = (size[0], *embed.img_size)
     if isinstance(getattr(embed, "backbone", None), nn.Module):  # patches of a network's features
