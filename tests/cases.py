@@ -10,8 +10,11 @@ from typing import Any
 import timm
 import torch
 from timm.models.beit import Beit
+from timm.models.cait import Cait
+from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -19,8 +22,11 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.xcit import Xcit
 from torch import nn
 
+from tokenzoo import create_method
+from tokenzoo.adapters.inspect import describe
 from tokenzoo.models import LVViT, T2TViT
 
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
@@ -92,6 +98,24 @@ BEIT = partial(Beit, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads
 RELPOS = partial(
     VisionTransformerRelPos,
     img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, init_values=0.3,
+)  # fmt: skip
+NAFLEX = partial(
+    NaFlexVit, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, class_token=False,
+    pos_embed_grid_size=(4, 4),
+)  # fmt: skip
+
+CAIT = partial(
+    Cait, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2, num_classes=7,
+    depth_token_only=2, mlp_ratio_token_only=2,
+)  # fmt: skip
+
+XCIT = partial(
+    Xcit, img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, eta=0.3,
+)  # fmt: skip
+
+CONVIT = partial(
+    ConVit, img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2, num_classes=7,
+    local_up_to_layer=2,
 )  # fmt: skip
 
 
@@ -178,6 +202,10 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
         RELPOS, rel_pos_type="bias", class_token=True, global_pool="token", block_fn=ResPostRelPosBlock
     ),
     "relpos_shared": partial(RELPOS, rel_pos_type="swin", shared_rel_pos=True, class_token=True),
+    "naflex": partial(NAFLEX, class_token=True, global_pool="token", init_values=0.3),
+    "naflex_siglip": partial(NAFLEX, embed_proj_type="linear", global_pool="map", pre_norm=True),
+    "naflex_rope": partial(NAFLEX, rope_type="axial", pos_embed="none", reg_tokens=2, global_pool="avg", img_size=32),
+    "naflex_mixed": partial(NAFLEX, rope_type="mixed", pos_embed="factorized", global_pool="avgmax", swiglu_mlp=True),
     "qwen3": partial(_tower, "qwen3_vit", "Qwen3VitClassifier"),
     "qwen3_merge": partial(_tower, "qwen3_vit", "Qwen3VitClassifier", encoder_pool="merge", out_features=24),
     "qwen3_enc": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", out_features=24),
@@ -192,6 +220,13 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "lv_vit": partial(
         LVViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, skip_lam=2.0
     ),
+    "cait": CAIT,
+    "cait_avg": partial(CAIT, global_pool="avg"),
+    "convit": CONVIT,
+    "convit_avg": partial(CONVIT, global_pool="avg", use_pos_embed=False, local_up_to_layer=3),
+    "convit_plain": partial(CONVIT, local_up_to_layer=0),
+    "xcit": XCIT,
+    "xcit_avg": partial(XCIT, global_pool="avg", tokens_norm=True, use_pos_embed=False),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
@@ -247,6 +282,8 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def size_of(model: nn.Module) -> tuple[int, int]:
     """Pixels of the model's own images; a classifier around an encoder has no patch embedding of its own."""
+    if isinstance(model, NaFlexVit):
+        return tuple(8 * side for side in model.embeds.pos_embed_grid_size or (4, 4))
     return tuple(getattr(model, "encoder", model).patch_embed.img_size)
 
 
@@ -257,8 +294,10 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
-    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT)):
+    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit, NaFlexVit)):
+        return False
+    if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
         return False
     if method in NEEDS_ATTENTION_ALONE and isinstance(getattr(model, "encoder", model).blocks[0], SHARED_BRANCH):
         return False
-    return method not in NEEDS_CLASS or getattr(model, "cls_token", None) is not None
+    return method not in NEEDS_CLASS or describe(model).layout.has_class

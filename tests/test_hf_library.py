@@ -167,3 +167,30 @@ def test_one_graph(tower, method):
     exported = torch.export.export(Answers(), (x,)).module()
     for got, want in zip(exported(x), expected):
         close(got, want)
+
+
+@torch.no_grad()
+def test_comparisons():
+    """`bench` and `evaluate` take classifiers of transformers as they take timm's."""
+    from tokenzoo.evaluation import Run, bench, evaluate
+
+    model, x = build("dinov2_classes"), images(None, 4)
+    runs = [Run("tome", {"r": 2}), Run("ats", {"layers": [1]})]
+    rows = bench(model, runs, batch_size=2, rounds=1, warmup=1, latency=False)
+    assert [row.tokens_out for row in rows[:2]] == [17, 9] and rows[2].tokens_out < 17
+    assert rows[0].input_size == (3, 32, 32) and rows[1].gmacs < rows[0].gmacs
+    labels = model(x).logits.argmax(1)
+    scores = evaluate(model, runs, [(x, labels)])
+    assert scores[0].top1.mean == 100 and [score.n_images for score in scores] == [4] * 3
+    assert not tokenzoo.is_patched(model)
+
+
+@torch.no_grad()
+def test_pictures_and_relevance():
+    """Token maps and explanations read towers as they read timm's models."""
+    from tokenzoo.view.maps import token_maps
+
+    model, x = build("dinov2"), images(None, 1)
+    tokenzoo.patch_model(model, "tome", r=2)
+    maps = token_maps(model, x)
+    assert maps.grid == (4, 4) and len(maps.blocks) == 4

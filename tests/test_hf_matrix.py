@@ -57,7 +57,7 @@ def test_zero_reduction_changes_nothing(model, method, tower):
 def test_reduction(model, method, tower):
     """Counts as reported, batch mates without influence, weights and their names as they were, exact undoing."""
     if not served(method, model):
-        return
+        pytest.skip("needs a class token")
     x, backbone = images(model), backbone_of(model)
     plain, keys, classes = ask(model, x), list(model.state_dict()), [type(m) for m in model.modules()]
     tokenzoo.patch_model(model, given(method))
@@ -93,7 +93,7 @@ def test_reduction(model, method, tower):
 def test_means_outside_of_the_tower_weigh_by_size(model, method, tower):
     """Classifiers that take a plain mean of what the tower gives take that of its tokens by size, without padding."""
     if not served(method, model):
-        return
+        pytest.skip("needs a class token")
     x, backbone = images(model), backbone_of(model)
     with tokenzoo.patched(model, given(method)):
         tokens = backbone.forward_tokens(x)

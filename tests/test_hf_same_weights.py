@@ -7,6 +7,8 @@ import torch
 from cases import METHODS
 from hf_cases import build, given, images, served
 from timm.layers import QuickGELU, SwiGLUPacked
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -111,7 +113,79 @@ def siglip():
     return ours, lambda x: ours(x).pooler_output, loaded(theirs, new)
 
 
+def eva_like(state, ours, theirs, out, norms, scales):
+    """The weights of one layer under the names of timm's eva.py and beit.py: biases of queries and values alone."""
+    kinds = ("weight", "bias")
+    found = {f"{theirs}.attn.qkv.weight": torch.cat([state[f"{ours}.{x}.weight"] for x in out[:3]])}
+    found |= {f"{theirs}.attn.{x[0]}_bias": state[f"{ours}.{name}.bias"] for x, name in zip("q_v", out) if x != "_"}
+    pairs = {"attn.proj": out[3], "norm1": norms[0], "norm2": norms[1], "mlp.fc1": out[4], "mlp.fc2": out[5]}
+    found |= {f"{theirs}.{name}.{k}": state[f"{ours}.{own}.{k}"] for name, own in pairs.items() for k in kinds}
+    return found | {f"{theirs}.gamma_{i}": state[f"{ours}.{name}"] for i, name in enumerate(scales, 1)}
+
+
+def dinov3():
+    ours = build("dinov3")
+    state = ours.state_dict()
+    new = {"cls_token": state["embeddings.cls_token"], "reg_token": state["embeddings.register_tokens"]}
+    for kind in ("weight", "bias"):
+        new |= {
+            f"patch_embed.proj.{kind}": state[f"embeddings.patch_embeddings.{kind}"],
+            f"norm.{kind}": state[f"norm.{kind}"],
+        }
+    names = [f"attention.{x}_proj" for x in "qkvo"] + ["mlp.up_proj", "mlp.down_proj"]
+    scales = ("layer_scale1.lambda1", "layer_scale2.lambda1")
+    for index in range(4):
+        new |= eva_like(state, f"model.layer.{index}", f"blocks.{index}", names, ("norm1", "norm2"), scales)
+    options = {"num_reg_tokens": 3, "use_rot_pos_emb": True, "use_abs_pos_emb": False, "rope_type": "dinov3"}
+    options |= {
+        "rope_rotate_half": True,
+        "rope_temperature": 100,
+        "no_embed_class": True,
+        "num_classes": 0,
+        "init_values": 1.0,
+        "global_pool": "token",
+    }
+    theirs = Eva(**SHAPE, **NORM, **options, qkv_bias=True)
+    missing = theirs.load_state_dict(new, strict=False)
+    assert not missing.unexpected_keys and all("k_bias" in key or "rope" in key for key in missing.missing_keys)
+    return ours, lambda x: ours(x).pooler_output, theirs.eval()
+
+
+def beit(name="beit_classes", prefix="beit", layers="layers", names=None, bias="relative_position_bias", **more):
+    ours, kinds = build(name), ("weight", "bias")
+    state = {key.removeprefix(f"{prefix}."): value for key, value in ours.state_dict().items()}
+    new = {"cls_token": state["embeddings.cls_token"]}
+    new |= {f"patch_embed.proj.{k}": state[f"embeddings.patch_embeddings.projection.{k}"] for k in kinds}
+    new |= {f"fc_norm.{k}": state[f"pooler.layernorm.{k}"] for k in kinds}
+    new |= {f"head.{k}": state[f"classifier.{k}"] for k in kinds}
+    names = names or [f"attention.{x}_proj" for x in "qkvo"] + ["mlp.fc1", "mlp.fc2"]
+    norms, table = ("layernorm_before", "layernorm_after"), "relative_position_bias_table"
+    for index in range(4):
+        at = f"{layers}.{index}"
+        new |= eva_like(state, at, f"blocks.{index}", names, norms, ("lambda_1", "lambda_2"))
+        new[f"blocks.{index}.attn.{table}"] = state[f"{at}.{bias}.{table}"]
+        if "encoder.relative_position_bias.relative_position_bias_table" in state:  # timm has one or the other
+            new[f"blocks.{index}.attn.{table}"] = (
+                new[f"blocks.{index}.attn.{table}"] + state[f"encoder.{bias[-22:]}.{table}"]
+            )
+    options = {"num_classes": 7, "init_values": 1.0, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
+    theirs = Beit(**SHAPE, norm_layer=partial(nn.LayerNorm, eps=1e-12), **options)
+    missing = theirs.load_state_dict(new, strict=False)
+    assert not missing.unexpected_keys and all("k_bias" in key or "index" in key for key in missing.missing_keys)
+    return ours, lambda x: ours(x).logits, theirs.eval()
+
+
+def data2vec():
+    inner = [f"attention.attention.{x}" for x in ("query", "key", "value")]
+    names = [*inner, "attention.output.dense", "intermediate.dense", "output.dense"]
+    own = "attention.attention.relative_position_bias"
+    return beit("data2vec_classes", "data2vec_vision", "encoder.layer", names, own)
+
+
 PAIRS = {
+    "dinov3": dinov3,
+    "beit": beit,
+    "data2vec": data2vec,
     "vit": vit,
     "dinov2": partial(dino, "dinov2"),
     "dinov2_swiglu": partial(dino, "dinov2_swiglu", mlp_layer=SwiGLUPacked, mlp_ratio=3, act_layer=nn.SiLU),
@@ -149,6 +223,42 @@ def test_same_numbers(made, pair, method):
                 for report in map(tokenzoo.report, (ours, theirs))
             ]
             assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("positions", ["destination", "mean"])
+@torch.no_grad()
+def test_rotary_positions_of_merged_tokens(positions):
+    ours, call, theirs = dinov3()
+    recipe = {"method": "tome", "r": 3, "merged_positions": positions}
+    with tokenzoo.patched(ours, recipe), tokenzoo.patched(theirs, recipe):
+        torch.testing.assert_close(call(images(ours)), theirs(images(ours)), atol=1e-5, rtol=1e-5)
+        ours.train()
+        ours.config.pos_embed_shift = 0.1
+        if positions == "mean":
+            with pytest.raises(ValueError, match="draws coordinates at random in training \\(pos_embed_shift"):
+                ours(images(ours))
+        else:
+            ours(images(ours))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_towers_of_one_kind(method):
+    """SigLIP without a head, Idefics3 and SmolVLM are the same tower; MAE's encoder and ViT are."""
+    x = images(None)
+    for names in (("siglip_headless", "idefics3", "smolvlm"), ("vit", "mae")):
+        first, outs = build(names[0]), []
+        for name in names:
+            model = build(name)
+            state = {key: value for key, value in first.state_dict().items() if key in model.state_dict()}
+            model.load_state_dict(state)
+            if not served(method, model):
+                pytest.skip("needs a class token")
+            tokenzoo.patch_model(model, given(method))
+            torch.manual_seed(5)
+            outs.append(model(x).last_hidden_state)
+        for other in outs[1:]:
+            torch.testing.assert_close(other, outs[0], atol=1e-5, rtol=1e-5)
 
 
 def test_larger_images():

@@ -6,7 +6,10 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from .beit import FAMILY as BEIT
+from .cait.model import FAMILY as CAIT
+from .convit.model import FAMILY as CONVIT
 from .eva.model import FAMILY as EVA
+from .naflex.model import FAMILY as NAFLEX
 from .registry import register_family, register_later
 from .relpos import FAMILY as RELPOS
 from .sam.model import FAMILY as SAM
@@ -16,8 +19,9 @@ from .svit.model import FAMILY as SVIT
 from .torchvision import FAMILY as TORCHVISION
 from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
+from .xcit.model import FAMILY as XCIT
 
-for _family in (VIT, EVA, BEIT, RELPOS, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, TORCHVISION):
+for _family in (VIT, EVA, BEIT, RELPOS, NAFLEX, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, TORCHVISION):
     register_family(_family)
 register_later("dinov2", "tokenzoo.adapters.dinov2_hub")
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")

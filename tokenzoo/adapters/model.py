@@ -76,6 +76,14 @@ class ReducingModel(Intermediates):
         """
         return self.final_norm(x) if norm else x
 
+    def behind_blocks(self, tokens: Tokens) -> Tokens:
+        """What the final norm reads: what the last block left, with tokens that join only there (a class token)."""
+        return tokens
+
+    def end_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the residual stream behind the last block as the head would get them: through the final norm."""
+        return self.final_norm(rows)
+
     # ---- the sequence
 
     def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
@@ -187,6 +195,7 @@ class ReducingModel(Intermediates):
         return self._finish(tokens)
 
     def _finish(self, tokens: Tokens) -> Tokens:
+        tokens = self.behind_blocks(tokens)
         tokens = tokens._replace(x=self.final_norm(tokens.x))
         for step in self.blocks[-1].tokenzoo.at("norm"):
             token_map = step.decide(tokens, None)
@@ -207,7 +216,7 @@ class ReducingModel(Intermediates):
             come back as the recipe's `fill` says, through the final norm.
         """
         recipe = self.tokenzoo_recipe
-        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.final_norm)
+        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.end_rows)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens after the final norm as one tensor, of which `forward_head` makes what `forward` does.
@@ -247,7 +256,7 @@ class ReducingModel(Intermediates):
         """
         if not isinstance(x, Tensor):
             return Tokens(self.lift_features(x), x.layout) if self.pools_all and x.trace else x
-        layout = self.layout((1, x.shape[1] - self.num_protected))
+        layout = self.head_layout(self.layout((1, x.shape[1] - self.num_protected)))
         return decode(x, self.head_reads(), self.tokenzoo_recipe, layout)
 
     def pool(self, x: Tensor | Tokens, pool_type: str | None = None) -> Tensor:

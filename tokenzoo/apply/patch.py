@@ -62,12 +62,37 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
     if flops is not None:
-        _check_recipe(backbone, family, recipe, info, info.depth)
-        recipe = solve_flops(backbone, family, recipe, info, flops)
+        recipe = _solved(backbone, family, recipe, info, flops)
     new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
     if new:
         _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
     return model
+
+
+def solve(model: nn.Module, recipe: Recipe, flops: float, img_size: tuple[int, int] | None = None) -> Recipe:
+    """The recipe at the largest multiply-adds that a budget allows; the model is not patched.
+
+    Args:
+        model: as for `patch_model`, unpatched.
+        recipe: methods whose strength is solved for, all at the same relative strength (`Recipe.dial`).
+        flops: share of the unpatched model's multiply-adds that may be spent at most.
+        img_size: image (height, width) that counts; None for the model's own.
+
+    Raises:
+        ValueError, TypeError: as for `patch_model`.
+    """
+    backbone = backbone_of(model)
+    family = find_family(backbone)
+    _check(known_of(model), backbone, family, block_names(model))
+    grid = None if img_size is None else tuple(family.view(backbone).grid_of(img_size))
+    return _solved(backbone, family, recipe, describe(backbone, grid, recipe), flops, at_most=True)
+
+
+def _solved(
+    backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, flops: float, at_most: bool = False
+) -> Recipe:
+    _check_recipe(backbone, family, recipe, info, info.depth)
+    return solve_flops(backbone, family, recipe, info, flops, at_most)
 
 
 def _prepared(

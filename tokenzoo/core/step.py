@@ -59,6 +59,11 @@ class Step(NamedTuple):
                 f"keeps as many tokens as the images ask for, {why}; set a fixed budget"
                 + (f", such as {fixed}" if fixed else "")
             )
+        if tokens.layout.own_grids and self.method.uses_positions:
+            raise self.error(
+                "looks at places on one patch grid, but the images of this batch have grids of their own; give images "
+                "of one size, without padding, or use a method that looks at values alone"
+            )
         token_map = self.method.map(tokens.seen_by(self.scorer), signals, self)
         if token_map is None:
             return None
@@ -111,8 +116,15 @@ class BlockShape(NamedTuple):
         dim: channels of the residual stream.
         num_heads: query heads (of both halves in differential attention).
         head_dim: width of a query.
+        mixing: multiply-adds of mixing the logits of one pair over heads that talk; 0 for all others.
     """
 
     dim: int
     num_heads: int
     head_dim: int
+    mixing: int = 0
+
+    @property
+    def entry(self) -> int:
+        """Multiply-adds of reading one entry of the maps of all heads."""
+        return self.num_heads * self.head_dim + self.mixing

@@ -45,7 +45,7 @@ class ATS(Method):
     kind = "sample"
     schedule = Budget(layers=lambda depth: range(depth // 4, depth))
     traits = Traits(
-        place=QUERIES, pads=True, static="max_tokens=128",
+        place=QUERIES, reads_maps=True, pads=True, static="max_tokens=128",
         data_dependent=lambda m: open_counts(m.max_tokens),
     )  # fmt: skip
 
@@ -64,6 +64,11 @@ class ATS(Method):
             if tokens.visible is not None:
                 scores = scores.masked_fill(~tokens.visible[:, prefix:], 0)
             # released: an image without padding loses its lowest token again, whatever was removed before
+            if self.batch_invariant and tokens.layout.own_grids:
+                raise step.error(
+                    "tells by their patches which images have lost none yet, but those of this batch have grids of "
+                    "their own; set batch_invariant=False, or give images of one size"
+                )
             full = tokens.layout.num_patches if self.batch_invariant else tokens.num_patches
             if tokens.valid is None:
                 kind = torch.ones_like if tokens.num_patches == full else torch.zeros_like

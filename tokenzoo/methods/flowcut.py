@@ -61,8 +61,8 @@ class FlowCut(Method):
     kind = "prune"
     schedule = Schedule(layers=_every_second)
     traits = Traits(
-        place=AFTER, carries=True, carries_values=True, static="entropy=0.9", pads=lambda m: m.entropy is None,
-        data_dependent=lambda m: m.entropy is None,
+        place=AFTER, reads_maps=True, carries=True, carries_values=True, static="entropy=0.9",
+        pads=lambda m: m.entropy is None, data_dependent=lambda m: m.entropy is None,
     )  # fmt: skip
 
     def strengths(self, depth: int) -> dict[int, int | None]:
@@ -74,6 +74,11 @@ class FlowCut(Method):
 
     def _goal(self, layout: Layout) -> int:
         """Patches that are left at the end."""
+        if self.tokens is None and layout.own_grids:
+            raise ValueError(
+                f"flowcut: keep_rate={self.keep_rate} is a share of the patches that an image had, which the images of "
+                "this batch, with grids of their own, differ in; give tokens= instead"
+            )
         return self.tokens or max(1, round(self.keep_rate * layout.num_patches))
 
     def count(self, n: int, step: Step, layout: Layout) -> int:

@@ -182,7 +182,7 @@ class Explanation:
 
     def _plain(self, embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         view = find_family(self.model).view(self.model)
-        self._layout = Layout(view.num_prefix_tokens, view.has_class, tuple(view.grid_of(args[0].shape[-2:])))
+        self._layout = view.sequences(tuple(view.grid_of(args[0].shape[-2:])), None)[0]
         self._now = View(())
 
     def _tell(self, view: View) -> None:
@@ -191,7 +191,11 @@ class Explanation:
     def _record(self, layer: nn.Module, args: Any, out: Any) -> None:
         calls = [call for call in self._seen.pop(layer, ()) if call.run is self._run]
         if self._now is not None and isinstance(out, Tensor):
-            calls.append(_Call(layer, self._now, self._layout, out.shape, weakref.ref(out), self._run))
+            layout = self._layout
+            if out.dim() == 3 and not self._now.trace and self._now.merge is None:
+                # a class token may have joined behind the blocks
+                layout = layout._replace(num_prefix=max(0, out.shape[1] - layout.num_patches))
+            calls.append(_Call(layer, self._now, layout, out.shape, weakref.ref(out), self._run))
         self._seen[layer] = calls
 
     # ---- the way back
@@ -283,4 +287,5 @@ class _Call(NamedTuple):
 
     def grid(self, x: Tensor) -> Tensor:
         """The patches of values [B, N, C] as a map [B, C, H, W]."""
-        return split_dim(x[:, self.layout.num_prefix :].transpose(1, 2), 2, *self.layout.grid).contiguous()
+        patches = x[:, x.shape[1] - self.layout.num_patches :].transpose(1, 2)
+        return split_dim(patches, 2, *self.layout.grid).contiguous()
