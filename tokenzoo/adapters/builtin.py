@@ -28,7 +28,7 @@ register_later("open_clip", "tokenzoo.adapters.open_clip.model")
 register_later("transformers", "tokenzoo.adapters.hf.family")
 
 # files that only newer releases of timm have -> module here
-_NEWER = {"qwen3_vit": "towers.qwen3", "deepseek_vit": "towers.deepseek"}
+_NEWER = {"qwen3_vit": "towers.qwen3", "deepseek_vit": "towers.deepseek", "gemma4_vit": "towers.gemma4"}
 for _file, _module in _NEWER.items():
     if find_spec(f"timm.models.{_file}") is not None:
         register_family(import_module(f"{__package__}.{_module}").FAMILY)
