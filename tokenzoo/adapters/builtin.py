@@ -5,6 +5,8 @@ from __future__ import annotations
 from .cait.model import FAMILY as CAIT
 from .convit.model import FAMILY as CONVIT
 from .eva.model import FAMILY as EVA
+from .levit.model import FAMILY as LEVIT
+from .pit.model import FAMILY as PIT
 from .registry import register_family
 from .sam.model import FAMILY as SAM
 from .scan.plain_mamba import FAMILY as PLAIN_MAMBA
@@ -14,5 +16,5 @@ from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
 from .xcit.model import FAMILY as XCIT
 
-for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT):
+for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, PIT, LEVIT):
     register_family(_family)
