@@ -14,7 +14,8 @@ from .scan.vim import FAMILY as VIM
 from .svit.model import FAMILY as SVIT
 from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
+from .volo.model import FAMILY as VOLO
 from .xcit.model import FAMILY as XCIT
 
-for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, PIT, LEVIT):
+for _family in (VIT, EVA, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO):
     register_family(_family)

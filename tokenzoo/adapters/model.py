@@ -120,12 +120,26 @@ class ReducingModel(Intermediates):
     # ---- the pass
 
     def start(self, x: Tensor, mask: Tensor | None, trace: bool, dense: bool) -> tuple[Tokens, Any]:
-        recipe, images = self.tokenzoo_recipe, x
+        return self.started(x, *self.embed(x), mask, trace, dense)
+
+    def started(
+        self, images: Tensor, x: Tensor, rope: Any, mask: Tensor | None, trace: bool, dense: bool
+    ) -> tuple[Tokens, Any]:
+        """`start`, from what `embed` gave.
+
+        Args:
+            images: [B, C, H, W].
+            x: values of all tokens before block 0.
+            rope: the rotary table.
+            mask: see `start`, as the others.
+            trace: keep the maps.
+            dense: also keep the values that dropped tokens had.
+        """
+        recipe = self.tokenzoo_recipe
         dense = dense or self.pools_all or recipe.keeps_trace
         # whoever watches the blocks has to know what happened in front of them
         trace = trace or dense or (len(self.blocks[0].tokenzoo.at("embed")) > 0 and hooked(self.blocks[0]))
-        grid = self.grid_of(x.shape[-2:])
-        x, rope = self.embed(x)
+        grid = self.grid_of(images.shape[-2:])
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
             grid = tuple(int(side) for side in grid)
         layout = self.layout(tuple(grid), rope)._replace(keep_values=dense)
