@@ -25,7 +25,8 @@ from .volo.model import FAMILY as VOLO
 from .xcit.model import FAMILY as XCIT
 
 _FAMILIES = (
-    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, SAM, STEMS, SVIT, VIM, PLAIN_MAMBA, TORCHVISION,
+    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, SAM, STEMS, SVIT, VIM, PLAIN_MAMBA,
+    TORCHVISION,
 )  # fmt: skip
 for _family in _FAMILIES:
     register_family(_family)
