@@ -2,11 +2,13 @@
 
 import copy
 import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
-from hf_cases import FEW, answers, build, images, transformers
+from hf_cases import DINO, FEW, PATCHES, answers, build, images, transformers
 from PIL import Image
 from torch import nn
 
@@ -194,3 +196,66 @@ def test_pictures_and_relevance():
     tokenzoo.patch_model(model, "tome", r=2)
     maps = token_maps(model, x)
     assert maps.grid == (4, 4) and len(maps.blocks) == 4
+
+
+def test_older_versions_are_left_alone():
+    """A version that the families were not written for is told of, and is no reason to refuse other models."""
+    code = """
+import importlib.metadata, transformers, tokenzoo
+importlib.metadata.version = lambda name: "4.57.1"
+sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+try:
+    tokenzoo.patch_model(transformers.ViTModel(transformers.ViTConfig(**sizes)), "tome", r=1)
+except TypeError as error:
+    assert "ViTModel is not a backbone" in str(error)
+assert "transformers" not in tokenzoo.list_backbones() and "eva" in tokenzoo.list_backbones()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "models of transformers are not served: transformers 4.57.1 is older than 5.18" in done.stderr
+
+
+@torch.no_grad()
+def test_towers_that_others_hold():
+    """Feature maps for depth, all tokens in their places for a language model: what follows sees nothing missing."""
+    torch.manual_seed(0)
+    vision = {**DINO, "out_features": ["stage2", "stage4"], "reshape_hidden_states": False, "apply_layernorm": True}
+    config = transformers.DepthAnythingConfig(
+        backbone_config=transformers.Dinov2Config(**vision), reassemble_hidden_size=32, patch_size=8,
+        reassemble_factors=[4, 2], neck_hidden_sizes=[8, 8], fusion_hidden_size=8, head_hidden_size=8,
+    )  # fmt: skip
+    model, x = transformers.DepthAnythingForDepthEstimation(config).eval(), images(None)
+    plain = model(x).predicted_depth
+    with pytest.raises(TypeError, match=r"give model\.backbone instead"):
+        tokenzoo.patch_model(model, "tome", r=2)
+    with tokenzoo.patched(model.backbone, "tome", r=0):
+        close(model(x).predicted_depth, plain)
+    with tokenzoo.patched(model.backbone, "tome", r=3):
+        assert model(x).predicted_depth.shape == plain.shape
+
+    text = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**PATCHES), text_config=text, image_token_index=39
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, *[39] * 16, 5, 6]])
+    plain = model(input_ids=ids, pixel_values=x[:1]).logits
+    with tokenzoo.patched(model.model.vision_tower, "tome", r=0, dense=True):
+        close(model(input_ids=ids, pixel_values=x[:1]).logits, plain)
+    with tokenzoo.patched(model.model.vision_tower, "tome", r=3, dense=True):
+        got = model(input_ids=ids, pixel_values=x[:1]).logits
+        assert got.shape == plain.shape and not torch.allclose(got, plain)
+
+
+@torch.no_grad()
+def test_the_tower_may_be_undone_by_itself():
+    model, x = build("dinov2_classes"), images(None)
+    plain, cls = model(x).logits, type(model)
+    tokenzoo.patch_model(model, "tome", r=2)
+    tokenzoo.unpatch_model(model.dinov2)
+    assert torch.equal(model(x).logits, plain) and not tokenzoo.is_patched(model)
+    tokenzoo.unpatch_model(tokenzoo.patch_model(model, "tome", r=2))
+    assert type(model) is cls and torch.equal(model(x).logits, plain)

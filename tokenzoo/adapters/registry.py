@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from .hooked import HookedBlock
 from .unserved import why_not
 from .walk import Walk
 
+_log = logging.getLogger(__name__)
 _FAMILIES: dict[str, Family] = {}
 _LATER: dict[str, str] = {}  # package of a model's class -> module of ours that registers the families of that package
 
@@ -36,8 +38,12 @@ def _meet(cls: type) -> None:
 
 
 def _load(package: str) -> None:
-    if package in _LATER:
+    if package not in _LATER:
+        return
+    try:
         import_module(_LATER.pop(package))
+    except ImportError as error:  # another version of the package is no reason to refuse models of others
+        _log.warning("models of %s are not served: %s", package, error)
 
 
 def load_installed() -> None:

@@ -10,7 +10,7 @@ from ..adapters.backbone import BackboneInfo
 from .budget import Budget, Fitted, Fitter
 from .candidates import Candidate, pairs, seeds
 from .clock import Clock
-from .halving import Ranked, halve, rungs
+from .halving import Ranked, halve, planned, rungs
 from .judge import Judge
 from .outcome import Finding
 from .refine import refine
@@ -84,7 +84,9 @@ class Search:
                 refine(r, lambda c: self.fitter.fit(c, budget), self._look, counts, self.info, self.trials, self.clock)
                 for r in _one_each(best)[:_REFINED]
             ]
-            best = sorted([*better, *(r for r in best if r not in better)], key=lambda r: -r.mean)
+            known = {repr(r.fitted.recipe) for r in better}
+            best = better + [r for r in best if repr(r.fitted.recipe) not in known]
+            best.sort(key=lambda r: -r.mean)
         return self._findings(best, ranked, budget)
 
     def _pairs(self, ranked: list[Ranked]) -> list[Candidate]:
@@ -101,7 +103,7 @@ class Search:
             if repr(fitted.recipe) not in taken and len(chosen) < 2 + _FINALISTS:
                 taken.add(repr(fitted.recipe))
                 chosen.append((fitted, role, budget))
-        for k in range(1, _WEAKER + 1):
+        for k in range(1, 1 if self.clock() else _WEAKER + 1):
             larger = Budget(budget.kind, round(budget.share + (1 - budget.share) * k / (_WEAKER + 1), 3))
             fitted = self._try(best[0].fitted.candidate, larger, {})
             if fitted is not None and repr(fitted.recipe) not in taken:
@@ -143,7 +145,15 @@ class Search:
     def _halved(self, candidates: list[Fitted], word: str) -> list[Ranked]:
         self.bar.set_description(word)
         counts = rungs(len(candidates), len(self.judge.split.search), _KEPT)
+        self._expect(planned(len(candidates), counts, _KEPT))
         return halve(candidates, self._look, counts, _KEPT, self.clock)
+
+    def _expect(self, images: int) -> None:
+        """Gives the bar a length: what halving takes, and about what follows it."""
+        searched, held_out = len(self.judge.split.search), len(self.judge.split.held_out)
+        rest = _REFINED * self.trials * searched // 2 + (_FINALISTS + _WEAKER + 3) * held_out
+        self.bar.total = self.bar.n + images + rest
+        self.bar.refresh()
 
     def _look(self, fitted: Fitted, count: int) -> Tensor:
         self._looked.add(repr(fitted.recipe))

@@ -15,6 +15,7 @@ class TellsTower(PlainName):
     Upstream's own `forward` runs on what the tower then gives, its losses and outputs included.
     """
 
+    tower: str  # where the tower is
     tokenzoo_options: dict[str, Any] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -59,6 +60,7 @@ def _telling(plain: Any) -> Any:
 
     @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return plain(self, *args, **self.tokenzoo_options, **kwargs)
+        told = hasattr(self.get_submodule(self.tower), "tokenzoo_recipe")
+        return plain(self, *args, **(self.tokenzoo_options if told else {}), **kwargs)
 
     return forward

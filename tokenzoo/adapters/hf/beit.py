@@ -141,9 +141,13 @@ class ReducingBeitModel(BiasedTower, BeitModel):
 class ReducingBeitBackbone(ReadsGrid, BeitBackbone):
     """Feature maps on the full grid."""
 
+    tower = "beit"
+
 
 class ReducingBeitForSemanticSegmentation(ReadsGrid, BeitForSemanticSegmentation):
     """A decoder on hidden states on the full grid."""
+
+    tower = "beit"
 
 
 MODELS = {BeitModel: ReducingBeitModel}

@@ -65,6 +65,8 @@ class ReducingCLIPVisionModel(HfTower, CLIPVisionModel):
 class ReducingCLIPForImageClassification(ReadsMean, CLIPForImageClassification):
     """The mean of the patches by size, without the final norm."""
 
+    tower = "vision_model"
+
 
 MODELS = {CLIPVisionModel: ReducingCLIPVisionModel}
 BLOCKS = {CLIPEncoderLayer: ReducingCLIPEncoderLayer}

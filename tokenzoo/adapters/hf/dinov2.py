@@ -97,9 +97,13 @@ class ReducingDinov2WithRegistersBackbone(GivesFeatureMaps, DinoTower, Dinov2Wit
 class ReducingDinov2ForImageClassification(ReadsMean, Dinov2ForImageClassification):
     """The class token beside the mean of the patches by size."""
 
+    tower = "dinov2"
+
 
 class ReducingDinov2WithRegistersForImageClassification(ReadsMean, Dinov2WithRegistersForImageClassification):
     """The class token beside the mean of the patches by size."""
+
+    tower = "dinov2_with_registers"
 
 
 MODELS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -39,5 +40,9 @@ def refuse_options(model: Any, options: dict[str, Any]) -> None:
 
 
 def whole_mask(mask: Tensor | None) -> Tensor | None:
-    """A mask of tokens [B, N] as one of four dimensions; others as they are."""
-    return mask if mask is None or mask.dim() != 2 else mask.bool()[:, None, None, :]
+    """A mask of tokens [B, N] as one of four dimensions, None where it hides nothing; other masks as they are."""
+    if mask is None or mask.dim() != 2:
+        return mask
+    mask = mask.bool()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return None if not traced and bool(mask.all()) else mask[:, None, None, :]

@@ -100,6 +100,7 @@ class ReducingSiglipVisionModel(HfTower, SiglipVisionModel):
 class ReducingSiglipForImageClassification(ReadsMean, SiglipForImageClassification):
     """The mean of the tokens by size."""
 
+    tower = "vision_model"
     tokenzoo_options = {"tokenzoo_reads": Reads(mean=True, include_prefix=True)}
 
 
