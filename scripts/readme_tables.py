@@ -57,12 +57,13 @@ def backbones_in_short() -> str:
 
 
 def backbones_table() -> str:
-    """Every family: what it covers, model and block classes, and what its checks refuse."""
+    """Every family: what it covers and was tried on, model and block classes, and what its checks refuse."""
     rows = []
     for family in families():
-        classes = (", ".join(f"`{cls.__name__}`" for cls in group) for group in (family.models, family.blocks))
-        rows.append((f"`{family.name}`", family.summary, *classes, refusals(family)))
-    return _table(("family", "covers", "models", "blocks", "refused"), rows)
+        groups = ((*family.models, *family.around), family.blocks)
+        classes = (", ".join(f"`{cls.__name__}`" for cls in group) for group in groups)
+        rows.append((f"`{family.name}`", family.summary, family.tried, *classes, refusals(family)))
+    return _table(("family", "covers", "tried on", "models", "blocks", "refused"), rows)
 
 
 def refusals(family: Family) -> str:

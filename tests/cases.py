@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.xcit import Xcit
 from torch import nn
 
@@ -90,6 +94,15 @@ VIT = partial(
     VisionTransformer, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7
 )
 EVA = partial(Eva, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7)
+BEIT = partial(Beit, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7)
+RELPOS = partial(
+    VisionTransformerRelPos,
+    img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, init_values=0.3,
+)  # fmt: skip
+NAFLEX = partial(
+    NaFlexVit, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, class_token=False,
+    pos_embed_grid_size=(4, 4),
+)  # fmt: skip
 
 CAIT = partial(
     Cait, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2, num_classes=7,
@@ -122,6 +135,15 @@ def _diff_parallel() -> nn.Module:
     from timm.models.vision_transformer import DiffParallelScalingBlock
 
     return VIT(block_fn=DiffParallelScalingBlock)
+
+
+def _tower(file: str, name: str, **kwargs: Any) -> nn.Module:
+    """A vision tower that newer releases of timm have: an encoder or a classifier around one."""
+    cls = getattr(import_module(f"timm.models.{file}"), name)
+    more = {"num_classes": 7} if name.endswith("Classifier") else {}
+    more |= {"pos_embed_grid_size": 4} if file == "qwen3_vit" else {}
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
+    return cls(**sizes, **more, **kwargs)
 
 
 # name -> model; everything that the adapters claim to serve
@@ -171,6 +193,27 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
         EVA, attn_type="rope", use_pre_transformer_norm=True, use_rot_pos_emb=True, global_pool="map",
         ref_feat_shape=(8, 8),
     ),
+    "beit": partial(BEIT, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
+    "beit_shared": partial(
+        BEIT, use_shared_rel_pos_bias=True, global_pool="token", swiglu_mlp=True, scale_mlp=True, qkv_bias=False
+    ),
+    "relpos_mlp": partial(RELPOS, rel_pos_type="mlp", rel_pos_dim=16, fc_norm=True, qk_norm=True, init_values=0.3),
+    "relpos_bias": partial(
+        RELPOS, rel_pos_type="bias", class_token=True, global_pool="token", block_fn=ResPostRelPosBlock
+    ),
+    "relpos_shared": partial(RELPOS, rel_pos_type="swin", shared_rel_pos=True, class_token=True),
+    "naflex": partial(NAFLEX, class_token=True, global_pool="token", init_values=0.3),
+    "naflex_siglip": partial(NAFLEX, embed_proj_type="linear", global_pool="map", pre_norm=True),
+    "naflex_rope": partial(NAFLEX, rope_type="axial", pos_embed="none", reg_tokens=2, global_pool="avg", img_size=32),
+    "naflex_mixed": partial(NAFLEX, rope_type="mixed", pos_embed="factorized", global_pool="avgmax", swiglu_mlp=True),
+    "qwen3": partial(_tower, "qwen3_vit", "Qwen3VitClassifier"),
+    "qwen3_merge": partial(_tower, "qwen3_vit", "Qwen3VitClassifier", encoder_pool="merge", out_features=24),
+    "qwen3_enc": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", out_features=24),
+    "qwen3_enc_avg": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", global_pool="avg"),
+    "qwen3_enc_all": partial(_tower, "qwen3_vit", "Qwen3VitEncoder", global_pool=""),
+    "deepseek": partial(_tower, "deepseek_vit", "DeepseekVitClassifier"),
+    "deepseek_align": partial(_tower, "deepseek_vit", "DeepseekVitClassifier", encoder_pool="align", out_features=24),
+    "deepseek_enc": partial(_tower, "deepseek_vit", "DeepseekVitEncoder", out_features=24),
     "t2t_vit": partial(
         T2TViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, token_dim=16
     ),
@@ -237,18 +280,24 @@ def shaken(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def size_of(model: nn.Module) -> tuple[int, int]:
+    """Pixels of the model's own images; a classifier around an encoder has no patch embedding of its own."""
+    if isinstance(model, NaFlexVit):
+        return tuple(8 * side for side in model.embeds.pos_embed_grid_size or (4, 4))
+    return tuple(getattr(model, "encoder", model).patch_embed.img_size)
+
+
 def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
     """Random images of the model's size."""
-    size = model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, 3, *size_of(model), generator=torch.Generator().manual_seed(seed))
 
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
-    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit)):
+    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit, NaFlexVit)):
         return False
     if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
         return False
-    if method in NEEDS_ATTENTION_ALONE and isinstance(model.blocks[0], SHARED_BRANCH):
+    if method in NEEDS_ATTENTION_ALONE and isinstance(getattr(model, "encoder", model).blocks[0], SHARED_BRANCH):
         return False
     return method not in NEEDS_CLASS or describe(model).layout.has_class

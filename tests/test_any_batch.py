@@ -34,7 +34,7 @@ DENSE: dict[str, Callable[[], torch.nn.Module]] = {
 FEW = ("cluster", "evit", "evo", "sta", "tome", "tomesd")
 DENSE_METHODS = ("algm", "ats", "cluster", "evit", "tome", "tomesd")
 SIZES = {"svit": (128, 128), "sam": (80, 80)}
-ATTENDING = ("deit", "pe_like", "dinov3", "differential")
+ATTENDING = ("deit", "pe_like", "dinov3", "differential", "beit")
 
 
 def rows() -> list[tuple[str, str]]:

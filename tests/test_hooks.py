@@ -11,15 +11,19 @@ import tokenzoo
 from tokenzoo.adapters.attending import Attending
 from tokenzoo.models import SViT
 
-LAYERS = ("Attention", "DiffAttention", "EvaAttention", "AttentionRope", "SuperTokenAttention", "MapAttention",
-          "TalkingHeadAttn", "XCA", "GPSA", "MHSA")  # fmt: skip
+LAYERS = (
+    "Attention", "RelPosAttention", "DiffAttention", "EvaAttention", "AttentionRope", "SuperTokenAttention",
+    "MapAttention", "TalkingHeadAttn", "XCA", "GPSA", "MHSA",
+)  # fmt: skip
 # one row for every class of block and attention layer
 BACKBONES = [
     name
-    for name in ("deit", "gated", "res_post", "parallel_things", "differential", "eva02", "eva_post_norm", "pe_like",
-                 "cait", "xcit", "convit")  # fmt: skip
+    for name in (
+        "deit", "gated", "res_post", "parallel_things", "differential", "eva02", "eva_post_norm", "pe_like", "beit",
+        "relpos_mlp", "cait", "xcit", "convit",
+    )
     if name in backbone_names()
-]
+]  # fmt: skip
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:

@@ -25,7 +25,7 @@ MODELS = [
     name
     for name in (
         "deit", "parallel_scaling", "parallel_things", "differential", "gap", "registers", "eva02", "eva_post_norm",
-        "dinov3", "rope_mixed", "cait",
+        "dinov3", "rope_mixed", "beit", "cait",
     )
     if name in backbone_names()
 ]  # fmt: skip
@@ -303,6 +303,15 @@ def test_super_tokens_refuse_every_mask(models):
     model = models["deit"]
     with tokenzoo.patched(model, given("sta")), pytest.raises(ValueError, match="no attn_mask covers"):
         model(images(model), attn_mask=mask_of(hidden_patches()[:3], 1, "B11N bool"))
+
+
+@torch.no_grad()
+def test_graphs_of_patches_refuse_masks(models):
+    model = models["deit"]
+    options = {"start": "farthest", "cost": "cluster", "space": "spectral"}
+    with tokenzoo.patched(model, "kmedoids", keep_rate=0.6, **options):
+        with pytest.raises(ValueError, match="kmedoids at block 1: .*spectral.* mask"):
+            model(images(model), attn_mask=mask_of(hidden_patches()[:3], 1, "B11N bool"))
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ NAMES = {
     "map": ("vit_base_patch16_siglip_224", {"patch_size": 8}),
     "distilled": ("deit_tiny_distilled_patch16_224", {"patch_size": 8}),
     "eva": ("eva02_tiny_patch14_224", {"patch_size": 8}),
+    "beit": ("beit_base_patch16_224", {"patch_size": 8}),
+    "relpos": ("vit_relpos_small_patch16_224", {"patch_size": 8}),
 }
 FAMILIES = (*NAMES, *ROWS)
 SCANNING = ("vim", "vim_none", "plain_mamba")

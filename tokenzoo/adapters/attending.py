@@ -154,7 +154,7 @@ class Attending:
     def _call(self, index: int) -> None:
         layer, z = self.layers[index], self.block.layer_input(index, self.z)
         run = partial(self.run, index)
-        self.outputs[index] = run(layer, z) if layer is self.block else layer(z, attend=run)
+        self.outputs[index] = run(layer, z) if layer is self.block else self.block.call_layer(layer, z, run)
 
     def run(self, index: int, layer: AttentionLayer, z: Tensor) -> Tensor:
         """What one layer does.

@@ -40,6 +40,19 @@ class BackboneInfo(NamedTuple):
         return self.restarts.get(first, self.layout), stop
 
 
+class Around(NamedTuple):
+    """A model around a backbone of a family, which is patched by giving the whole of it.
+
+    Attributes:
+        path: where the backbone is inside it, "vision_model".
+        kind: the class that it has while the backbone is patched, a subclass of its own, where it pools the tokens of
+            the backbone itself; None leaves it as it is.
+    """
+
+    path: str
+    kind: type | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One backbone family.
@@ -54,6 +67,11 @@ class Family:
         check_block: returns an inner module of a block that is not exactly known, None if all are; None looks at the
             attention layers.
         check_recipe: raises ValueError for recipes that a model of the family cannot follow.
+        parts: exact class of a module of the model outside of its blocks -> subclass that it has while patched (a
+            pooling that has to know sizes).
+        around: exact class of a model around one of the family -> where that is; the whole is then patched, reported
+            and undone as its backbone would be.
+        tried: versions of the package that the family was tried on, for lists and tables.
         scans: blocks scan their tokens instead of attending.
         bypassed: (name, module, what to do instead) of the modules that the unpatched model calls and the patched one
             does not, running their parts one by one: hooks on them would never fire.
@@ -63,7 +81,10 @@ class Family:
     models: Mapping[type, type]
     blocks: Mapping[type, type]
     attentions: Mapping[type, type] = field(default_factory=dict)
+    parts: Mapping[type, type] = field(default_factory=dict)
+    around: Mapping[type, Around] = field(default_factory=dict)
     summary: str = ""
+    tried: str = ""
     check: Callable[[nn.Module], None] = lambda model: None
     check_block: Callable[[nn.Module], nn.Module | None] | None = None
     check_recipe: Callable[[nn.Module, Recipe], None] = lambda model, recipe: None
@@ -77,6 +98,11 @@ class Family:
     def block_kind(self, block: nn.Module) -> type:
         """The reducing class of a block, patched or not, wrapped or not."""
         return _kind(self.blocks, unwrapped(block))
+
+    def around_of(self, model: nn.Module) -> Around | None:
+        """What the family knows of a model around one of its own, patched or not; None for all others."""
+        cls = class_of(model)
+        return next((known for plain, known in self.around.items() if cls in (plain, known.kind)), None)
 
     def view(self, model: nn.Module) -> Any:
         """A model, patched or not, as its reducing class sees it: for questions, not to be run or changed."""

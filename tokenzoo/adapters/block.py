@@ -38,7 +38,6 @@ class ReducingBlock(HookedBlock):
     tokenzoo: BlockPlan
     training: bool
     mlp_follows: bool = True  # False where the MLP runs beside attention and is part of its branch
-    attends_among: str = "tokens"  # or "channels", whose cost is linear in tokens
     mlp_pointwise: bool = True  # False where the MLP looks at neighbours
 
     # ---- spelled by the family; z is what a branch reads, x the residual stream
@@ -54,6 +53,10 @@ class ReducingBlock(HookedBlock):
     def layer_input(self, index: int, z: Tensor) -> Tensor:
         """What one attention layer reads of z, where each has a norm of its own."""
         return z
+
+    def call_layer(self, layer: Any, z: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """Calls one of these with the arguments that the unpatched block gives it, and `attend`; its output alone."""
+        return layer(z, attend=attend)
 
     def rotations(self, tokens: Tokens, rope: Any) -> Tensor | None:
         """Rotations of the tokens as they are now, None without rotary positions."""
@@ -248,10 +251,10 @@ class ReducingBlock(HookedBlock):
         refuse_symbols(self, x)
         refuse_causal(self, is_causal)
         if aside is not None:
-            return aside.left(self.call(aside.given(x, self.tokenzoo.index), rope, attn_mask, is_causal))
+            return aside.left(self.call(aside.given(x, self.tokenzoo.name), rope, attn_mask, is_causal))
         if not isinstance(x, Tokens):
             layout = self.tokenzoo.layout
-            layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
+            layout.check_length(x.shape[1], self.tokenzoo.name)
             layout = layout._replace(standalone=True, track_positions=layout.track_positions or attn_mask is not None)
             x = Tokens(x, layout, trace=() if layout.keep_values else None)
             refuse_alone(self.tokenzoo)

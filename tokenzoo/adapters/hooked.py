@@ -24,9 +24,9 @@ class Aside:
     def __init__(self, state: Any = None) -> None:
         self.state = state
 
-    def given(self, x: Tensor, block: int) -> Any:
-        """What the block gets, with the values that the hooks in front of it left."""
-        return x if self.state is None else self._with(x, f"in front of blocks.{block}")
+    def given(self, x: Tensor, block: str) -> Any:
+        """What the block of that name gets, with the values that the hooks in front of it left."""
+        return x if self.state is None else self._with(x, f"in front of {block}")
 
     def left(self, out: Any) -> Tensor:
         """What the hooks behind the block see of what it leaves."""
@@ -51,6 +51,16 @@ class HookedBlock(Unscriptable):
     """Mixin of patched blocks; `forward` takes an `Aside` where there are hooks."""
 
     reads_recipe: bool = False  # whether the block needs the recipe, as `tokenzoo_recipe`
+    attends_among: str = "tokens"  # or "channels", whose cost is linear in tokens
+    fused: bool | None = None  # whether attention runs on a fused kernel, None where there is no attention
+
+    def attention_path(self, biased: bool) -> str:
+        """What a report says of how the block attends: begins with "unfused" where the map is written out.
+
+        Args:
+            biased: log sizes or a padding mask are added.
+        """
+        return "fused" if self.fused else "unfused"
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks

@@ -9,7 +9,7 @@ from ..core.recipe import Recipe
 from .backbone import BackboneInfo
 from .classes import unwrapped
 from .registry import families, find_family, load_installed
-from .wrappers import backbone_of
+from .wrappers import backbone_of, known_of
 
 
 def list_backbones() -> dict[str, list[str]]:
@@ -50,6 +50,17 @@ def running_steps(backbone: nn.Module) -> dict[int, tuple[Step, ...]]:
     if plans:
         steps[len(plans) - 1] += plans[-1].at("norm")
     return steps
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Where the blocks are in a model, as its own modules are called: "blocks.3", "vision_model.encoder.layers.3".
+
+    Args:
+        model: patched or not; names begin at the backbone inside it, unless a family serves what is around that too.
+    """
+    names = {module: name for name, module in known_of(model).named_modules()}
+    blocks = find_family(backbone_of(model)).view(backbone_of(model)).blocks
+    return [names.get(block, f"blocks.{index}") for index, block in enumerate(blocks)]
 
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:

@@ -26,6 +26,7 @@ from .walk import Beside
 class LateClassModel(ReducingModel):
     """Mixin of such models; a family says where the class-attention blocks are and how they run."""
 
+    num_prefix_tokens = 1  # behind the blocks; older releases of timm lack the attribute
     class_blocks: str  # attribute with the class-attention blocks; None there once they are taken off with the head
 
     def run_class_block(self, block: nn.Module, tokens: Tensor, bias: Tensor | None) -> Tensor:

@@ -49,6 +49,11 @@ class ReducingModel(Intermediates):
         return self.cls_token is not None
 
     @property
+    def final_norm(self) -> nn.Module:
+        """What runs behind the last block, on every token."""
+        return self.norm
+
+    @property
     def pooling(self) -> str:
         """How tokens are pooled: "token", "avg", "avgmax", "max" or "" (not at all)."""
         return getattr(self, "global_pool", "token" if self.has_class else "avg")
@@ -69,7 +74,7 @@ class ReducingModel(Intermediates):
             index: the block.
             norm: apply the final norm.
         """
-        return self.norm(x) if norm else x
+        return self.final_norm(x) if norm else x
 
     def behind_blocks(self, tokens: Tokens) -> Tokens:
         """What the final norm reads: what the last block left, with tokens that join only there (a class token)."""
@@ -77,7 +82,7 @@ class ReducingModel(Intermediates):
 
     def end_rows(self, rows: Tensor) -> Tensor:
         """Rows of the residual stream behind the last block as the head would get them: through the final norm."""
-        return self.norm(rows)
+        return self.final_norm(rows)
 
     # ---- the sequence
 
@@ -120,20 +125,21 @@ class ReducingModel(Intermediates):
     # ---- the pass
 
     def start(self, x: Tensor, mask: Tensor | None, trace: bool, dense: bool) -> tuple[Tokens, Any]:
-        return self.started(x, *self.embed(x), mask, trace, dense)
+        values, rope = self.embed(x)
+        return self.begin(x, values, rope, mask, trace, dense), rope
 
-    def started(
-        self, images: Tensor, x: Tensor, rope: Any, mask: Tensor | None, trace: bool, dense: bool
-    ) -> tuple[Tokens, Any]:
-        """`start`, from what `embed` gave.
+    def begin(
+        self, images: Tensor, x: Tensor, rope: Any, mask: Tensor | None, trace: bool = False, dense: bool = False
+    ) -> Tokens:
+        """What enters block 0, from values that are embedded already.
 
         Args:
             images: [B, C, H, W].
-            x: values of all tokens before block 0.
-            rope: the rotary table.
-            mask: see `start`, as the others.
-            trace: keep the maps.
-            dense: also keep the values that dropped tokens had.
+            x: what `embed` gives for them [B, N, C].
+            rope: the rotary table that goes with it.
+            mask: see `start`.
+            trace: see `start`.
+            dense: see `start`.
         """
         recipe = self.tokenzoo_recipe
         dense = dense or self.pools_all or recipe.keeps_trace
@@ -160,7 +166,7 @@ class ReducingModel(Intermediates):
             token_map = step.decide(tokens, signals)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
-        return tokens, rope
+        return tokens
 
     def forward_tokens(
         self,
@@ -190,7 +196,7 @@ class ReducingModel(Intermediates):
 
     def _finish(self, tokens: Tokens) -> Tokens:
         tokens = self.behind_blocks(tokens)
-        tokens = tokens._replace(x=self.norm(tokens.x))
+        tokens = tokens._replace(x=self.final_norm(tokens.x))
         for step in self.blocks[-1].tokenzoo.at("norm"):
             token_map = step.decide(tokens, None)
             if token_map is not None:

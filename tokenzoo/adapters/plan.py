@@ -22,6 +22,7 @@ class BlockPlan(NamedTuple):
         outside: steps of the recipe in front of block 0 and behind the final norm; every block holds them, since any
             of them can come to be the first or the last one.
         total: blocks of the model when it was patched.
+        name: where the block is in the model that was patched, "encoder.layer.3".
     """
 
     index: int
@@ -31,6 +32,7 @@ class BlockPlan(NamedTuple):
     layout: Layout
     outside: tuple[Step, ...] = ()
     total: int = 0
+    name: str = "a block"
 
     def at(self, place: str) -> tuple[Step, ...]:
         """The steps at one place."""

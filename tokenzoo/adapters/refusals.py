@@ -40,6 +40,26 @@ def refuse_symbols(module: Any, x: Any) -> None:
         )
 
 
+def refuse_unplaced(model: Any, recipe: Recipe) -> None:
+    """Refuses recipes that give tokens no whole place, where attention adds a bias by the places of query and key.
+
+    Args:
+        model: for the message.
+        recipe: the recipe.
+
+    Raises:
+        ValueError: `merged_positions="mean"`, or added tokens.
+    """
+    what = f"{type(model).__name__} adds a bias by the places of query and key to its attention"
+    if recipe.merged_positions == "mean":
+        raise ValueError(
+            f"merged_positions='mean' gives merged tokens places between patches, but {what}, which knows whole places "
+            "only; use merged_positions='destination'"
+        )
+    if recipe.protect:
+        raise ValueError(f"protect={recipe.protect}: {what}, which has no rows for added tokens; leave protect out")
+
+
 def refuse_vmap(recipe: Recipe) -> None:
     """Refuses counts that depend on the images inside of `torch.func.vmap`, where nobody can look at them.
 

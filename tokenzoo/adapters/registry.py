@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,11 +10,13 @@ from importlib.util import find_spec
 from torch import nn
 
 from .attending import AttentionLayer
-from .backbone import Family
+from .backbone import Around, Family
 from .classes import class_of, path_of
 from .hooked import HookedBlock
+from .unserved import why_not
 from .walk import Walk
 
+_log = logging.getLogger(__name__)
 _FAMILIES: dict[str, Family] = {}
 _LATER: dict[str, str] = {}  # package of a model's class -> module of ours that registers the families of that package
 
@@ -35,8 +38,12 @@ def _meet(cls: type) -> None:
 
 
 def _load(package: str) -> None:
-    if package in _LATER:
+    if package not in _LATER:
+        return
+    try:
         import_module(_LATER.pop(package))
+    except ImportError as error:  # another version of the package is no reason to refuse models of others
+        _log.warning("models of %s are not served: %s", package, error)
 
 
 def load_installed() -> None:
@@ -61,6 +68,9 @@ def register_family(family: Family) -> Family:
     """
     for plain in family.models:
         _meet(plain)  # who serves it already has to be known
+    for plain, known in family.around.items():
+        if known.kind is not None and not issubclass(known.kind, plain):
+            raise TypeError(f"{path_of(known.kind)} cannot stand for {path_of(plain)}: make it a subclass")
     for classes, mixin in ((family.models, Walk), (family.blocks, HookedBlock), (family.attentions, AttentionLayer)):
         for plain, reducing in classes.items():
             _refuse_strange(plain, reducing, mixin)
@@ -99,6 +109,12 @@ def family_of(model: nn.Module) -> Family | None:
     return next((f for f in families() if cls in f.models or cls in f.models.values()), None)
 
 
+def around_of(model: nn.Module) -> Around | None:
+    """Where the backbone is in a model around one, which a family serves as a whole; None for all others."""
+    _meet(class_of(model))
+    return next((known for f in families() if (known := f.around_of(model)) is not None), None)
+
+
 def find_family(model: nn.Module) -> Family:
     """The family that serves a model's exact class, patched or not.
 
@@ -109,6 +125,12 @@ def find_family(model: nn.Module) -> Family:
     if family is not None:
         return family
     refuse_around(model)
+    known = why_not(class_of(model))
+    if known is not None:
+        raise TypeError(
+            f"{path_of(class_of(model))} is not a backbone that tokenzoo can patch: it {known.why}; nearest: "
+            f"{known.nearest}"
+        )
     served = ", ".join(path_of(cls) for family in families() for cls in family.models)
     raise TypeError(
         f"{path_of(class_of(model))} is not a backbone that tokenzoo can patch; it serves exactly {served} (see "
@@ -132,7 +154,11 @@ def refuse_around(model: nn.Module) -> None:
 
 def _served_inside(model: nn.Module) -> Iterator[str]:
     """How to reach each served model inside one of another class: "model.visual.trunk"."""
+    found = ["\n"]
     for name, module in model.named_modules():
-        if family_of(module) is not None:
+        if name.startswith(found[-1] + "."):
+            continue  # the whole is named
+        if family_of(module) is not None or around_of(module) is not None:
+            found.append(name)
             dotted = all(part.isidentifier() for part in name.split("."))
             yield f"model.{name}" if dotted else f"model.get_submodule({name!r})"

@@ -1,4 +1,4 @@
-"""Modules inside of blocks: the ones that change their class, and whether somebody looks at one."""
+"""Modules inside of a model: the ones that change their class, and whether somebody looks at one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,33 @@ from collections.abc import Mapping
 from torch import nn
 
 
-def swap_attentions(block: nn.Module, classes: Mapping[type, type]) -> None:
-    """Gives the attention layers of a block other classes.
+def become(module: nn.Module, kind: type) -> None:
+    """Gives a module another class.
+
+    The dispatch hooks of accelerate (`device_map`, offloading) keep the method that they stand in front of; it becomes
+    that of the new class.
+    """
+    module.__class__ = kind
+    if "_old_forward" in vars(module):
+        module._old_forward = kind.forward.__get__(module)
+
+
+def dispatched(module: nn.Module) -> bool:
+    """Whether `forward` on an instance is accelerate's, in front of nothing but the class's own."""
+    held = getattr(vars(module).get("_old_forward"), "__func__", None)
+    return hasattr(module, "_hf_hook") and held is not None and held is type(module).forward
+
+
+def swap_classes(around: nn.Module, classes: Mapping[type, type]) -> None:
+    """Gives modules inside of another one other classes.
 
     Args:
-        block: patched or not.
+        around: a block, or a model.
         classes: exact class now -> class then.
     """
-    for module in block.modules():
+    for module in around.modules():
         if type(module) in classes:
-            module.__class__ = classes[type(module)]
+            become(module, classes[type(module)])
 
 
 def hooked(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from ..adapters.backbone import BackboneInfo, Family
 from ..adapters.block import OUTSIDE, BlockPlan
 from ..adapters.classes import class_of, refuse_derived
 from ..adapters.inspect import blocks_of
-from ..adapters.swapping import swap_attentions
+from ..adapters.swapping import become, swap_classes
 from ..core.recipe import Placed, Recipe
 
 
@@ -32,7 +32,9 @@ class Change(NamedTuple):
     modules: dict[str, nn.Module]
 
 
-def prepare(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> list[Change]:
+def prepare(
+    backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int, names: list[str]
+) -> list[Change]:
     """Works out what every block gets; the model is not touched.
 
     Args:
@@ -41,6 +43,7 @@ def prepare(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneI
         recipe: the recipe.
         info: the model as it is.
         total: blocks that the recipe is for; the model may have lost some of them since it was patched.
+        names: of the blocks.
 
     Raises:
         ValueError: a strength that cannot be reached.
@@ -59,7 +62,7 @@ def prepare(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneI
                 modules[step.key] = module.to(like.device, like.dtype).train(block.training)
             step = step.resolved(n, n_out, layout, padded)
             kept.append(step if module is not None else step._replace(key=None))
-        plan = BlockPlan(index, stop, tuple(kept), recipe.proportional, layout, total=total)
+        plan = BlockPlan(index, stop, tuple(kept), recipe.proportional, layout, total=total, name=names[index])
         changes.append(Change(block, kind, plan, modules))
     acting = [step for change in changes for step in change.plan.steps]
     acting += [step._replace(key=None) for index in range(len(changes), total) for step in steps.get(index, ())]
@@ -92,19 +95,31 @@ def _form(module: nn.Module | None) -> Any:
     return None if module is None else {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def install(backbone: nn.Module, family: Family, recipe: Recipe, changes: list[Change]) -> list[str]:
+def install(
+    backbone: nn.Module, family: Family, recipe: Recipe, changes: list[Change], model: nn.Module | None = None
+) -> list[str]:
     """Puts a prepared recipe onto a model that may carry another one already.
+
+    Args:
+        backbone: the model that holds the blocks.
+        family: the family that serves it.
+        recipe: the recipe.
+        changes: what every block gets.
+        model: what is around the backbone, where the family knows it.
 
     Returns:
         Names of new parameters.
     """
     kind = family.model_kind(backbone)
-    with all_or_nothing([backbone, *(part for change in changes for part in change.block.modules())]):
+    around = None if model is None else family.around_of(model)
+    with all_or_nothing([*([] if model is None else [model]), *backbone.modules()]):
+        if around is not None and around.kind is not None and class_of(model) is not around.kind:
+            become(model, around.kind)
         for change in changes:
             block = change.block
             if class_of(block) is not change.kind:
-                block.__class__ = change.kind
-                swap_attentions(block, family.attentions)
+                become(block, change.kind)
+                swap_classes(block, family.attentions)
             for name, module in change.modules.items():
                 block.add_module(name, module)
             block.tokenzoo = change.plan
@@ -112,32 +127,41 @@ def install(backbone: nn.Module, family: Family, recipe: Recipe, changes: list[C
                 block.tokenzoo_recipe = recipe
         backbone.tokenzoo_recipe = recipe
         if class_of(backbone) is not kind:
-            backbone.__class__ = kind
+            become(backbone, kind)
+            swap_classes(backbone, family.parts)
     return [
-        f"blocks.{index}.{key}.{name}"
-        for index, change in enumerate(changes)
+        f"{change.plan.name}.{key}.{name}"
+        for change in changes
         for key, module in change.modules.items()
         for name, _ in module.named_parameters()
     ]
 
 
-def remove(backbone: nn.Module, family: Family) -> None:
+def remove(backbone: nn.Module, family: Family, model: nn.Module | None = None) -> None:
     """Takes the recipe off a model.
+
+    Args:
+        backbone: the model that holds the blocks.
+        family: the family that serves it.
+        model: what is around the backbone, where the family knows it.
 
     Raises:
         TypeError: torch has changed the class of the model or of a block since.
     """
     blocks = blocks_of(backbone)
     refuse_derived(backbone, "the model")
-    for index, block in enumerate(blocks):
-        refuse_derived(block, f"blocks.{index}")
+    for block in blocks:
+        refuse_derived(block, block.tokenzoo.name)
         for name, part in block.named_modules():
             if class_of(part) in family.attentions.values():
-                refuse_derived(part, f"blocks.{index}.{name}")
+                refuse_derived(part, f"{block.tokenzoo.name}.{name}")
     plain_models = {new: old for old, new in family.models.items()}
     plain_blocks = {new: old for old, new in family.blocks.items()}
     plain_attentions = {new: old for old, new in family.attentions.items()}
-    with all_or_nothing([backbone, *(part for block in blocks for part in block.modules())]):
+    plain_around = {known.kind: old for old, known in family.around.items() if known.kind is not None}
+    with all_or_nothing([*([] if model is None else [model]), *backbone.modules()]):
+        if type(model) in plain_around:
+            become(model, plain_around[type(model)])
         for block in blocks:
             # a learned module stays where an update left its method nothing to do
             for name in [name for name, _ in block.named_children() if name.startswith("tokenzoo_")]:
@@ -145,10 +169,11 @@ def remove(backbone: nn.Module, family: Family) -> None:
             del block.tokenzoo
             if block.reads_recipe:
                 del block.tokenzoo_recipe
-            block.__class__ = plain_blocks[type(block)]
-            swap_attentions(block, plain_attentions)
+            become(block, plain_blocks[type(block)])
+            swap_classes(block, plain_attentions)
+        swap_classes(backbone, {new: old for old, new in family.parts.items()})
         del backbone.tokenzoo_recipe
-        backbone.__class__ = plain_models[type(backbone)]
+        become(backbone, plain_models[type(backbone)])
 
 
 @contextmanager

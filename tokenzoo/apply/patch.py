@@ -13,10 +13,10 @@ from torch import nn
 
 from ..adapters.backbone import BackboneInfo, Family
 from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
-from ..adapters.inspect import blocks_of, describe, is_patched, total_blocks
+from ..adapters.inspect import block_names, blocks_of, describe, is_patched, total_blocks
 from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
-from ..adapters.wrappers import backbone_of, backbone_to_patch
+from ..adapters.wrappers import backbone_of, known_of
 from ..core.learned import Learned
 from ..core.method import Method
 from ..core.mixins import Companion
@@ -32,7 +32,8 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
-        model: a timm model of a served family, timm's `features_only` wrapper of one, or a dense model.
+        model: a model of a served family, or what is around one: models that the family knows (a classifier, a CLIP
+            model), peft, timm's `features_only` wrapper, a dense model.
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
@@ -48,58 +49,88 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
-    backbone = backbone_to_patch(model)
+    backbone = backbone_of(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(
             f"{type(backbone).__name__} is patched already with {backbone.tokenzoo_recipe.to_dict()}; call "
             "tokenzoo.unpatch_model(model) first, or give all methods in one list"
         )
     family = find_family(backbone)
-    _check(backbone, family)
+    names = block_names(model)
+    _check(known_of(model), backbone, family, names)
     method, flops = take_flops(method, flops)
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
     if flops is not None:
-        _check_recipe(backbone, family, recipe, info, info.depth)
-        recipe = solve_flops(backbone, family, recipe, info, flops)
-    new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, info.depth))
+        recipe = _solved(backbone, family, recipe, info, flops)
+    new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
     if new:
         _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
     return model
 
 
-def _prepared(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> list[Change]:
+def solve(model: nn.Module, recipe: Recipe, flops: float, img_size: tuple[int, int] | None = None) -> Recipe:
+    """The recipe at the largest multiply-adds that a budget allows; the model is not patched.
+
+    Args:
+        model: as for `patch_model`, unpatched.
+        recipe: methods whose strength is solved for, all at the same relative strength (`Recipe.dial`).
+        flops: share of the unpatched model's multiply-adds that may be spent at most.
+        img_size: image (height, width) that counts; None for the model's own.
+
+    Raises:
+        ValueError, TypeError: as for `patch_model`.
+    """
+    backbone = backbone_of(model)
+    family = find_family(backbone)
+    _check(known_of(model), backbone, family, block_names(model))
+    grid = None if img_size is None else tuple(family.view(backbone).grid_of(img_size))
+    return _solved(backbone, family, recipe, describe(backbone, grid, recipe), flops, at_most=True)
+
+
+def _solved(
+    backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, flops: float, at_most: bool = False
+) -> Recipe:
+    _check_recipe(backbone, family, recipe, info, info.depth)
+    return solve_flops(backbone, family, recipe, info, flops, at_most)
+
+
+def _prepared(
+    backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, names: list[str], total: int | None = None
+) -> list[Change]:
     """What every block gets, after all checks; nothing is changed."""
+    total = info.depth if total is None else total
     _check_recipe(backbone, family, recipe, info, total)
-    changes = prepare(backbone, family, recipe, info, total)  # raises for strengths that cannot be reached
+    changes = prepare(backbone, family, recipe, info, total, names)  # raises for strengths that cannot be reached
     _check_branches(changes)
     return changes
 
 
-def _check(backbone: nn.Module, family: Family) -> None:
+def _check(model: nn.Module, backbone: nn.Module, family: Family, names: list[str]) -> None:
     """Refuses models whose parts are not exactly known, before anything is changed."""
+    refuse_derived(model, "the model")
     refuse_derived(backbone, "the model")
     blocks = family.view(backbone).blocks
-    for index, block in enumerate(blocks):
-        refuse_wrapped(block, f"blocks.{index}")
-        refuse_derived(block, f"blocks.{index}")
+    for name, block in zip(names, blocks):
+        refuse_wrapped(block, name)
+        refuse_derived(block, name)
     family.check(backbone)
     if len(blocks) == 0:
         raise ValueError(f"{type(backbone).__name__}.blocks is empty: there is no block to patch")
-    for index, block in enumerate(blocks):
+    for name, block in zip(names, blocks):
         if type(block) not in family.blocks:
             raise TypeError(
-                f"blocks.{index} is {path_of(type(block))}, which the {family.name} family does not serve; it serves "
+                f"{name} is {path_of(type(block))}, which the {family.name} family does not serve; it serves "
                 f"exactly {', '.join(map(path_of, family.blocks))}"
             )
         inner = family.unknown_part(block)
         if inner is not None:
-            refuse_derived(inner, f"a part of blocks.{index}")
+            refuse_derived(inner, f"a part of {name}")
             raise TypeError(
-                f"blocks.{index} attends with {path_of(type(inner))}, which the {family.name} family does not know; "
+                f"{name} attends with {path_of(type(inner))}, which the {family.name} family does not know; "
                 f"use {' or '.join(map(path_of, family.attentions)) or 'the layers that the model comes with'}"
             )
-    refuse_overrides(backbone, family)
+    refuse_overrides(model, backbone, family)
 
 
 def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, total: int) -> None:
@@ -110,7 +141,7 @@ def _check_recipe(backbone: nn.Module, family: Family, recipe: Recipe, info: Bac
     if recipe.protect and not family.model_kind(backbone).takes_added:
         raise ValueError(
             f"protect={recipe.protect}: the sequence of {name} has no place for added tokens, since its blocks see "
-            "windows, stages or a scan; leave protect out"
+            "windows, stages or a scan, or its features are maps; leave protect out"
         )
     for method in recipe.methods:
         _check_mixing(method, name, family)
@@ -169,8 +200,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """
     backbone = _patched_backbone(model, "there is nothing to take off")
     family = find_family(backbone)
-    refuse_leftovers(backbone, family)
-    remove(backbone, family)
+    refuse_leftovers(known_of(model), backbone, family)
+    remove(backbone, family, known_of(model))
     return model
 
 
@@ -233,6 +264,6 @@ def update_method(model: nn.Module, method: str | None = None, **options: Any) -
     new = replace(old, methods=tuple(replace(m, **options) if m is changed else m for m in old.methods))
     family, info = find_family(backbone), describe(backbone, recipe=new)
     with torch.random.fork_rng(devices=[]):  # modules that are made to be compared draw weights
-        changes = _prepared(backbone, family, new, info, total_blocks(backbone))
-    install(backbone, family, new, keep_modules(changes, chosen))
+        changes = _prepared(backbone, family, new, info, block_names(model), total_blocks(backbone))
+    install(backbone, family, new, keep_modules(changes, chosen), known_of(model))
     return model

@@ -32,7 +32,14 @@ def run(args: argparse.Namespace) -> None:
     methods = [describe_method(name) for name in list_methods()]
     load_installed()
     backbones = [
-        {"family": f.name, "summary": f.summary, "classes": [cls.__name__ for cls in f.models]} for f in families()
+        {
+            "family": f.name,
+            "summary": f.summary,
+            "classes": [cls.__name__ for cls in f.models],
+            "around": [cls.__name__ for cls in f.around],
+            "tried": f.tried,
+        }
+        for f in families()
     ]
     if args.json:
         say(json.dumps({"methods": methods, "backbones": backbones}, indent=2))
@@ -45,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
     say("\nbackbones")
     for family in backbones:
         say(f"  {family['family']}: {', '.join(family['classes'])}")
-        say(f"    {family['summary']}")
+        if family["around"]:
+            say(f"    around these: {', '.join(family['around'])}")
+        say(f"    {family['summary']}{'; tried on ' + family['tried'] if family['tried'] else ''}")
 
 
 def describe_method(name: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class Layout(NamedTuple):
         watch: told what the layers see from there on, see `Tokens.tell`; None when nobody asks.
         joined: prefix tokens that join in front of what is left where the sequence begins; 0 where it begins anew.
         raster: patches stand in the order of the grid after every reduction.
+        own_grids: every image has a grid of its own, which nobody knows here: `grid` is one row of all patches, padding
+            behind the real ones.
     """
 
     num_prefix: int
@@ -41,6 +43,7 @@ class Layout(NamedTuple):
     watch: Callable[[View], None] | None = None
     raster: bool = False
     joined: int = 0
+    own_grids: bool = False
 
     __getattr__ = refuse_attribute
 

@@ -59,6 +59,11 @@ class Step(NamedTuple):
                 f"keeps as many tokens as the images ask for, {why}; set a fixed budget"
                 + (f", such as {fixed}" if fixed else "")
             )
+        if tokens.layout.own_grids and self.method.uses_positions:
+            raise self.error(
+                "looks at places on one patch grid, but the images of this batch have grids of their own; give images "
+                "of one size, without padding, or use a method that looks at values alone"
+            )
         token_map = self.method.map(tokens.seen_by(self.scorer), signals, self)
         if token_map is None:
             return None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.flow import Flow
-from ..adapters.inspect import describe, running_steps
+from ..adapters.inspect import block_names, describe, running_steps
 from ..adapters.registry import find_family
 from ..adapters.wrappers import backbone_of
 from ..core.recipe import Placed
@@ -95,7 +95,7 @@ def report(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> R
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         grid = tuple(family.view(backbone).grid_of(size))
     info = describe(backbone, grid, recipe)
-    costs = read_costs(backbone, family, info)
+    costs = read_costs(backbone, family, info, block_names(model))
     unpatched = sum(row.macs for row in block_rows(costs, None))
     data_dependent = recipe is not None and any(m.data_dependent for m in recipe.methods)
     one = None

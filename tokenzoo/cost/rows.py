@@ -7,7 +7,7 @@ tokens at their stations (`adapters.flow.Flow`), models what their ends cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,14 @@ class BlockRow:
     """One row of a report.
 
     Attributes:
-        name: "blocks.3", "embed" or "head".
+        name: where the block is in the model, "blocks.3"; "embed", "head", or what stands between two blocks.
         methods: names of the methods that act there.
         tokens_in: tokens before, prefix included.
         tokens_out: tokens after (the largest possible count where it depends on the images).
         macs: multiply-adds for one image, reduction included.
         reduction_macs: the part of it that reduction itself costs.
         attention: attention path, empty where there is none.
+        block: index of the block, None for rows that are none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class BlockRow:
     macs: int
     reduction_macs: int
     attention: str
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,20 @@ class Costs:
         blocks: the same.
         info: its sequences at the patch grid that counts.
         embed: multiply-adds in front of block 0.
+        names: of the blocks.
     """
 
     model: Any
     blocks: tuple[Any, ...]
     info: BackboneInfo
     embed: int
+    names: tuple[str, ...] = ()
 
 
-def read_costs(backbone: nn.Module, family: Family, info: BackboneInfo) -> Costs:
-    """What counting needs of a model, patched or not, at the patch grid of `info`."""
+def read_costs(backbone: nn.Module, family: Family, info: BackboneInfo, names: Iterable[str] = ()) -> Costs:
+    """What counting needs of a model, patched or not, at the patch grid of `info`; names of blocks for a report."""
     view = family.view(backbone)
-    return Costs(view, tuple(map(family.block_view, view.blocks)), info, view.embed_macs(info.grid))
+    return Costs(view, tuple(map(family.block_view, view.blocks)), info, view.embed_macs(info.grid), tuple(names))
 
 
 def _cost(block: Any, flow: Flow) -> int:
@@ -104,7 +108,8 @@ def block_rows(costs: Costs, recipe: Recipe | None, cost: Callable[[Any, Flow], 
         names = ", ".join(step.method.name for step, _, _ in steps)
         tokens = [model.all_tokens(n, grid, layout) for n in (flow.entered, flow.left)]
         total = cost(block, flow) + reduction
-        rows.append(BlockRow(f"blocks.{index}", names, *tokens, total, reduction, bias.path(block)))
+        shown_as = costs.names[index] if costs.names else f"blocks.{index}"
+        rows.append(BlockRow(shown_as, names, *tokens, total, reduction, bias.path(block), index))
         n, held, shown = flow.left, flow.held_behind, tokens[1]
         bias.note(flow)
         for beside in model.beside(index, flow):
@@ -133,8 +138,8 @@ class _Bias:
         """What a report says of a block."""
         if block.fused is None:
             return ""
-        path = "fused" if block.fused else "unfused"
+        found = [*(["log-size bias"] if self.sized else []), *(["padding mask"] if self.padded else [])]
+        path = block.attention_path(bool(found))
         if block.attends_among != "tokens":
             path += f" among {block.attends_among} (linear in tokens)"
-        found = [*(["log-size bias"] if self.sized else []), *(["padding mask"] if self.padded else [])]
         return path + (", " + " and ".join(found) if found else "")

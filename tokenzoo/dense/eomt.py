@@ -190,9 +190,9 @@ class EoMT(nn.Module):
         """What the queries add to the blocks that they take part in; tokens counted at the input of a block."""
         backbone, total = self.encoder.backbone, 0
         size = tuple(side * patch for side, patch in zip(grid, backbone.patch_embed.patch_size))
-        lengths = {row.name: row.tokens_in for row in report(backbone, size).rows}
+        lengths = {row.block: row.tokens_in for row in report(backbone, size).rows}
         for index in range(len(backbone.blocks) - self.num_blocks, len(backbone.blocks)):
-            block, n = backbone.blocks[index], lengths[f"blocks.{index}"]
+            block, n = backbone.blocks[index], lengths[index]
             linear = linear_macs(block)
             pairs = (n + self.num_q) ** 2 - n * n
             total += self.num_q * linear + 2 * block.attn.num_heads * block.attn.head_dim * pairs

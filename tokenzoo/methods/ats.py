@@ -64,6 +64,11 @@ class ATS(Method):
             if tokens.visible is not None:
                 scores = scores.masked_fill(~tokens.visible[:, prefix:], 0)
             # released: an image without padding loses its lowest token again, whatever was removed before
+            if self.batch_invariant and tokens.layout.own_grids:
+                raise step.error(
+                    "tells by their patches which images have lost none yet, but those of this batch have grids of "
+                    "their own; set batch_invariant=False, or give images of one size"
+                )
             full = tokens.layout.num_patches if self.batch_invariant else tokens.num_patches
             if tokens.valid is None:
                 kind = torch.ones_like if tokens.num_patches == full else torch.zeros_like

@@ -74,6 +74,11 @@ class FlowCut(Method):
 
     def _goal(self, layout: Layout) -> int:
         """Patches that are left at the end."""
+        if self.tokens is None and layout.own_grids:
+            raise ValueError(
+                f"flowcut: keep_rate={self.keep_rate} is a share of the patches that an image had, which the images of "
+                "this batch, with grids of their own, differ in; give tokens= instead"
+            )
         return self.tokens or max(1, round(self.keep_rate * layout.num_patches))
 
     def count(self, n: int, step: Step, layout: Layout) -> int:

@@ -34,6 +34,8 @@ class Heads(NamedTuple):
         fused: use `scaled_dot_product_attention`.
         dropout: dropout probability on the map (0 outside training), for the fused kernel.
         drop: what the layer puts its map through where it is written out, a module; None where there is none.
+        kernel: attends in place of the fused kernel, (q, k, v, bias) -> [B, H, Nq, Dv], where a library lets its users
+            choose one; None for that of torch.
         talk: mixes the maps of all heads in front of the softmax and behind it; never fused. None for heads that keep
             to themselves.
         placed: a second map by the places of query and key, which the first one is mixed with; never fused.
@@ -49,6 +51,7 @@ class Heads(NamedTuple):
     fused: bool = True
     dropout: float = 0.0
     drop: Callable[[Tensor], Tensor] | None = None
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
     talk: Talk | None = None
     placed: GatedPlaces | None = None
     temperature: Tensor | None = None
@@ -75,7 +78,9 @@ def attend(heads: Heads, bias: Tensor | None = None) -> Tensor:
     Returns:
         [B, Nq, H * Dv], heads side by side.
     """
-    if heads.temperature is not None:
+    if heads.kernel is not None:
+        out = heads.kernel(heads.q, heads.k, heads.v, None if bias is None else bias.to(heads.q.dtype))
+    elif heads.temperature is not None:
         out = attend_channels(heads.q, heads.k, heads.v, heads.temperature, bias, heads.fused, heads.drop)
     elif not heads.fused:
         out = _attend_written_out(heads, bias)

@@ -34,8 +34,12 @@ class MapStatistics(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Tensor, start: int = 0) -> MapStatistics:
-        """Of the rows of the queries from `start` on [B, H, Q, N]; `own` of these alone."""
-        return cls(rows.diagonal(start, -2, -1)[..., : rows.shape[-2]], rows.sum(-2), rows[..., 0, :])
+        """Of the rows of the queries from `start` on [B, H, Q, N]; `own` of these alone.
+
+        Copies: views would keep all rows, slice by slice the whole map.
+        """
+        own = rows.diagonal(start, -2, -1)[..., : rows.shape[-2]]
+        return cls(own.clone(), rows.sum(-2), rows[..., 0, :].clone())
 
     @classmethod
     def of_slices(cls, parts: Sequence[MapStatistics]) -> MapStatistics:

@@ -84,6 +84,7 @@ def relative_to(attn: GPSA, count: int, device: torch.device) -> Tensor:
 class ReducingConVit(ReducingModel, ConVit):
     """`ConVit` whose blocks reduce tokens."""
 
+    num_prefix_tokens = 1  # older releases of timm lack the attribute
     reads_positions = True
     takes_added = False
 

@@ -47,7 +47,7 @@ def key_width(attn: nn.Module) -> int:
     return getattr(attn, "num_kv_heads", attn.num_heads) * head_width(attn)
 
 
-def _fused_part(attn: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+def fused_part(attn: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
     """Outputs start..stop-1 of the fused projection, with the bias as the layer adds it."""
     if getattr(attn, "q_bias", None) is None:  # AttentionRope has an ordinary bias
         return linear_part(attn.qkv, x, start, stop)
@@ -95,7 +95,7 @@ def rotary_heads(attn: nn.Module, x: Tensor, rows: Tensor | None, with_values: b
     width, v = head_width(attn), None
     if attn.qkv is not None:
         dim = query_width(attn)
-        parts = _fused_part(attn, x, 0, dim * (3 if with_values else 2)).split(dim, dim=2)
+        parts = fused_part(attn, x, 0, dim * (3 if with_values else 2)).split(dim, dim=2)
         q, k = split_heads(parts[0], width), split_heads(parts[1], width)
         v = split_heads(parts[2], width) if with_values else None
     else:
@@ -115,7 +115,7 @@ def rotary_values(attn: nn.Module, x: Tensor) -> Tensor:
     """Values of normed tokens x [B, N, C] -> [B, H, N, D]."""
     if attn.qkv is not None:
         dim = query_width(attn)
-        return split_heads(_fused_part(attn, x, 2 * dim, 3 * dim), head_width(attn))
+        return split_heads(fused_part(attn, x, 2 * dim, 3 * dim), head_width(attn))
     return _share(attn, split_heads(attn.v_proj(x), head_width(attn)))
 
 

@@ -30,8 +30,8 @@ from .attention import REDUCING_ATTENTIONS, head_width, input_width, rotary_macs
 from .rope import Rope, check_rebuild, waves_of
 
 
-class _Rotary(ReducingBlock):
-    """Both kinds of block; subclasses say where the norms are."""
+class RotaryBlock(ReducingBlock):
+    """A block that gathers the rows of its tokens; subclasses say where the norms are."""
 
     def rotations(self, tokens: Tokens, rope: Rope | None) -> Tensor | None:
         return None if rope is None else rope.rows(tokens)
@@ -50,7 +50,7 @@ class _Rotary(ReducingBlock):
         is_causal: bool = False,
         aside: Aside | None = None,
     ) -> Any:
-        x = x if aside is None else aside.given(x, self.tokenzoo.index)
+        x = x if aside is None else aside.given(x, self.tokenzoo.name)
         if rope is not None and not isinstance(rope, Rope):  # called by hand, with timm's own table
             if rope.dim() > 3:
                 raise ValueError(
@@ -60,13 +60,13 @@ class _Rotary(ReducingBlock):
             layout = self.tokenzoo.layout
             rope = Rope.of(rope, layout.num_prefix)
             if not isinstance(x, Tokens):
-                layout.check_length(x.shape[1], f"blocks.{self.tokenzoo.index}")
+                layout.check_length(x.shape[1], self.tokenzoo.name)
                 x = Tokens(x, layout._replace(standalone=True, track_positions=True))
         tokens = self.call(x, rope, attn_mask, is_causal)
         return tokens if aside is None else aside.left(tokens)
 
 
-class ReducingEvaBlock(_Rotary, EvaBlock):
+class ReducingEvaBlock(RotaryBlock, EvaBlock):
     """Pre-norm block; either layer scale may be absent."""
 
     def attention_input(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class ReducingEvaBlock(_Rotary, EvaBlock):
         return self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
-class ReducingEvaBlockPostNorm(_Rotary, EvaBlockPostNorm):
+class ReducingEvaBlockPostNorm(RotaryBlock, EvaBlockPostNorm):
     """Block with the norms on the branches; queries and keys come from the residual stream itself."""
 
     def attention_branch(self, outs: list[Tensor]) -> Tensor:
@@ -94,7 +94,17 @@ class ReducingEvaBlockPostNorm(_Rotary, EvaBlockPostNorm):
         return self.drop_path2(self.norm2(self.mlp(z)))
 
 
-class ReducingEva(ReducingModel, Eva):
+class RotaryModel(ReducingModel):
+    """A model whose blocks rotate queries and keys by one of timm's tables."""
+
+    def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
+        layout = super().layout(grid, rope)
+        if rope is not None and rope.waves is not None:
+            layout = layout._replace(track_size=True)  # mean coordinates are weighted by it
+        return layout
+
+
+class ReducingEva(RotaryModel, Eva):
     """`Eva` whose blocks reduce tokens."""
 
     def embed(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -112,12 +122,6 @@ class ReducingEva(ReducingModel, Eva):
             return rope
         waves = None if rope.waves is None else rope.waves._replace(freqs=rope.waves.freqs[:, index])
         return Rope.of(rope.table[index], self.num_protected, waves)
-
-    def layout(self, grid: tuple[int, int], rope: Any = None) -> Layout:
-        layout = super().layout(grid, rope)
-        if rope is not None and rope.waves is not None:
-            layout = layout._replace(track_size=True)  # mean coordinates are weighted by it
-        return layout
 
     def head_reads(self) -> Reads:
         return Reads.of(self.global_pool) if self.attn_pool is None else Reads(attends=True)
@@ -156,6 +160,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
 
 FAMILY = Family(
     name="eva",
+    tried="timm 1.0.19 to 1.0.31",
     summary="timm eva.py: EVA, EVA-02, ROPE-ViT, Perception Encoder (PE), DINOv3, LingBot-Vision, Sapiens2",
     models={Eva: ReducingEva},
     blocks={EvaBlock: ReducingEvaBlock, EvaBlockPostNorm: ReducingEvaBlockPostNorm},

@@ -51,7 +51,8 @@ class Rope(NamedTuple):
     """The rotary table of a forward pass or of one block.
 
     Attributes:
-        table: [1 + num_prefix + patches, 2D] shared by all heads, or [H, 1 + num_prefix + patches, 2D].
+        table: [1 + num_prefix + patches, 2D] shared by all heads, or [H, 1 + num_prefix + patches, 2D]; of images with
+            grids of their own [B, 1 or H, 1 + num_prefix + patches, 2D].
         waves: how to rebuild rows from coordinates; None keeps the row of each token's position.
     """
 
@@ -71,6 +72,9 @@ class Rope(NamedTuple):
             return self.table[..., 1:, :]
         if self.waves is not None and tokens.coords is not None:
             return rotations(self.waves, tokens.coords, tokens.layout.num_prefix).to(self.table.dtype)
+        if self.table.dim() == 4:
+            at = (tokens.positions + 1)[:, None, :, None].expand(-1, self.table.shape[1], -1, self.table.shape[3])
+            return self.table.gather(2, at)
         rows = split_dim(self.table.index_select(-2, tokens.positions.reshape(-1) + 1), -2, *tokens.positions.shape)
         return rows.unsqueeze(1) if rows.dim() == 3 else rows.transpose(0, 1)
 

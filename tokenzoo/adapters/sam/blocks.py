@@ -75,7 +75,7 @@ class ReducingSamBlock(HookedBlock, Block):
         self, x: Tensor | WindowedMap, rope: None = None, attn_mask: None = None, aside: Aside | None = None
     ) -> Any:
         if aside is not None:
-            return aside.left(self.forward(aside.given(x, self.tokenzoo.index)))
+            return aside.left(self.forward(aside.given(x, self.tokenzoo.name)))
         plan = self.tokenzoo
         state = x
         if not isinstance(x, WindowedMap):

@@ -169,6 +169,7 @@ def _served() -> str:
 
 FAMILY = Family(
     name="vision_transformer_sam",
+    tried="timm 1.0.19 to 1.0.31",
     summary="timm vision_transformer_sam.py: image encoders of Segment Anything (clustering inside windows only)",
     models={VisionTransformerSAM: ReducingVisionTransformerSAM},
     blocks={Block: ReducingSamBlock},

@@ -128,7 +128,7 @@ class ScanBlock(HookedBlock):
             attn_mask: refused, there is no attention.
             aside: what goes past the hooks of the block, where it has some; then values come in and go out.
         """
-        x = x if aside is None else aside.given(x, self.tokenzoo.index)
+        x = x if aside is None else aside.given(x, self.tokenzoo.name)
         if not isinstance(x, Tokens):
             raise TypeError(
                 f"{type(self).__name__} reduces tokens and was called without its model; call the model, or unpatch it"

@@ -115,7 +115,7 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
         """Tokens to tokens; a map (blocks called without their model) is taken by the first block of a stage, and
         handed back by the last one."""
         if aside is not None:
-            return aside.left(self.forward(aside.given(x, self.tokenzoo.index)))
+            return aside.left(self.forward(aside.given(x, self.tokenzoo.name)))
         if not isinstance(x, Tokens):
             refuse_symbols(self, x)
             refuse_alone(self.tokenzoo)

@@ -160,6 +160,7 @@ if ReducingDiffParallelScalingBlock is not None:
 
 FAMILY = Family(
     name="vision_transformer",
+    tried="timm 1.0.19 to 1.0.31",
     summary="timm vision_transformer.py and deit.py: ViT, DeiT, DeiT-3, CLIP, SigLIP, DINOv2, AIMv2, BEiT-3, FlexiViT",
     models={
         VisionTransformer: ReducingVisionTransformer,

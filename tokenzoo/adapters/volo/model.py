@@ -207,8 +207,8 @@ class ReducingVOLO(LateClassModel, VOLO):
             return maps if intermediates_only else (front, maps)
         stop = ends[last - 1] if stop_early else ends[-1]
         recipe, weighs = self.tokenzoo_recipe, self.head_reads().weighs(self.tokenzoo_recipe)
-        tokens, context = self.started(x, self._behind_outlook(front), None, None, weighs, True)
-        for index, tokens in self._left(self.follow(tokens, context, last=stop)):  # noqa: B020
+        tokens = self.begin(x, self._behind_outlook(front), None, None, weighs, True)
+        for index, tokens in self._left(self.follow(tokens, None, last=stop)):  # noqa: B020
             if index in ends and ends.index(index) + 1 in wanted:
                 through = self.norm if norm else nn.Identity()
                 rows = lift(through(tokens.x), recipe.lift_trace(tokens.trace), recipe.fill, through)

@@ -37,6 +37,11 @@ def attention_width(attn: nn.Module) -> int:
     return next(inputs for _, inputs, _ in linear_shapes(attn.proj))
 
 
+def drop_path(block: nn.Module, branch: int) -> nn.Module:
+    """The stochastic depth of a branch; older releases of timm have one module for all branches."""
+    return getattr(block, f"drop_path{branch}", None) or block.drop_path
+
+
 class ReducingXCA(AttentionLayer, XCA):
     """`XCA` inside a block that reduces tokens."""
 
@@ -89,17 +94,17 @@ class ReducingXCABlock(ReducingBlock, XCABlock):
         return self.norm1(x)
 
     def attention_branch(self, outs: list[Tensor]) -> Tensor:
-        return self.drop_path1(self.gamma1 * outs[0])
+        return drop_path(self, 1)(self.gamma1 * outs[0])
 
     def mlp_input(self, x: Tensor) -> Tensor:
         return self.norm2(x)
 
     def mlp_branch(self, z: Tensor) -> Tensor:
-        return self.drop_path2(self.gamma2 * self.mlp(z))
+        return drop_path(self, 2)(self.gamma2 * self.mlp(z))
 
     def _attend(self, tokens: Tokens, rope: Any, mask: Tensor | None) -> tuple[Tokens, Signals, Merging]:
         tokens, signals, merging = super()._attend(tokens, rope, mask)
-        y = self.drop_path3(self.gamma3 * self._neighbours(tokens))
+        y = drop_path(self, 3)(self.gamma3 * self._neighbours(tokens))
         return tokens._replace(x=tokens.x + y), signals, merging
 
     def _neighbours(self, tokens: Tokens) -> Tensor:

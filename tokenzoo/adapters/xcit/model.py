@@ -21,7 +21,7 @@ from ...core.tokens import Layout, Tokens
 from ...ops.layer_macs import conv_macs
 from ..backbone import Family
 from ..late_class import LateClassModel, bypassed_class_blocks, class_attention, refuse_other_class_blocks
-from .block import ReducingXCA, ReducingXCABlock
+from .block import ReducingXCA, ReducingXCABlock, drop_path
 
 
 class ReducingXcit(LateClassModel, Xcit):
@@ -72,13 +72,13 @@ class ReducingXcit(LateClassModel, Xcit):
     def run_class_block(self, block: nn.Module, tokens: Tensor, bias: Tensor | None) -> Tensor:
         z = block.norm1(tokens)
         z = torch.cat([class_attention(block.attn, z, bias), z[:, 1:]], dim=1)
-        tokens = tokens + block.drop_path1(block.gamma1 * z)
+        tokens = tokens + drop_path(block, 1)(block.gamma1 * z)
         if block.tokens_norm:
             tokens = block.norm2(tokens)
         else:
             tokens = torch.cat([block.norm2(tokens[:, :1]), tokens[:, 1:]], dim=1)
         own = block.gamma2 * block.mlp(tokens[:, :1])
-        return tokens + block.drop_path2(torch.cat([own, tokens[:, 1:]], dim=1))
+        return tokens + drop_path(block, 2)(torch.cat([own, tokens[:, 1:]], dim=1))
 
     def end_rows(self, rows: Tensor) -> Tensor:
         for block in self.cls_attn_blocks or ():  # what these do to patches, each by itself
