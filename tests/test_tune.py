@@ -30,7 +30,7 @@ from tokenzoo.core.traits import BEFORE, Traits
 from tokenzoo.evaluation import Precision
 from tokenzoo.tuning import budget, judge
 from tokenzoo.tuning.candidates import Candidate, Part, pairs, seeds
-from tokenzoo.tuning.halving import halvings, planned, rungs
+from tokenzoo.tuning.halving import halve, halvings, planned, rungs
 from tokenzoo.tuning.images import split
 from tokenzoo.tuning.profile import Profiled, takes_profile
 from tokenzoo.tuning.state import State
@@ -347,8 +347,32 @@ def test_methods_of_one_strength_take_no_profile():
 
 def test_rounds():
     assert planned(100, (16, 32, 64), 6) == 16 * 100 + 16 * 50 + 32 * 25 and planned(3, (64,), 6) == 192
-    assert halvings(256) == (16, 32, 64, 128, 256) and halvings(20) == (20,)
-    assert rungs(100, 256, 6) == (16, 32, 64, 128, 256) and rungs(12, 256, 6) == (128, 256) and rungs(3, 64, 6) == (64,)
+    assert halvings(256) == (32, 64, 128, 256) and halvings(20) == (20,)
+    assert rungs(100, 256, 6) == (32, 64, 128, 256) and rungs(12, 256, 6) == (128, 256) and rungs(3, 64, 6) == (64,)
+
+
+@pytest.mark.parametrize("looks", [None, 5, 20, 45])
+def test_halving_ends_with_the_best(looks):
+    """Candidates i of value i and noise: the better half is looked at further, and what time does not allow is left."""
+    draws, calls = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)), []
+
+    def look(candidate, count):
+        calls.append((candidate, count))
+        return candidate / 8 + draws[candidate, :count]
+
+    def up():
+        return looks is not None and len(calls) >= looks
+
+    found = halve(range(40), look, rungs(40, 128, 4), 4, up)
+    numbers = [r.fitted for r in found]
+    lengths = [len(r.values) for r in found]
+    if looks is None:
+        assert [sum(count == c for _, count in calls) for c in (32, 64, 128)] == [40, 20, 10]
+        assert numbers[0] >= 37 and sorted(numbers) == list(range(40)) and lengths == sorted(lengths, reverse=True)
+        assert set(lengths) == {32, 64, 128} and len(calls) == 70
+    else:
+        assert len(calls) == looks and set(lengths) == {32}  # the first round stands, a second one is not through
+        assert sorted(numbers) == list(range(min(looks, 40)))
 
 
 # ---- models without classes
@@ -430,6 +454,7 @@ def test_another_number_format_is_that_of_a_copy():
         ({"flops": 0.6, "agreement": "l2"}, "agreement='l2'; give one of kl, cosine"),
         ({"flops": 0.6, "agreement": "kl", "labels": [1] * 16}, "is for images without labels"),
         ({"flops": 0.05, "methods": ["tome"]}, "no method reaches flops=0.05 on this model .tome: flops=0.05"),
+        ({"flops": 0.05}, "no method reaches flops=0.05 on this model .* cannot be reached: .*; and [0-9]+ more"),
         ({"flops": 0.6, "state": "none/state.jsonl"}, "the folder none does not exist"),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .budget import Fitted
 
-FEWEST = 16  # images that a candidate is judged by at first
+FEWEST = 32  # images that a candidate is judged by at first
 
 
 class Ranked(NamedTuple):

@@ -67,8 +67,7 @@ class Search:
         self.bar.set_description(f"{budget}: strengths")
         begin = self._fitted(budget)
         if not begin:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self.refused.items())
-            raise ValueError(f"no method reaches {budget} on this model ({reasons})")
+            raise ValueError(f"no method reaches {budget} on this model ({_some(self.refused)})")
         ranked = self._halved(begin, f"{budget}: halving")
         best = [r for r in ranked if len(r.values) == len(ranked[0].values)]
         if self.paired and len(ranked[0].values) == every:
@@ -158,6 +157,13 @@ class Search:
     def _look(self, fitted: Fitted, count: int) -> Tensor:
         self._looked.add(repr(fitted.recipe))
         return self.judge.search(fitted.recipe, count)
+
+
+def _some(reasons: dict[str, str], most: int = 3) -> str:
+    """A few reasons, those about the budget first, and how many more there are."""
+    order = sorted(reasons, key=lambda name: "reached" not in reasons[name])
+    more = f"; and {len(order) - most} more" if len(order) > most else ""
+    return "; ".join(f"{name}: {reasons[name]}" for name in order[:most]) + more
 
 
 def _one_each(ranked: list[Ranked]) -> list[Ranked]:
