@@ -14,7 +14,7 @@ TAKEN = {
     "test_one_sentence.py::test_gradients_of_single_images": 6,
     "test_matrix.py::test_threads_share_one_model": 8,
     "test_scan_matrix.py::test_lifting_on_an_uneven_grid": 3,
-    "test_openvino.py::test_answers_alike_at_any_batch": 1,
+    "interop/test_openvino.py::test_answers_alike_at_any_batch": 1,
     "test_changed_layers.py::test_costs_are_those_of_the_plain_model": 8,
     "test_changed_layers.py::test_adapters_are_their_merged_weights_under_reduction": 30,
     "test_raster.py::test_one_graph": 0,
