@@ -72,8 +72,10 @@ def test_the_same_weights_in_timm_give_the_same_answer(dino, registers, method):
     assert report.data_dependent or (report.tokens_out == 17 + registers) == (method in KEEPS_LENGTH)
     torch.testing.assert_close(features["x_norm_clstoken"], model(x))
     assert features["x_norm_regtokens"].shape[1] == registers
-    left = 1 + registers + features["x_norm_patchtokens"].shape[1]
-    assert left == features["x_prenorm"].shape[1] <= report.tokens_out
+    assert features["x_prenorm"].shape[1] == twin.forward_tokens(x).length <= report.tokens_out
+    # a mean of the patches, as upstream's classifiers take it, is that of timm's pooling
+    mean = twin.pool(twin.forward_tokens(x), "avg")
+    torch.testing.assert_close(features["x_norm_patchtokens"].mean(1), mean, atol=1e-5, rtol=1e-5)
     for y, (ours, first) in zip(
         twin.forward_intermediates(x, [1, 3], norm=True, intermediates_only=True),
         model.get_intermediate_layers(x, [1, 3], reshape=True, return_class_token=True),

@@ -58,7 +58,6 @@ MORE = [
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 0},
     {"method": "ppt", "r": 4, "layers": (1, 3), "threshold": 1.0},
     {"method": "kmedoids", "keep_rate": 0.6, "start": "farthest", "cost": "cluster", "mean": True},
-    {"method": "kmedoids", "keep_rate": 0.6, "start": "farthest", "cost": "cluster", "space": "spectral", "graph": 4},
     {"method": "gtp", "r": 4, "layers": (0, 2), "graph": "semantic", "neighbours": 5, "selection": "IMGAttnMean"},
     {"method": "gtp", "r": 3, "sparsity": 0.6},
     {"method": "atc", "keep_rate": 0.4, "linkage": "single"},
@@ -304,6 +303,15 @@ def test_super_tokens_refuse_every_mask(models):
     model = models["deit"]
     with tokenzoo.patched(model, given("sta")), pytest.raises(ValueError, match="no attn_mask covers"):
         model(images(model), attn_mask=mask_of(hidden_patches()[:3], 1, "B11N bool"))
+
+
+@torch.no_grad()
+def test_graphs_of_patches_refuse_masks(models):
+    model = models["deit"]
+    options = {"start": "farthest", "cost": "cluster", "space": "spectral"}
+    with tokenzoo.patched(model, "kmedoids", keep_rate=0.6, **options):
+        with pytest.raises(ValueError, match="kmedoids at block 1: .*spectral.* mask"):
+            model(images(model), attn_mask=mask_of(hidden_patches()[:3], 1, "B11N bool"))
 
 
 @torch.no_grad()

@@ -10,13 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from cases import KEEPS_LENGTH, METHODS, given
 from library_cases import SIZE, TOWERS, build, clip_twin, images, open_clip, pooled, serves, timm_twin
 from test_hooks import _halve
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import tokenzoo
 from tokenzoo.cost.trace import count_macs
+from tokenzoo.evaluation.classification import evaluate
+from tokenzoo.evaluation.runs import Run
+from tokenzoo.evaluation.throughput import bench
+from tokenzoo.view.maps import token_maps
 
 methods = pytest.mark.parametrize("method", METHODS)
 towers = pytest.mark.parametrize("name", TOWERS)
@@ -171,6 +178,36 @@ def test_threads_share_one_model(name, method):
             assert all(torch.equal(out, expected) for out in outs)
 
 
+def _gradients(name: str, rank: int | None = None) -> dict[str, torch.Tensor]:
+    """Of four images in one process, or of two in each of two."""
+    model, x = tokenzoo.patch_model(build(name), "tome", r=2), images(4)
+    if rank is not None:
+        model, x = DistributedDataParallel(model), x[2 * rank : 2 * rank + 2]
+    pooled(model(x)).square().mean().backward()
+    return {key.removeprefix("module."): p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        torch.save({name: _gradients(name, rank) for name in ("torchvision", "open_clip")}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    for name in ("torchvision", "open_clip"):
+        expected = _gradients(name)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{rank}.pt")[name]
+            assert found.keys() == expected.keys() and len(found) > 10
+            for key, grad in expected.items():
+                torch.testing.assert_close(found[key], grad, atol=1e-6, rtol=1e-4, msg=f"{name} {key}")
+
+
 @methods
 @pytest.mark.parametrize("name", ["torchvision", "open_clip", "open_clip_coca"])
 @torch.no_grad()
@@ -198,7 +235,8 @@ def test_lower_precision(name, method):
 def test_one_graph(name, method):
     model, x = build(name), images(2)
     tokenzoo.patch_model(model, given(method, "static"))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch._dynamo.reset()  # graphs of other cases count towards a limit
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
 
 
@@ -295,6 +333,20 @@ def test_explained_on_the_grid():
                 tokenzoo.unpatch_model(model)
         torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
         assert found[2].shape == found[0].shape == (3, 32, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "open_clip"])
+def test_bench_evaluate_and_pictures(name):
+    """Images of the model's own size, counts per run, token maps on the grid."""
+    model = build(name)
+    runs = [Run("tome", {"r": 2}), Run("evit", {"keep_rate": 0.6})]
+    results = bench(model, runs, batch_size=2, rounds=1, warmup=1, latency=False)
+    assert [speed.input_size for speed in results] == [SIZE] * 3 and results[0].tokens_out == 17
+    assert results[1].tokens_out == 9 and results[1].gmacs < results[0].gmacs
+    scores = evaluate(model, runs, [(images(4), torch.arange(4))], input_size=SIZE)
+    assert [score.n_images for score in scores] == [4] * 3
+    maps = token_maps(tokenzoo.patch_model(model, "tome", r=2), images(1))
+    assert maps.grid == (4, 4) and len(maps.blocks) == 4
 
 
 # ---- refused by name

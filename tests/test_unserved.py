@@ -93,6 +93,16 @@ def test_others_are_refused_likewise():
             tokenzoo.patch_model(model, "tome", r=2)
 
 
+def test_models_of_transformers_are_refused_likewise():
+    transformers = pytest.importorskip("transformers")
+    for name, words in (("Swin", "attends inside windows"), ("Segformer", "shrinks its map")):
+        with torch.device("meta"):
+            model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")())
+        start = rf"modeling_{name.lower()}\.{name}Model is not a backbone"
+        with pytest.raises(TypeError, match=f"{start} .*{words}.*; nearest"):
+            tokenzoo.patch_model(model, "tome", r=2)
+
+
 def test_a_model_derived_from_a_known_one_has_its_reason():
     swin = timm.models.swin_transformer.SwinTransformer
     with pytest.raises(TypeError, match=r"\.Mine is not a backbone .*attends inside windows"):

@@ -38,7 +38,6 @@ class ReducingBlock(HookedBlock):
     tokenzoo: BlockPlan
     training: bool
     mlp_follows: bool = True  # False where the MLP runs beside attention and is part of its branch
-    attends_among: str = "tokens"  # or "channels", whose cost is linear in tokens
     mlp_pointwise: bool = True  # False where the MLP looks at neighbours
 
     # ---- spelled by the family; z is what a branch reads, x the residual stream

@@ -9,7 +9,9 @@ from .beit import FAMILY as BEIT
 from .cait.model import FAMILY as CAIT
 from .convit.model import FAMILY as CONVIT
 from .eva.model import FAMILY as EVA
+from .levit.model import FAMILY as LEVIT
 from .naflex.model import FAMILY as NAFLEX
+from .pit.model import FAMILY as PIT
 from .registry import register_family, register_later
 from .relpos import FAMILY as RELPOS
 from .sam.model import FAMILY as SAM
@@ -19,16 +21,21 @@ from .svit.model import FAMILY as SVIT
 from .torchvision import FAMILY as TORCHVISION
 from .vit.model import FAMILY as VIT
 from .vit.stems import FAMILY as STEMS
+from .volo.model import FAMILY as VOLO
 from .xcit.model import FAMILY as XCIT
 
-for _family in (VIT, EVA, BEIT, RELPOS, NAFLEX, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, TORCHVISION):
+_FAMILIES = (
+    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, SAM, STEMS, SVIT, VIM, PLAIN_MAMBA,
+    TORCHVISION,
+)  # fmt: skip
+for _family in _FAMILIES:
     register_family(_family)
 register_later("dinov2", "tokenzoo.adapters.dinov2_hub")
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
 register_later("transformers", "tokenzoo.adapters.hf.family")
 
 # files that only newer releases of timm have -> module here
-_NEWER = {"qwen3_vit": "towers.qwen3", "deepseek_vit": "towers.deepseek"}
+_NEWER = {"qwen3_vit": "towers.qwen3", "deepseek_vit": "towers.deepseek", "gemma4_vit": "towers.gemma4"}
 for _file, _module in _NEWER.items():
     if find_spec(f"timm.models.{_file}") is not None:
         register_family(import_module(f"{__package__}.{_module}").FAMILY)

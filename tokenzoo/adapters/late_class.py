@@ -39,6 +39,10 @@ class LateClassModel(ReducingModel):
         """
         raise NotImplementedError
 
+    def class_block_macs(self, block: nn.Module, n: int) -> int:
+        """Multiply-adds of a class-attention block that reads n tokens, the class token included."""
+        return class_attention_macs(block.attn, n) + linear_macs(block.mlp)
+
     def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
         (layout,) = super().sequences(grid, recipe).values()
         return {0: layout._replace(num_prefix=layout.added, has_class=False)}
@@ -70,7 +74,7 @@ class LateClassModel(ReducingModel):
             return []
         n, rows = flow.left, []
         for order, block in enumerate(blocks):
-            macs = class_attention_macs(block.attn, flow.left + 1) + linear_macs(block.mlp)
+            macs = self.class_block_macs(block, flow.left + 1)
             rows.append(Beside(f"{self.class_blocks}.{order}", n, flow.left + 1, macs))
             n = flow.left + 1
         return rows
@@ -112,19 +116,20 @@ def _width(attn: nn.Module) -> int:
     return next(inputs for _, inputs, _ in linear_shapes(attn.proj))
 
 
-def refuse_other_class_blocks(model: nn.Module, name: str, known: type) -> None:
+def refuse_other_class_blocks(model: nn.Module, name: str, known: type, attention: type = ClassAttn) -> None:
     """Refuses class-attention blocks of other classes than timm's own.
 
     Args:
         model: the model.
         name: attribute with the blocks.
         known: their exact class.
+        attention: that of their attention layers.
 
     Raises:
         ValueError: with the block.
     """
     for index, block in enumerate(getattr(model, name) or ()):
-        for part, where, cls in ((block, "", known), (block.attn, ".attn", ClassAttn)):
+        for part, where, cls in ((block, "", known), (block.attn, ".attn", attention)):
             if type(part) is not cls:
                 raise ValueError(
                     f"{name}.{index}{where} is {path_of(type(part))}, and sizes and padding of tokens can be told to "

@@ -95,7 +95,8 @@ def _overridden(module: nn.Module, plain: type, reducing: type) -> list[str]:
     changed = {"forward", "forward_head"}
     for cls in reducing.__mro__:
         if cls not in plain.__mro__:
-            changed |= vars(cls).keys()
+            # numbers that a class gives by default are the instance's own to set
+            changed |= {name for name, value in vars(cls).items() if hasattr(type(value), "__get__")}
     if dispatched(module):  # it follows the class
         changed -= {"forward"}
     return sorted((changed & vars(module).keys()), key=lambda name: (name != "forward", name))

@@ -221,9 +221,10 @@ def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple
     config = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(config.get("input_size", (3, 224, 224)))
     if is_served(model):
-        # what transformers says of the tower inside
-        own = getattr(backbone_of(model), "config", None)
-        side = getattr(own, "image_size", size[1:])
+        # what transformers says of the tower inside, and torchvision and open_clip of theirs: one side, or both
+        backbone = backbone_of(model)
+        own = getattr(backbone, "config", None)
+        side = getattr(own, "image_size", getattr(backbone, "image_size", size[1:]))
         size = (getattr(own, "num_channels", size[0]), *((side, side) if isinstance(side, int) else side))
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:

@@ -80,12 +80,12 @@ class SegmentMedoids(nn.Module):
 
     def _clustered(self, x: Tensor) -> Tensor:
         """Medoids of patches [B, M, C], or the means of their clusters [B, K, C]."""
-        rows, squared = x, squared_distances(x)
+        squared = squared_distances(x)
         if self.sigma is not None:
-            rows = spectral_rows(squared, self.tokens, self.sigma, self.graph)
-            squared = squared_distances(rows)
+            squared = squared_distances(spectral_rows(squared, self.tokens, self.sigma, self.graph))
         distances = squared.sqrt()
-        first = farthest_first(rows.detach().float().norm(dim=2), distances, self.tokens)
+        # rows of a graph are all of unit length: there, too, the longest token is the first
+        first = farthest_first(x.detach().float().norm(dim=2), distances, self.tokens)
         medoids = refine(distances, first, self.iterations).sort(dim=1).values
         if self.how == "medoids":
             return take_rows(x, medoids)

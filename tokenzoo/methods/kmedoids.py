@@ -42,7 +42,8 @@ class KMedoids(KeepRate):
         space: what distances are measured in: "tokens", or "spectral", the smoothest eigenvectors of a graph of the
             patches (CenterCLIP's spectral form, with start="farthest" and cost="cluster"). That is an eigenproblem of
             all patches per image, for which ONNX has no operator; attention scores are of no use there.
-        sigma: width of the graph's kernel, in units of the tokens.
+        sigma: width of the graph's kernel, in units of the tokens; None for the root of the mean squared distance of an
+            image. Published: 2.
         graph: an entry of the graph stays where one patch is among so many nearest of the other, itself counted; None
             for all entries.
 
@@ -54,7 +55,7 @@ class KMedoids(KeepRate):
     iterations: int = number(3, "give whole rounds; 0 keeps the start", least=0, whole=True)
     mean: bool = False
     space: str = choice("tokens", ("tokens", "spectral"))
-    sigma: float = number(2.0, "give a positive width", above=0)
+    sigma: float | None = number(None, "give a positive width, or None", above=0, none=True)
     graph: int | None = number(None, "give a number of patches, or None for all", least=1, whole=True, none=True)
 
     name = "kmedoids"
@@ -101,8 +102,10 @@ class KMedoids(KeepRate):
         x, seen = tokens.x[:, prefix:], tokens.seen_patches
         squared, own_count = squared_distances(x), own_counts(kept_of(step, layout), tokens)
         if self.space == "spectral":
-            x = spectral_rows(squared, count, self.sigma, self.graph, seen, own_count)
-            squared = squared_distances(x)
+            if tokens.visible is not None:
+                raise step.error("space='spectral' knows no attn_mask; call the model without a mask, or use 'tokens'")
+            rows = spectral_rows(squared, count, self.sigma, self.graph, seen, own_count)
+            squared = squared_distances(rows)
         distances = squared.sqrt()
         weight = tokens.scores[:, prefix:] if self._weighs else None
         real = real_rows(own_count, count, prefix)

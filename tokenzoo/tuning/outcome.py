@@ -91,7 +91,8 @@ def make_rows(findings: list[Finding], final: Any, score: Score) -> list[Row]:
     """
     plain = final(None)
     defaults = {f.budget: final(f.fitted.recipe) for f in findings if f.role == "default"}
-    rows = [Row("unpatched", "unpatched", "", None, 1.0, None, values_of(plain, score), None, None, True)]
+    time = 1.0 if any(f.fitted.time is not None for f in findings) else None
+    rows = [Row("unpatched", "unpatched", "", None, 1.0, time, values_of(plain, score), None, None, True)]
     for found in findings:
         fitted, own = found.fitted, final(found.fitted.recipe)
         default = None if found.role in ("default", "weaker") else defaults.get(found.budget)
