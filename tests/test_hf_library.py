@@ -251,6 +251,25 @@ def test_towers_that_others_hold():
 
 
 @torch.no_grad()
+def test_exported_files(tmp_path):
+    """Of what a module around the model hands on; the model's own output is more than a tensor."""
+    from tokenzoo.apply.export import export
+
+    class Logits(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x).logits
+
+    model, x = tokenzoo.patch_model(build("vit_classes"), "tome", r=2), images(None, 2)
+    with pytest.raises(ValueError, match="returns ImageClassifierOutput; .* put a module around it"):
+        export(model, tmp_path / "model.pt2", x)
+    assert export(Logits(model).eval(), tmp_path / "model.pt2", x).difference <= 1e-4
+
+
+@torch.no_grad()
 def test_the_tower_may_be_undone_by_itself():
     model, x = build("dinov2_classes"), images(None)
     plain, cls = model(x).logits, type(model)

@@ -76,7 +76,8 @@ def export(
         expected = [model(images) for images in batches]
     if not isinstance(expected[0], Tensor):
         raise ValueError(
-            f"{type(model).__name__} returns {type(expected[0]).__name__}; export takes models with one tensor"
+            f"{type(model).__name__} returns {type(expected[0]).__name__}; export takes models that return one tensor: "
+            "put a module around it that hands on what you need of that, its logits say"
         )
     try:
         with torch.no_grad():
