@@ -19,6 +19,7 @@ from .walk import Walk
 _log = logging.getLogger(__name__)
 _FAMILIES: dict[str, Family] = {}
 _LATER: dict[str, str] = {}  # package of a model's class -> module of ours that registers the families of that package
+_ORDER: list[str] = []  # those packages, met or not, as they stand in lists
 
 
 def register_later(package: str, module: str) -> None:
@@ -29,6 +30,8 @@ def register_later(package: str, module: str) -> None:
         module: full name of the module that calls `register_family`.
     """
     _LATER[package] = module
+    if package not in _ORDER:
+        _ORDER.append(package)
 
 
 def _meet(cls: type) -> None:
@@ -82,7 +85,16 @@ def register_family(family: Family) -> Family:
         if other is not family and both:
             raise ValueError(f"{', '.join(map(path_of, both))} is served by the family {other.name!r} already")
     _FAMILIES[family.name] = family
+    ordered = sorted(_FAMILIES.items(), key=lambda item: _rank(item[1]))
+    _FAMILIES.clear()
+    _FAMILIES.update(ordered)
     return family
+
+
+def _rank(family: Family) -> int:
+    """Where a family stands among all: those of packages that are met at some time come last, in a fixed order."""
+    packages = {cls.__module__.partition(".")[0] for cls in family.models}
+    return max((1 + index for index, package in enumerate(_ORDER) if package in packages), default=0)
 
 
 def _refuse_strange(plain: type, reducing: type, mixin: type) -> None:
@@ -98,7 +110,7 @@ def _refuse_strange(plain: type, reducing: type, mixin: type) -> None:
 
 
 def families() -> tuple[Family, ...]:
-    """All families, in the order in which they were registered."""
+    """All families in the order in which they were registered, those of packages that are met later at the end."""
     return tuple(_FAMILIES.values())
 
 
