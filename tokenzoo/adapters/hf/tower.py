@@ -23,6 +23,7 @@ from ..classes import unwrapped
 from ..features import Reads, encode
 from ..halving import half_tokens
 from ..model import ReducingModel
+from ..refusals import refuse_vmap
 from .naming import PlainName
 from .outputs import asked, refuse_options, selected, whole_mask
 
@@ -141,6 +142,7 @@ class HfTower(PlainName, ReducingModel):
         if begin is None:
             walk = self.walk(images, mask, trace=trace, dense=dense)
         else:
+            refuse_vmap(recipe)
             walk = self.follow(begin(trace, dense), None, mask)
         for tokens in walk:
             if wanted is not False:
