@@ -10,6 +10,8 @@ from typing import Any
 import timm
 import torch
 from timm.models.beit import Beit
+from timm.models.cait import Cait
+from timm.models.convit import ConVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
@@ -20,8 +22,11 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.xcit import Xcit
 from torch import nn
 
+from tokenzoo import create_method
+from tokenzoo.adapters.inspect import describe
 from tokenzoo.models import LVViT, T2TViT
 
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
@@ -97,6 +102,20 @@ RELPOS = partial(
 NAFLEX = partial(
     NaFlexVit, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, class_token=False,
     pos_embed_grid_size=(4, 4),
+)  # fmt: skip
+
+CAIT = partial(
+    Cait, img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=4, mlp_ratio=2, num_classes=7,
+    depth_token_only=2, mlp_ratio_token_only=2,
+)  # fmt: skip
+
+XCIT = partial(
+    Xcit, img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, eta=0.3,
+)  # fmt: skip
+
+CONVIT = partial(
+    ConVit, img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2, num_classes=7,
+    local_up_to_layer=2,
 )  # fmt: skip
 
 
@@ -214,10 +233,17 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "lv_vit": partial(
         LVViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, skip_lam=2.0
     ),
+    "cait": CAIT,
+    "cait_avg": partial(CAIT, global_pool="avg"),
+    "convit": CONVIT,
+    "convit_avg": partial(CONVIT, global_pool="avg", use_pos_embed=False, local_up_to_layer=3),
+    "convit_plain": partial(CONVIT, local_up_to_layer=0),
+    "xcit": XCIT,
+    "xcit_avg": partial(XCIT, global_pool="avg", tokens_norm=True, use_pos_embed=False),
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
-WITHOUT_HALF = (T2TViT, LVViT, NaFlexVit)
+WITHOUT_HALF = (T2TViT, LVViT, Xcit, NaFlexVit)
 NEEDS_ATTENTION_ALONE = {"sta"}  # another form of attention, where no MLP shares its branch
 
 
@@ -286,6 +312,8 @@ def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
     if method in NEEDS_CONVOLUTION and (isinstance(model, WITHOUT_HALF) or "Gemma4" in type(model).__name__):
         return False
+    if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
+        return False
     if method in NEEDS_ATTENTION_ALONE and isinstance(getattr(model, "encoder", model).blocks[0], SHARED_BRANCH):
         return False
-    return method not in NEEDS_CLASS or getattr(getattr(model, "embeds", model), "cls_token", None) is not None
+    return method not in NEEDS_CLASS or describe(model).layout.has_class

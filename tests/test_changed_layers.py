@@ -13,7 +13,8 @@ import tokenzoo
 # one row of cases.py for each way in which blocks project
 BLOCKS = (
     "deit", "res_post", "parallel_scaling", "parallel_things", "gated", "differential", "diff_parallel", "eva02",
-    "eva_giant", "dinov3", "pe_like", "lv_vit", "beit", "beit_shared", "relpos_mlp",
+    "eva_giant", "dinov3", "pe_like", "lv_vit", "beit", "beit_shared", "relpos_mlp", "cait",
+    "xcit",
 )  # fmt: skip
 blocks = pytest.mark.parametrize("backbone", [name for name in BLOCKS if name in backbone_names()])
 changes = pytest.mark.parametrize("change", CHANGES)

@@ -45,7 +45,8 @@ SVIT = partial(
 HEADS = {
     **{name: BACKBONES[name] for name in backbone_names() if name in (
         "deit", "distilled", "registers_only", "gap", "gap_with_class", "avgmax", "max", "map", "map_with_class", "prr",
-        "prr_gap", "no_head", "dinov3", "eva_giant", "pe_like", "t2t_vit", "lv_vit",
+        "prr_gap", "no_head", "dinov3", "eva_giant", "pe_like", "t2t_vit", "lv_vit", "cait", "cait_avg", "convit",
+        "convit_avg",
     )},
     "prefix_too": partial(VIT, global_pool="avg", pool_include_prefix=True),
     "prefix_too_map": partial(VIT, global_pool="map", pool_include_prefix=True, reg_tokens=2),

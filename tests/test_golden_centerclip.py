@@ -1,16 +1,12 @@
-"""K-medoids as CenterCLIP runs it, against the published implementation.
-
-Its segments of several frames are put together here: methods of the library see single images.
-"""
+"""K-medoids as CenterCLIP runs it, against the published implementation."""
 
 import torch
 from goldens import Case, cases, check_settings, close
 from torch import Tensor
 
-from tokenzoo.core.grouping import around_centres
-from tokenzoo.core.tokens import Layout, Tokens
-from tokenzoo.maps import KeepMap
+from tokenzoo.layers import SegmentMedoids
 from tokenzoo.ops.cells.medoids import clusters, farthest_first, refine
+from tokenzoo.ops.cells.spectral import spectral_rows
 from tokenzoo.ops.distances import squared_distances
 
 
@@ -35,16 +31,25 @@ def test_medoids(case: Case):
     assert torch.equal(clusters(distances, medoids), case["out/assign"])
 
 
-@cases("vlm", lambda c: "segments" in c.asks and c.settings["algorithm"] == "kmediods++")
+@cases("vlm", lambda c: c.has("out/medoids") and "knn_k" in c.asks)
+def test_spectral(case: Case):
+    s = case.settings
+    check_settings(s, "B", "N", "C", "K", "sigma", "knn_k", "graph")
+    assert s["graph"] in ("KNN", "HeatKernel")
+    near = s["knn_k"] if s["graph"] == "KNN" else None
+    rows = spectral_rows(squared_distances(case["in/tokens"]), s["K"], s["sigma"], near)
+    distances = squared_distances(rows).sqrt()
+    # the published code begins at the longest row, which rounding decides: all are of unit length
+    first = farthest_first(case["in/tokens"].norm(dim=2), distances, s["K"])
+    medoids = refine(distances, first, 100).sort(dim=1).values
+    assert torch.equal(medoids, case["out/medoids"])
+    assert torch.equal(clusters(distances, medoids), case["out/assign"])
+
+
+@cases("vlm", lambda c: "segments" in c.asks)
 def test_layer(case: Case):
-    s, x = case.settings, case["in/x"].transpose(0, 1)  # [B * T, 1 + N, C]
+    s = case.settings
     check_settings(s, "algorithm", "B", "frames", "segments", "N", "D", "K", "aggregation")
-    frames = s["frames"] // s["segments"]
-    x = x.reshape(s["B"] * s["segments"], frames, *x.shape[1:])
-    patches = x[:, :, 1:].flatten(1, 2)
-    medoids, distances = medoids_of(patches, s["K"])
-    keep = KeepMap(medoids, patches.shape[1])
-    tokens = Tokens(patches, Layout(0, False, (1, patches.shape[1])))
-    found = around_centres(keep, distances, tokens) if s["aggregation"] == "mean" else keep
-    out = torch.cat([x[:, :, 0].mean(1, keepdim=True), found.apply(patches)], dim=1)
-    close(out.transpose(0, 1), case["out/x"])
+    how = {"kmediods++": s["aggregation"] or "medoids", "pooling": "pooling"}[s["algorithm"]]
+    layer = SegmentMedoids(s["frames"], s["segments"], s["K"], how, iterations=100)
+    close(layer(case["in/x"].transpose(0, 1)).transpose(0, 1), case["out/x"])

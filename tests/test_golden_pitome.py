@@ -80,7 +80,7 @@ def test_model(case: Case):
     close(tokens.size, case["out_size"], 1e-5)
     expected = case["out_source_assign"]
     assert torch.equal(trace_assign(tokens.trace, len(x), expected.shape[1], x.device), expected)
-    rows = [row for row in tokenzoo.report(model, tuple(x.shape[-2:])).rows if row.name.startswith("blocks")]
+    rows = [row for row in tokenzoo.report(model, tuple(x.shape[-2:])).rows if row.block is not None]
     assert [row.tokens_out for row in rows] == case["out_tokens_per_block"].tolist()
     dim = model.embed_dim
     flops = sum(12 * row.tokens_in * dim**2 + 2 * row.tokens_in**2 * dim for row in rows)

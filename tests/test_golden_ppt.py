@@ -42,5 +42,5 @@ def test_model(case: Case, monkeypatch):
     if not s["prop_attn"]:  # theirs begins anew in every block
         size = tokens.trace[-1].map.pool(torch.ones(len(x), tokens.trace[-1].map.n_in, 1))
     close(size, case["size"], 1e-5)
-    rows = [row for row in tokenzoo.report(model, tuple(x.shape[-2:])).rows if row.name.startswith("blocks")]
+    rows = [row for row in tokenzoo.report(model, tuple(x.shape[-2:])).rows if row.block is not None]
     assert [row.tokens_out for row in rows] == case["token_counts"].tolist()

@@ -50,7 +50,7 @@ def test_gather(case: Case):
     assert mode == "gather"
     model, x = build(case.fixture()), case.input(len(case["output/logits"]))
     tokenzoo.patch_model(model, "ssm_prune", layers=layers, keep_rate=ratio, **score)
-    inside = [row.tokens_in for row in tokenzoo.report(model).rows if row.name.startswith("blocks")]
+    inside = [row.tokens_in for row in tokenzoo.report(model).rows if row.block is not None]
     assert inside == case["output/token_counts_after_block"].tolist()
     images = [x[i : i + 1] for i in range(len(x))] if rows == "single" else [x]
     runs = [model.forward_tokens(part, trace=True) for part in images]

@@ -13,14 +13,14 @@ from tokenzoo.models import SViT
 
 LAYERS = (
     "Attention", "RelPosAttention", "DiffAttention", "EvaAttention", "AttentionRope", "SuperTokenAttention",
-    "MapAttention",
+    "MapAttention", "TalkingHeadAttn", "XCA", "GPSA", "MHSA",
 )  # fmt: skip
 # one row for every class of block and attention layer
 BACKBONES = [
     name
     for name in (
         "deit", "gated", "res_post", "parallel_things", "differential", "eva02", "eva_post_norm", "pe_like", "beit",
-        "relpos_mlp",
+        "relpos_mlp", "cait", "xcit", "convit",
     )
     if name in backbone_names()
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from cases import METHODS, VIT, ZOO, backbone_names, build, given, images, serve
 from torch import Tensor
 
 import tokenzoo
+from tokenzoo.adapters.inspect import describe
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import MergeMap
 
@@ -24,7 +25,7 @@ MODELS = [
     name
     for name in (
         "deit", "parallel_scaling", "parallel_things", "differential", "gap", "registers", "eva02", "eva_post_norm",
-        "dinov3", "rope_mixed", "beit",
+        "dinov3", "rope_mixed", "beit", "cait",
     )
     if name in backbone_names()
 ]  # fmt: skip
@@ -117,7 +118,7 @@ def form_of(*names: str) -> str:
 @torch.no_grad()
 def check_no_leak(model, recipe, form: str, seed: int) -> None:
     """Visible tokens, lifted visible patches and outputs from the class token do not feel hidden pixels."""
-    prefix, hidden = model.num_prefix_tokens, hidden_patches(seed=seed)
+    prefix, hidden = describe(model).layout.num_prefix, hidden_patches(seed=seed)
     if not prefix:
         form = form.replace("outer", "diagonal")  # where one token sees but itself, no other token sees anything
     mask, x = mask_of(hidden, prefix, form), images(model, batch=len(hidden))
@@ -125,7 +126,7 @@ def check_no_leak(model, recipe, form: str, seed: int) -> None:
     try:
         a, b = (model.forward_tokens(y, mask, dense=True) for y in (x, painted(x, hidden)))
         assert torch.equal(a.visible, b.visible) and a.x.shape == b.x.shape and a.x.isfinite().all()
-        seen = a.visible
+        seen, prefix = a.visible, a.layout.num_prefix  # a class token may have come in behind the blocks
         assert seen[:, :prefix].all()
         torch.testing.assert_close(a.x[seen], b.x[seen], atol=2e-5, rtol=1e-4)
         assert (a.size is None) == (b.size is None)
@@ -302,6 +303,15 @@ def test_super_tokens_refuse_every_mask(models):
     model = models["deit"]
     with tokenzoo.patched(model, given("sta")), pytest.raises(ValueError, match="no attn_mask covers"):
         model(images(model), attn_mask=mask_of(hidden_patches()[:3], 1, "B11N bool"))
+
+
+@torch.no_grad()
+def test_graphs_of_patches_refuse_masks(models):
+    model = models["deit"]
+    options = {"start": "farthest", "cost": "cluster", "space": "spectral"}
+    with tokenzoo.patched(model, "kmedoids", keep_rate=0.6, **options):
+        with pytest.raises(ValueError, match="kmedoids at block 1: .*spectral.* mask"):
+            model(images(model), attn_mask=mask_of(hidden_patches()[:3], 1, "B11N bool"))
 
 
 @torch.no_grad()

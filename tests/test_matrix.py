@@ -36,7 +36,7 @@ def test_the_table_has_a_row_for_every_method():
 def test_zero_reduction_changes_nothing(models, method, backbone):
     model = models[backbone]
     if not serves(method, model):
-        with pytest.raises(ValueError, match="class token|half the size|cannot be replaced"):
+        with pytest.raises(ValueError, match="class token|half the size|cannot be replaced|among channels"):
             tokenzoo.patch_model(model, method)
         return
     x = images(model)
@@ -66,7 +66,8 @@ def test_reduction(models, method, backbone):
         return
     x = images(model)
     plain, keys = model(x), list(model.state_dict())
-    full = model.forward_intermediates(x, intermediates_only=True)
+    old = not hasattr(model, "forward_intermediates")  # ConViT in older releases of timm
+    full = None if old else model.forward_intermediates(x, intermediates_only=True)
     tokenzoo.patch_model(model, given(method))
     try:
         tokens = model.forward_tokens(x, trace=True)
@@ -88,7 +89,7 @@ def test_reduction(models, method, backbone):
             torch.testing.assert_close(tokens.size.sum(1), torch.full((len(x), 1), start))
             assert (tokens.size[:, : model.num_prefix_tokens] == 1).all()
         lifted = model.forward_intermediates(x, intermediates_only=True)
-        assert [y.shape for y in lifted] == [y.shape for y in full]
+        assert old or [y.shape for y in lifted] == [y.shape for y in full]
         short = model.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")
         assert short[-1].shape[1] == tokens.num_patches
         assert list(model.state_dict()) == keys

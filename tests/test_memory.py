@@ -1,5 +1,7 @@
 """No N x N map is stored, and matching works in slices: the largest tensor at N = 4097 is watched."""
 
+import weakref
+
 import pytest
 import torch
 from cases import COMPANION, METHODS
@@ -10,17 +12,35 @@ import tokenzoo
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest storage that any operation makes."""
+    """Notes the largest storage that any operation makes, and the bytes of those that are held at once, at most."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.elements, self.held, self.most, self.holders = 0, 0, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, torch.Tensor):
-                size = value.untyped_storage().nbytes() // value.element_size()
-                self.elements = max(self.elements, size)
+                storage = value.untyped_storage()
+                self.elements = max(self.elements, storage.nbytes() // value.element_size())
+                self._hold(value, storage.data_ptr(), storage.nbytes())
         return out
+
+    def _hold(self, value, at, size):
+        """A view holds all that it is a part of."""
+        if at not in self.holders:
+            self.holders[at] = 0
+            self.held += size
+            self.most = max(self.most, self.held)
+        self.holders[at] += 1
+        weakref.finalize(value, self._drop, at, size)
+
+    def _drop(self, at, size):
+        self.holders[at] -= 1
+        if self.holders[at] == 0:
+            del self.holders[at]
+            self.held -= size
 
 
 PAIRS = {"dct", "dpcknn", "kmedoids", "soft_transform"}  # defined by weights of all pairs, and they say so
@@ -57,4 +77,7 @@ def test_largest_tensor(method, class_token):
     # slices of scores hold at most a quarter of one N x N map; some methods are defined by one
     most = n * n if method in PAIRS else n * n / 4
     assert seen.elements <= most, f"{method} stored {seen.elements} elements, N x N are {n * n}"
+    # and so do all that live at once, in units of such a map: matrices of pairs have a few copies
+    held = seen.most / 4 / n / n
+    assert held <= (3.5 if method in PAIRS else 1.5 if method == "reconstruct" else 0.3), f"{method} held {held:.2f}"
     assert method not in PAIRS or "all pairs" in " ".join(tokenzoo.method_class(method).__doc__.lower().split())

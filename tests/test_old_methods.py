@@ -106,7 +106,7 @@ def test_hooks_that_have_moved_are_told(hook: str):
 def test_every_trait_has_its_new_spelling():
     """What version 0.1 let a method override is a trait now, by name."""
     accessors = {name for name, value in vars(Declared).items() if isinstance(value, property)}
-    since = {"attends", "remembers"}  # traits that 0.1 had no property for
+    since = {"attends", "reads_maps", "remembers"}  # traits that 0.1 had no property for
     assert accessors - since - {"acts_at", "drops", "fuses"} == set(RENAMED) - {"branches"}
 
 

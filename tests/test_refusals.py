@@ -74,6 +74,9 @@ REFUSED = {
     ),
     "kmedoids start": (VIT, "kmedoids", {"start": "random"}, ValueError, ["kmedoids", "'random'", "'farthest'"]),
     "kmedoids cost": (VIT, "kmedoids", {"cost": "all"}, ValueError, ["kmedoids", "'all'", "'cluster'"]),
+    "kmedoids space": (VIT, "kmedoids", {"space": "spectral"}, ValueError, ["kmedoids", "start='farthest'"]),
+    "kmedoids sigma": (VIT, "kmedoids", {"sigma": 0}, ValueError, ["kmedoids", "sigma=0"]),
+    "kmedoids graph": (VIT, "kmedoids", {"graph": 0}, ValueError, ["kmedoids", "graph=0"]),
     "kmedoids rounds": (VIT, "kmedoids", {"iterations": -1}, ValueError, ["kmedoids", "iterations=-1", "0 keeps"]),
     "kmedoids mean": (VIT, "kmedoids", {"mean": 1}, TypeError, ["kmedoids", "mean=1", "True"]),
     "kmedoids at block 0": (VIT, "kmedoids", {"layers": [0]}, ValueError, ["kmedoids", "block 0", "start='farthest'"]),
@@ -136,8 +139,8 @@ REFUSED = {
     "swin": (
         lambda: timm.create_model("swin_tiny_patch4_window7_224"), "tome", {}, TypeError, ["SwinTransformer", "patch"]
     ),
-    "cnn": (lambda: timm.create_model("resnet18"), "tome", {}, TypeError, ["ResNet", "serves exactly"]),
-    "torchvision": (lambda: torchvision.models.vit_b_32(), "tome", {}, TypeError, ["torchvision", "VisionTransformer"]),
+    "cnn": (lambda: timm.create_model("resnet18"), "tome", {}, TypeError, ["ResNet", "convolutional network", "nearest"]),
+    "torchvision": (lambda: torchvision.models.swin_t(), "tome", {}, TypeError, ["torchvision", "SwinTransformer"]),
     "no module": (lambda: "deit", "tome", {}, TypeError, ["str", "torch.nn.Module"]),
     "compiled": (lambda: torch.compile(VIT()), "tome", {"r": 1}, TypeError, ["OptimizedModule", "first"]),
     "data parallel": (lambda: nn.DataParallel(VIT()), "tome", {"r": 1}, TypeError, ["DataParallel", "afterwards"]),

@@ -54,7 +54,7 @@ def test_the_unpatched_model(scanner):
     report, traced = tokenzoo.report(model), tokenzoo.count_macs(model, size)
     assert report.total == formula(model)
     n = report.tokens_out
-    rows = [row.macs for row in report.rows if row.name.startswith("blocks")]
+    rows = [row.macs for row in report.rows if row.block is not None]
     missing = uncounted(model, [n] * len(rows))
     assert report.total == traced.total + sum(missing) + filled_up(model, size[1:])
     assert [macs + extra for (_, macs), extra in zip(traced.rows, missing)] == rows
@@ -69,7 +69,7 @@ def test_patched(method, scanner):
     size = (3, *model.patch_embed.img_size)
     tokenzoo.patch_model(model, given(method, "static"))
     report, traced = tokenzoo.report(model), tokenzoo.count_macs(model, size)
-    blocks = [row for row in report.rows if row.name.startswith("blocks")]
+    blocks = [row for row in report.rows if row.block is not None]
     ahead = any(m.place in ("before", "ahead") for m in model.tokenzoo_recipe.methods)
     inside = [row.tokens_out if ahead else row.tokens_in for row in blocks]
     missing = uncounted(model, inside)
@@ -106,7 +106,7 @@ def test_published_counts(name, published):
     counted = report.total if published is None else report.one_direction[1]
     assert counted / 1e9 == pytest.approx(3.01 if published is None else published, abs=0.01)
     text = str(tokenzoo.report(tokenzoo.patch_model(model, "uniform")))
-    assert "all directions" in text and "one direction" in text and "blocks.6" in text and "->" in text
+    assert "all directions" in text and "one direction" in text and "layers.6" in text and "->" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -149,5 +149,5 @@ def test_a_report_at_another_size(scanner):
         assert model.forward_tokens(torch.randn(1, 3, 48, 80)).length == report.tokens_out
     assert report.total > tokenzoo.report(model).total
     traced = tokenzoo.count_macs(model, (3, 48, 80)).total
-    inside = [row.tokens_in for row in report.rows if row.name.startswith("blocks")]
+    inside = [row.tokens_in for row in report.rows if row.block is not None]
     assert report.total == traced + sum(uncounted(model, inside))

@@ -71,7 +71,7 @@ def test_published_gmacs(name, layers, rate, gmacs):
 
 def test_default_blocks_are_the_fifth_and_the_fifteenth():
     model = tokenzoo.patch_model(timm.create_model("vim_tiny"), "ssm_prune")
-    assert [row.name for row in tokenzoo.report(model).rows if row.methods] == ["blocks.4", "blocks.14"]
+    assert [row.name for row in tokenzoo.report(model).rows if row.methods] == ["layers.4", "layers.14"]
 
 
 def test_without_a_class_token_counts_are_rounded_up():

@@ -9,6 +9,7 @@ from .core.recipe import Recipe
 from .core.registry import create_method, list_methods, method_class, register
 from .cost.report import Report, report
 from .cost.trace import MacReport, count_macs
+from .tuning import tune
 from .view.explain import Explanation, explain
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "register",
     "register_family",
     "report",
+    "tune",
     "unpatch_model",
     "update_method",
     *_CLASSES,

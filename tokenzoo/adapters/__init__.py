@@ -7,7 +7,7 @@ from ..core.method import BlockShape
 from ..core.tokens import Layout, Tokens
 from ..ops.attention import Heads
 from .attending import AttentionLayer
-from .backbone import Family
+from .backbone import Around, Family
 from .block import BlockMacs, ReducingBlock
 from .features import Reads
 from .model import ReducingModel
@@ -15,6 +15,7 @@ from .registry import register_family
 from .walk import Walk
 
 __all__ = [
+    "Around",
     "AttentionLayer",
     "BlockMacs",
     "BlockShape",

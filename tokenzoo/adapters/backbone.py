@@ -24,7 +24,7 @@ class BackboneInfo(NamedTuple):
     Attributes:
         depth: number of blocks.
         layout: the sequence that block 0 sees.
-        restarts: blocks after block 0 that a new sequence begins at, with its layout.
+        restarts: blocks after block 0 that a new sequence begins at, or that tokens join in front of, with its layout.
         grid: patches (high, wide) of the image.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..core.method import Step
+from ..core.method import PLACES, Step
 from ..core.recipe import Recipe
 from ..core.tokens import Layout
 
@@ -49,6 +49,12 @@ class Flow(NamedTuple):
     held: tuple[Acting, ...]
     held_inside: tuple[Acting, ...]
     held_behind: tuple[Acting, ...]
+
+    @property
+    def held_attended(self) -> tuple[Acting, ...]:
+        """The same behind attention, in front of methods between it and the MLP."""
+        early = PLACES.index("between")
+        return _in_force(self.held, [found for found in self.steps if PLACES.index(found[0].method.place) < early])
 
 
 def flow_through(

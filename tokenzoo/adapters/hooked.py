@@ -51,6 +51,7 @@ class HookedBlock(Unscriptable):
     """Mixin of patched blocks; `forward` takes an `Aside` where there are hooks."""
 
     reads_recipe: bool = False  # whether the block needs the recipe, as `tokenzoo_recipe`
+    attends_among: str = "tokens"  # or "channels", whose cost is linear in tokens
     fused: bool | None = None  # whether attention runs on a fused kernel, None where there is no attention
 
     def attention_path(self, biased: bool) -> str:

@@ -8,8 +8,8 @@ from ..core.method import Step
 from ..core.recipe import Recipe
 from .backbone import BackboneInfo
 from .classes import unwrapped
-from .registry import around_of, families, find_family, load_installed
-from .wrappers import backbone_of
+from .registry import families, find_family, load_installed
+from .wrappers import backbone_of, known_of
 
 
 def list_backbones() -> dict[str, list[str]]:
@@ -58,8 +58,7 @@ def block_names(model: nn.Module) -> list[str]:
     Args:
         model: patched or not; names begin at the backbone inside it, unless a family serves what is around that too.
     """
-    root = model if around_of(model) is not None else backbone_of(model)
-    names = {module: name for name, module in root.named_modules()}
+    names = {module: name for name, module in known_of(model).named_modules()}
     blocks = find_family(backbone_of(model)).view(backbone_of(model)).blocks
     return [names.get(block, f"blocks.{index}") for index, block in enumerate(blocks)]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..core.lift import lift
+from ..core.tokens import Tokens
 from ..ops.rows import split_dim
 from .block import refuse_causal
 from .refusals import refuse_symbols
@@ -52,13 +54,13 @@ class Intermediates(Walk):
         refuse_symbols(self, x)
         refuse_causal(self, is_causal)
         take, max_index = feature_take_indices(len(self.blocks), indices)
-        dense, prefix = output_fmt == "NCHW", self.num_protected
+        dense = output_fmt == "NCHW"
         spatial: list[Tensor] = []
         prefixes: list[Tensor] = []
         last = max_index if stop_early else None
         weighs = self.head_reads().weighs(self.tokenzoo_recipe)
         keep = dense or self.tokenzoo_recipe.dense
-        for index, tokens in enumerate(self.walk(x, attn_mask, last, trace=weighs, dense=keep), -1):
+        for index, tokens in self._left(self.walk(x, attn_mask, last, trace=weighs, dense=keep)):
             if index not in take:
                 continue
             tap = partial(self.tap, index=index, norm=norm)
@@ -68,17 +70,30 @@ class Intermediates(Walk):
                 y = lift(y, recipe.lift_trace(tokens.trace), recipe.fill, tap)
             if not dense and tokens.valid is not None:
                 y = y * tokens.valid.unsqueeze(-1).to(y.dtype)
+            prefix = tokens.layout.num_prefix
             prefixes.append(y[:, :prefix])
             y = y[:, prefix:]
             if dense:
                 y = split_dim(y.transpose(1, 2), 2, *tokens.layout.grid).contiguous()
             spatial.append(y)
+        return_prefix_tokens = return_prefix_tokens and any(rows.shape[1] for rows in prefixes)
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": spatial}
-            if prefix and return_prefix_tokens:
+            if return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefixes
             if not intermediates_only:
                 result["image_features"] = self.features(self._finish(tokens))
             return result
-        out = list(zip(spatial, prefixes)) if return_prefix_tokens and prefix else spatial
+        out = list(zip(spatial, prefixes)) if return_prefix_tokens else spatial
         return out if intermediates_only else (self.features(self._finish(tokens)), out)
+
+    def _left(self, walked: Iterator[Tokens]) -> Iterator[tuple[int, Tokens]]:
+        """(block, what it left) of a walk, -1 for what entered block 0; without what enters later sequences."""
+        entering = set(self.sequences((1, 1), self.tokenzoo_recipe)) - {0}
+        index = -2
+        for tokens in walked:
+            if index + 1 in entering:
+                entering.discard(index + 1)
+                continue
+            index += 1
+            yield index, tokens

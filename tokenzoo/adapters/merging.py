@@ -99,4 +99,6 @@ def lifted_heads(heads: Heads, token_map: TokenMap) -> Heads:
         rows = token_map.lift(t.transpose(1, 2).flatten(2))
         return split_dim(rows, 2, t.shape[1], t.shape[3]).transpose(1, 2)
 
-    return heads._replace(q=back(heads.q), k=back(heads.k), v=back(heads.v))
+    # rows of a dropped token, which reads nothing, are those of some other
+    placed = None if heads.placed is None else heads.placed.lifted(token_map.assign.clamp(min=0))
+    return heads._replace(q=back(heads.q), k=back(heads.k), v=back(heads.v), placed=placed)

@@ -77,6 +77,14 @@ class ReducingModel(Intermediates):
         """
         return self.final_norm(x) if norm else x
 
+    def behind_blocks(self, tokens: Tokens) -> Tokens:
+        """What the final norm reads: what the last block left, with tokens that join only there (a class token)."""
+        return tokens
+
+    def end_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the residual stream behind the last block as the head would get them: through the final norm."""
+        return self.final_norm(rows)
+
     # ---- the sequence
 
     def sequences(self, grid: tuple[int, int], recipe: Recipe | None) -> dict[int, Layout]:
@@ -118,12 +126,27 @@ class ReducingModel(Intermediates):
     # ---- the pass
 
     def start(self, x: Tensor, mask: Tensor | None, trace: bool, dense: bool) -> tuple[Tokens, Any]:
-        recipe, images = self.tokenzoo_recipe, x
+        values, rope = self.embed(x)
+        return self.begin(x, values, rope, mask, trace, dense), rope
+
+    def begin(
+        self, images: Tensor, x: Tensor, rope: Any, mask: Tensor | None, trace: bool = False, dense: bool = False
+    ) -> Tokens:
+        """What enters block 0, from values that are embedded already.
+
+        Args:
+            images: [B, C, H, W].
+            x: what `embed` gives for them [B, N, C].
+            rope: the rotary table that goes with it.
+            mask: see `start`.
+            trace: see `start`.
+            dense: see `start`.
+        """
+        recipe = self.tokenzoo_recipe
         dense = dense or self.pools_all or recipe.keeps_trace
         # whoever watches the blocks has to know what happened in front of them
         trace = trace or dense or (len(self.blocks[0].tokenzoo.at("embed")) > 0 and hooked(self.blocks[0]))
-        grid = self.grid_of(x.shape[-2:])
-        x, rope = self.embed(x)
+        grid = self.grid_of(images.shape[-2:])
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
             grid = tuple(int(side) for side in grid)
         layout = self.layout(tuple(grid), rope)._replace(keep_values=dense)
@@ -144,7 +167,7 @@ class ReducingModel(Intermediates):
             token_map = step.decide(tokens, signals)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
-        return tokens, rope
+        return tokens
 
     def forward_tokens(
         self,
@@ -173,6 +196,7 @@ class ReducingModel(Intermediates):
         return self._finish(tokens)
 
     def _finish(self, tokens: Tokens) -> Tokens:
+        tokens = self.behind_blocks(tokens)
         tokens = tokens._replace(x=self.final_norm(tokens.x))
         for step in self.blocks[-1].tokenzoo.at("norm"):
             token_map = step.decide(tokens, None)
@@ -193,7 +217,7 @@ class ReducingModel(Intermediates):
             come back as the recipe's `fill` says, through the final norm.
         """
         recipe = self.tokenzoo_recipe
-        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.final_norm)
+        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, self.end_rows)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens after the final norm as one tensor, of which `forward_head` makes what `forward` does.
@@ -233,7 +257,7 @@ class ReducingModel(Intermediates):
         """
         if not isinstance(x, Tensor):
             return Tokens(self.lift_features(x), x.layout) if self.pools_all and x.trace else x
-        layout = self.layout((1, x.shape[1] - self.num_protected))
+        layout = self.head_layout(self.layout((1, x.shape[1] - self.num_protected)))
         return decode(x, self.head_reads(), self.tokenzoo_recipe, layout)
 
     def pool(self, x: Tensor | Tokens, pool_type: str | None = None) -> Tensor:

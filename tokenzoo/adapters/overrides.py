@@ -1,8 +1,9 @@
 """What users put onto single modules of a model, and what a change of class would silently drop of it.
 
 Patching gives a model, its blocks and their attention layers other classes. A method that was set on the instance
-(`attn.forward = ...`, `model.forward = torch.compile(model.forward)`, the dispatch hooks of accelerate) comes in front
-of the class: set before patching it runs the old class, set after patching it goes on running the reducing one.
+(`attn.forward = ...`, `model.forward = torch.compile(model.forward)`) comes in front of the class: set before patching
+it runs the old class, set after patching it goes on running the reducing one. The dispatch hooks of accelerate stand
+there too, and follow the class (`swapping.become`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .backbone import Family
-from .swapping import hooked
+from .swapping import dispatched, hooked
 
 
 def reducing_modules(
@@ -61,7 +62,9 @@ def refuse_overrides(model: nn.Module, backbone: nn.Module, family: Family) -> N
     top = next((name for name, module in model.named_modules() if module is backbone), "")
     for name, module, instead in family.bypassed(backbone):
         name = f"{top}.{name}".strip(".")
-        found = "a forward of its own" if "forward" in vars(module) else None
+        # offloading of what is inside does not need the module itself to be called
+        harmless = dispatched(module) and not list(module.parameters(recurse=False))
+        found = "a forward of its own" if "forward" in vars(module) and not harmless else None
         if hooked(module):
             found = "hooks"
         if found is not None:
@@ -92,7 +95,10 @@ def _overridden(module: nn.Module, plain: type, reducing: type) -> list[str]:
     changed = {"forward", "forward_head"}
     for cls in reducing.__mro__:
         if cls not in plain.__mro__:
-            changed |= vars(cls).keys()
+            # numbers that a class gives by default are the instance's own to set
+            changed |= {name for name, value in vars(cls).items() if hasattr(type(value), "__get__")}
+    if dispatched(module):  # it follows the class
+        changed -= {"forward"}
     return sorted((changed & vars(module).keys()), key=lambda name: (name != "forward", name))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,8 +13,10 @@ from .attending import AttentionLayer
 from .backbone import Around, Family
 from .classes import class_of, path_of
 from .hooked import HookedBlock
+from .unserved import why_not
 from .walk import Walk
 
+_log = logging.getLogger(__name__)
 _FAMILIES: dict[str, Family] = {}
 _LATER: dict[str, str] = {}  # package of a model's class -> module of ours that registers the families of that package
 
@@ -35,8 +38,12 @@ def _meet(cls: type) -> None:
 
 
 def _load(package: str) -> None:
-    if package in _LATER:
+    if package not in _LATER:
+        return
+    try:
         import_module(_LATER.pop(package))
+    except ImportError as error:  # another version of the package is no reason to refuse models of others
+        _log.warning("models of %s are not served: %s", package, error)
 
 
 def load_installed() -> None:
@@ -118,6 +125,12 @@ def find_family(model: nn.Module) -> Family:
     if family is not None:
         return family
     refuse_around(model)
+    known = why_not(class_of(model))
+    if known is not None:
+        raise TypeError(
+            f"{path_of(class_of(model))} is not a backbone that tokenzoo can patch: it {known.why}; nearest: "
+            f"{known.nearest}"
+        )
     served = ", ".join(path_of(cls) for family in families() for cls in family.models)
     raise TypeError(
         f"{path_of(class_of(model))} is not a backbone that tokenzoo can patch; it serves exactly {served} (see "

@@ -7,6 +7,23 @@ from collections.abc import Mapping
 from torch import nn
 
 
+def become(module: nn.Module, kind: type) -> None:
+    """Gives a module another class.
+
+    The dispatch hooks of accelerate (`device_map`, offloading) keep the method that they stand in front of; it becomes
+    that of the new class.
+    """
+    module.__class__ = kind
+    if "_old_forward" in vars(module):
+        module._old_forward = kind.forward.__get__(module)
+
+
+def dispatched(module: nn.Module) -> bool:
+    """Whether `forward` on an instance is accelerate's, in front of nothing but the class's own."""
+    held = getattr(vars(module).get("_old_forward"), "__func__", None)
+    return hasattr(module, "_hf_hook") and held is not None and held is type(module).forward
+
+
 def swap_classes(around: nn.Module, classes: Mapping[type, type]) -> None:
     """Gives modules inside of another one other classes.
 
@@ -16,7 +33,7 @@ def swap_classes(around: nn.Module, classes: Mapping[type, type]) -> None:
     """
     for module in around.modules():
         if type(module) in classes:
-            module.__class__ = classes[type(module)]
+            become(module, classes[type(module)])
 
 
 def hooked(module: nn.Module) -> bool:

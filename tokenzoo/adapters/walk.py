@@ -99,6 +99,10 @@ class Walk(Unscriptable):
         """What enters a block: what the one before left, or where a new sequence begins, the tokens of that one."""
         return tokens
 
+    def head_layout(self, layout: Layout) -> Layout:
+        """The sequence that the head sees, of that of the last block; another where tokens join in between."""
+        return layout
+
     def checkpoints(self, index: int) -> bool:
         """Whether the activations of a block are computed anew in the backward pass."""
         return getattr(self, "grad_checkpointing", False)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from .classes import FIRST, path_of
+from .classes import FIRST
 from .registry import around_of
 
-# wrappers of other libraries that hand on what timm's model returns, by module path and class name (none is imported)
-# -> attribute that holds the model
-_THIN = {
+# wrappers of other libraries that call one backbone as it is, by module path and class name (none is imported)
+# -> attribute that holds it; whatever else they hold (a head, a text tower) is left alone
+_HOLDS = {
     ("transformers.models.timm_wrapper.modeling_timm_wrapper", "TimmWrapperModel"): "timm_model",
     ("transformers.models.timm_wrapper.modeling_timm_wrapper", "TimmWrapperForImageClassification"): "timm_model",
     ("transformers.models.timm_backbone.modeling_timm_backbone", "TimmBackbone"): "_backbone",
     ("open_clip.timm_model", "TimmModel"): "trunk",
+}
+# the same for classes that have many subclasses, one per task or kind of adapter
+_BASES_HOLD = {
+    ("peft.peft_model", "PeftModel"): "base_model",
+    ("peft.tuners.tuners_utils", "BaseTuner"): "model",
 }
 # wrappers that have to come last, and the attribute that holds the model
 _OUTERMOST = {
@@ -24,26 +29,22 @@ _OUTERMOST = {
 }
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The module that holds the blocks: looks through thin wrappers of timm, Hugging Face and open_clip, dense models,
-    and models that a family knows around its own.
+def known_of(model: nn.Module) -> nn.Module:
+    """The module that a family knows, a backbone or a model around one: what only calls it is looked through (wrappers
+    of timm, Hugging Face and open_clip, peft, dense models).
 
     Raises:
-        TypeError: a wrapper that has to be patched before wrapping.
+        TypeError: a wrapper that has to be put on after patching, or no module.
     """
     from timm.models._features import FeatureGetterNet
 
     if isinstance(model, FeatureGetterNet):
-        return model.model
-    inner = getattr(type(model), "tokenzoo_backbone", None)
-    if inner is not None:  # a dense model names the backbone inside it
-        return backbone_of(model.tokenzoo_backbone)
-    thin = _thin(model)
-    if thin is not None:
-        return backbone_of(getattr(model, thin))
-    around = around_of(model) if isinstance(model, nn.Module) else None
-    if around is not None:
-        return backbone_of(model.get_submodule(around.path))
+        return known_of(model.model)
+    if getattr(type(model), "tokenzoo_backbone", None) is not None:  # a dense model names the backbone inside it
+        return known_of(model.tokenzoo_backbone)
+    held = _held(model)
+    if held is not None:
+        return known_of(getattr(model, held))
     name = type(model).__name__
     if name in _OUTERMOST:
         held = _OUTERMOST[name]
@@ -53,18 +54,19 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return model
 
 
-def backbone_to_patch(model: nn.Module) -> nn.Module:
-    """`backbone_of`, where the model itself may be patched: wrappers of other libraries are asked for what they hold.
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The module that holds the blocks: `known_of`, and models that a family knows around its own looked through too.
 
     Raises:
-        TypeError: with the module to patch.
+        TypeError: see `known_of`.
     """
-    thin = _thin(model)
-    if thin is not None:
-        raise TypeError(f"the model is wrapped in {path_of(type(model))}, which stays as it is; patch model.{thin}")
-    return backbone_of(model)
+    model = known_of(model)
+    around = around_of(model)
+    return model if around is None else backbone_of(model.get_submodule(around.path))
 
 
-def _thin(model: nn.Module) -> str | None:
-    """The attribute of a thin wrapper that holds the model, None for all others."""
-    return _THIN.get((type(model).__module__, type(model).__qualname__))
+def _held(model: nn.Module) -> str | None:
+    """The attribute of a wrapper that holds the backbone, None for all others."""
+    held = _HOLDS.get((type(model).__module__, type(model).__qualname__))
+    bases = [_BASES_HOLD.get((cls.__module__, cls.__qualname__)) for cls in type(model).__mro__]
+    return next((name for name in (held, *bases) if name is not None), None)

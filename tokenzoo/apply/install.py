@@ -12,7 +12,7 @@ from ..adapters.backbone import BackboneInfo, Family
 from ..adapters.block import OUTSIDE, BlockPlan
 from ..adapters.classes import class_of, refuse_derived
 from ..adapters.inspect import blocks_of
-from ..adapters.swapping import swap_classes
+from ..adapters.swapping import become, swap_classes
 from ..core.recipe import Placed, Recipe
 
 
@@ -114,11 +114,11 @@ def install(
     around = None if model is None else family.around_of(model)
     with all_or_nothing([*([] if model is None else [model]), *backbone.modules()]):
         if around is not None and around.kind is not None and class_of(model) is not around.kind:
-            model.__class__ = around.kind
+            become(model, around.kind)
         for change in changes:
             block = change.block
             if class_of(block) is not change.kind:
-                block.__class__ = change.kind
+                become(block, change.kind)
                 swap_classes(block, family.attentions)
             for name, module in change.modules.items():
                 block.add_module(name, module)
@@ -127,7 +127,7 @@ def install(
                 block.tokenzoo_recipe = recipe
         backbone.tokenzoo_recipe = recipe
         if class_of(backbone) is not kind:
-            backbone.__class__ = kind
+            become(backbone, kind)
             swap_classes(backbone, family.parts)
     return [
         f"{change.plan.name}.{key}.{name}"
@@ -161,7 +161,7 @@ def remove(backbone: nn.Module, family: Family, model: nn.Module | None = None) 
     plain_around = {known.kind: old for old, known in family.around.items() if known.kind is not None}
     with all_or_nothing([*([] if model is None else [model]), *backbone.modules()]):
         if type(model) in plain_around:
-            model.__class__ = plain_around[type(model)]
+            become(model, plain_around[type(model)])
         for block in blocks:
             # a learned module stays where an update left its method nothing to do
             for name in [name for name, _ in block.named_children() if name.startswith("tokenzoo_")]:
@@ -169,11 +169,11 @@ def remove(backbone: nn.Module, family: Family, model: nn.Module | None = None) 
             del block.tokenzoo
             if block.reads_recipe:
                 del block.tokenzoo_recipe
-            block.__class__ = plain_blocks[type(block)]
+            become(block, plain_blocks[type(block)])
             swap_classes(block, plain_attentions)
         swap_classes(backbone, {new: old for old, new in family.parts.items()})
         del backbone.tokenzoo_recipe
-        backbone.__class__ = plain_models[type(backbone)]
+        become(backbone, plain_models[type(backbone)])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
 from ..adapters.inspect import block_names, blocks_of, describe, is_patched, total_blocks
 from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
-from ..adapters.wrappers import backbone_of, backbone_to_patch
+from ..adapters.wrappers import backbone_of, known_of
 from ..core.learned import Learned
 from ..core.method import Method
 from ..core.mixins import Companion
@@ -32,8 +32,8 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
-        model: a model of a served family, or one around it that the family knows (a classifier, a CLIP model, timm's
-            `features_only` wrapper, a dense model).
+        model: a model of a served family, or what is around one: models that the family knows (a classifier, a CLIP
+            model), peft, timm's `features_only` wrapper, a dense model.
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
@@ -49,7 +49,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
-    backbone = backbone_to_patch(model)
+    backbone = backbone_of(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(
             f"{type(backbone).__name__} is patched already with {backbone.tokenzoo_recipe.to_dict()}; call "
@@ -57,17 +57,42 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         )
     family = find_family(backbone)
     names = block_names(model)
-    _check(model, backbone, family, names)
+    _check(known_of(model), backbone, family, names)
     method, flops = take_flops(method, flops)
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
     if flops is not None:
-        _check_recipe(backbone, family, recipe, info, info.depth)
-        recipe = solve_flops(backbone, family, recipe, info, flops)
-    new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), model)
+        recipe = _solved(backbone, family, recipe, info, flops)
+    new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
     if new:
         _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
     return model
+
+
+def solve(model: nn.Module, recipe: Recipe, flops: float, img_size: tuple[int, int] | None = None) -> Recipe:
+    """The recipe at the largest multiply-adds that a budget allows; the model is not patched.
+
+    Args:
+        model: as for `patch_model`, unpatched.
+        recipe: methods whose strength is solved for, all at the same relative strength (`Recipe.dial`).
+        flops: share of the unpatched model's multiply-adds that may be spent at most.
+        img_size: image (height, width) that counts; None for the model's own.
+
+    Raises:
+        ValueError, TypeError: as for `patch_model`.
+    """
+    backbone = backbone_of(model)
+    family = find_family(backbone)
+    _check(known_of(model), backbone, family, block_names(model))
+    grid = None if img_size is None else tuple(family.view(backbone).grid_of(img_size))
+    return _solved(backbone, family, recipe, describe(backbone, grid, recipe), flops, at_most=True)
+
+
+def _solved(
+    backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, flops: float, at_most: bool = False
+) -> Recipe:
+    _check_recipe(backbone, family, recipe, info, info.depth)
+    return solve_flops(backbone, family, recipe, info, flops, at_most)
 
 
 def _prepared(
@@ -175,8 +200,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """
     backbone = _patched_backbone(model, "there is nothing to take off")
     family = find_family(backbone)
-    refuse_leftovers(model, backbone, family)
-    remove(backbone, family, model)
+    refuse_leftovers(known_of(model), backbone, family)
+    remove(backbone, family, known_of(model))
     return model
 
 
@@ -240,5 +265,5 @@ def update_method(model: nn.Module, method: str | None = None, **options: Any) -
     family, info = find_family(backbone), describe(backbone, recipe=new)
     with torch.random.fork_rng(devices=[]):  # modules that are made to be compared draw weights
         changes = _prepared(backbone, family, new, info, block_names(model), total_blocks(backbone))
-    install(backbone, family, new, keep_modules(changes, chosen), model)
+    install(backbone, family, new, keep_modules(changes, chosen), known_of(model))
     return model

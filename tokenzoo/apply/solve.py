@@ -9,7 +9,9 @@ from ..core.recipe import Recipe
 from ..cost.rows import block_rows, read_costs
 
 
-def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, share: float) -> Recipe:
+def solve_flops(
+    backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, share: float, at_most: bool = False
+) -> Recipe:
     """The recipe at the strength whose multiply-adds are nearest to a share of the unpatched model's.
 
     Args:
@@ -18,6 +20,7 @@ def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: Backb
         recipe: methods whose strength is solved for, all at the same relative strength.
         info: layout at the resolution that counts.
         share: target in (0, 1].
+        at_most: nothing above the share, however near it is.
 
     Raises:
         ValueError: the share is outside (0, 1], or below what the methods can reach.
@@ -31,17 +34,20 @@ def solve_flops(backbone: nn.Module, family: Family, recipe: Recipe, info: Backb
         dialled = recipe.dial(t, info.depth, info.layout, info.restarts)
         return dialled, sum(row.macs for row in block_rows(costs, dialled)) / base
 
+    def distance(found: tuple[Recipe, float]) -> tuple[bool, float]:
+        return at_most and found[1] > share, abs(found[1] - share)
+
     (weakest, high), (strongest, low) = reached(0.0), reached(1.0)
-    if share < low - 0.005:
+    if share < low - (0 if at_most else 0.005):
         raise ValueError(
             f"flops={share} cannot be reached: at full strength {', '.join(m.name for m in recipe.methods)} leaves "
             f"{low:.3f} of the multiply-adds; act in earlier layers or ask for more"
         )
-    best = min((weakest, high), (strongest, low), key=lambda found: abs(found[1] - share))
+    best = min((weakest, high), (strongest, low), key=distance)
     bottom, top = 0.0, 1.0
-    for _ in range(40):
+    for _ in range(20 if at_most else 40):  # a millionth of the strength decides no count
         middle = (bottom + top) / 2
         found = reached(middle)
-        best = min(best, found, key=lambda pair: abs(pair[1] - share))
+        best = min(best, found, key=distance)
         bottom, top = (middle, top) if found[1] > share else (bottom, middle)
     return best[0]

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     config = data_config(model, args.img_size, args.crop_pct, args.crop_mode, args.interpolation, args.mean, args.std)
     if not gives_map(model, config["input_size"]):
-        _check_classes(pictures.num_classes, model.num_classes, args.class_map)
+        check_classes(pictures.num_classes, model.num_classes, args.class_map)
     loader = PictureLoader(pictures, config, args.batch_size, args.workers, args.skip_broken)
     results = evaluate(
         model,
@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_classes(found: int | None, served: int, class_map: str | None) -> None:
+def check_classes(found: int | None, served: int, class_map: str | None) -> None:
+    """Refuses more classes than the model has, and says how fewer are taken."""
     if found is not None and found > served:
         raise ValueError(
             f"the images have {found} classes, the model answers with {served}; give --num-classes {found} with "

@@ -76,6 +76,11 @@ class Declared:
         return self.traits.reads_attention
 
     @property
+    def reads_maps(self) -> bool:
+        """Whether the decision looks at attention between tokens."""
+        return self._of(self.traits.reads_maps)
+
+    @property
     def merges(self) -> bool:
         """Whether tokens come to stand for several patches."""
         declared = self._of(self.traits.merges)

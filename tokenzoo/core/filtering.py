@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -57,9 +58,10 @@ def filtered(
         full = counts.many == patches
         heads, assign = torch.where(full, middles, heads), torch.where(full, homes, assign)
     if not (whole and alike):
-        own = _beside(_filter(counts.few, counts.many, rows, patches, rescale), counts)
+        own = _filter(counts.few, counts.many, rows, patches, rescale)
+        own = own if tokens.visible is None else _beside(own, counts)
         if whole:
-            own = Filter(*(torch.where(full.unsqueeze(2), a, b) for a, b in zip(Filter.joined(filters), own)))
+            own = _where(full.unsqueeze(2), Filter.joined(filters), own)
         filters = [own]
     heads, assign = (part.expand(tokens.x.shape[0], -1) for part in (heads, assign))
     if order is not None:
@@ -122,8 +124,15 @@ def _filter(few: Tensor, many: Tensor, rows: int, columns: int, rescale: bool) -
     """
     few, many = few.clamp(min=1).unsqueeze(2), many.clamp(min=1).unsqueeze(2)
     down, ratio = low_pass(few, many, rows, columns), many / few
-    gain = 1.0 if rescale else ratio.sqrt()
-    return Filter(down * gain, down.transpose(1, 2) * (ratio / gain), overlaps(few, many, rows, columns))
+    if not rescale:
+        down, ratio = down * ratio.sqrt(), torch.ones_like(ratio)
+    return Filter(down, ratio.expand(-1, rows, -1), partial(overlaps, few, many, rows, columns))
+
+
+def _where(condition: Tensor, first: Filter, second: Filter) -> Filter:
+    """For every image one of two filters [B, 1, 1] bool."""
+    down, back = (torch.where(condition, a, b) for a, b in zip(first[:2], second[:2]))
+    return Filter(down, back, lambda: torch.where(condition, first.shares(), second.shares()))
 
 
 def _beside(axis: Filter, counts: _Counts) -> Filter:
@@ -134,8 +143,8 @@ def _beside(axis: Filter, counts: _Counts) -> Filter:
     patch = torch.arange(columns, device=many.device).view(1, 1, -1)
     filtered = slot < few
     alone = (~filtered & (slot < kept) & (patch - many == slot - few)).to(axis.down.dtype)
-    down, shares = (torch.where(filtered, weights, alone) for weights in (axis.down, axis.shares))
-    return Filter(down, torch.where(filtered.transpose(1, 2), axis.up, alone.transpose(1, 2)), shares)
+    as_they_are = Filter(alone, torch.ones_like(axis.back), lambda: alone)
+    return _where(filtered, axis, as_they_are)
 
 
 def _number(value: int, device: torch.device) -> Tensor:

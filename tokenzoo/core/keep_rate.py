@@ -43,7 +43,7 @@ class KeepBest(KeepRate):
                                 none=True)  # fmt: skip
 
     schedule = KeepMass()
-    traits = Traits(**MASS)
+    traits = Traits(reads_maps=True, **MASS)
 
     @final
     def best(self, scores: Tensor, tokens: Tokens, step: Step) -> KeepMap | None:

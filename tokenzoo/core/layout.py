@@ -25,6 +25,7 @@ class Layout(NamedTuple):
         scan_rows: rows of the prefix tokens in the sequence that a model scans; in attention order says nothing.
         added: how many of the prefix tokens are not the model's own (prompts); pooling takes them for patches.
         watch: told what the layers see from there on, see `Tokens.tell`; None when nobody asks.
+        joined: prefix tokens that join in front of what is left where the sequence begins; 0 where it begins anew.
         raster: patches stand in the order of the grid after every reduction.
         own_grids: every image has a grid of its own, which nobody knows here: `grid` is one row of all patches, padding
             behind the real ones.
@@ -41,6 +42,7 @@ class Layout(NamedTuple):
     added: int = 0
     watch: Callable[[View], None] | None = None
     raster: bool = False
+    joined: int = 0
     own_grids: bool = False
 
     __getattr__ = refuse_attribute

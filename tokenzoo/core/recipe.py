@@ -131,7 +131,8 @@ class Recipe:
         Args:
             depth: blocks of the model.
             layout: the sequence that block 0 sees.
-            restarts: blocks that a new sequence begins at, with its layout; None where one runs through all blocks.
+            restarts: blocks that a new sequence begins at, or that tokens join in front of, with its layout; None where
+                one runs through all blocks.
 
         Raises:
             ValueError: a strength that cannot be reached at this number of tokens.
@@ -140,8 +141,9 @@ class Recipe:
         opened: list[int] = []  # tokens in front of the spans that are still open
         for block in range(depth):
             if restarts and block in restarts:
-                layout, opened = restarts[block], []
-                n = layout.num_prefix + layout.num_patches
+                layout = restarts[block]
+                opened = [before + layout.joined for before in opened] if layout.joined else []
+                n = n + layout.joined if layout.joined else layout.num_prefix + layout.num_patches
             row = []
             inside: dict[str, int] = {}  # tokens inside each branch that something merges around
             for step in steps.get(block, ()):
@@ -179,6 +181,7 @@ class Recipe:
 
     def dial(self, t: float, depth: int, layout: Layout, restarts: Mapping[int, Layout] | None = None) -> Recipe:
         """The same recipe with every method at relative strength t in [0, 1]; see `token_counts` for the rest."""
+        restarts = {block: own for block, own in (restarts or {}).items() if not own.joined}
         if not restarts:
             return replace(self, methods=tuple(m.dial(t, depth, layout) for m in self.methods))
         layouts = {0: layout, **restarts}

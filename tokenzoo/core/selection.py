@@ -170,4 +170,4 @@ def compact(valid: Tensor) -> KeepMap:
 def importance_macs(n: int, shape: BlockShape, layout: Layout) -> int:
     """Multiply-adds of ranking tokens: one softmax row, or all rows where there is no class token."""
     rows = 1 if layout.has_class else n
-    return rows * n * shape.num_heads * shape.head_dim
+    return rows * n * shape.entry

@@ -216,14 +216,15 @@ def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kep
         [B, N', H * Dv].
     """
     if not ahead:
-        q = heads.q
+        q, placed = heads.q, heads.placed
         for token_map in kept:
             # rows per image: [B, H, N, D] viewed as [B, N, H * D] would copy; index the token axis directly
             q = take_rows(q.transpose(1, 2), token_map.heads).transpose(1, 2)
+            placed = None if placed is None else placed.rows(token_map.heads)
             if bias is not None and bias.shape[-2] != 1:
                 bias = bias.expand(q.shape[0], -1, -1, -1)
                 bias = take_rows(bias.transpose(1, 2), token_map.heads).transpose(1, 2)
-        return attend(heads._replace(q=q), bias)
+        return attend(heads._replace(q=q, placed=placed), bias)
     if not all(token_map.linear for token_map in ahead):
         return _attend_explicit(heads, bias, ahead, kept)
     width = heads.v.shape[-1]
@@ -240,13 +241,17 @@ def attend_through(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kep
 def _attend_explicit(heads: Heads, bias: Tensor | None, ahead: list[TokenMap], kept: list[TokenMap]) -> Tensor:
     """`attend_through` for maps that are no matrices (elementwise maxima): the map itself, one head at a time."""
     outs: list[Tensor] = []
+    mixed = None
+    if heads.talk is not None:  # every head needs the maps of all
+        mixed = heads.talk.map(attention_rows(heads, 0, heads.q.shape[2], bias), bias).float()
     step = 1 if heads.lam is None else 2
     for head in range(heads.v.shape[1]):
         part = slice(head * step, (head + 1) * step)
         lam = heads.lam if heads.lam is None or heads.lam.dim() == 0 else heads.lam[:, head : head + 1]
-        one = heads._replace(q=heads.q[:, part], k=heads.k[:, part], lam=lam)
+        placed = None if heads.placed is None else heads.placed.heads(part)
+        one = heads._replace(q=heads.q[:, part], k=heads.k[:, part], lam=lam, placed=placed)
         own_bias = bias if bias is None or bias.shape[1] == 1 else bias[:, part]
-        attention = attention_rows(one, 0, one.q.shape[2], own_bias).squeeze(1)
+        attention = mixed[:, head] if mixed is not None else attention_rows(one, 0, one.q.shape[2], own_bias).squeeze(1)
         for token_map in ahead:
             attention = token_map.pool(attention.transpose(1, 2)).transpose(1, 2)
             attention = token_map.apply(attention)

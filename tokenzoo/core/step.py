@@ -116,8 +116,15 @@ class BlockShape(NamedTuple):
         dim: channels of the residual stream.
         num_heads: query heads (of both halves in differential attention).
         head_dim: width of a query.
+        mixing: multiply-adds of mixing the logits of one pair over heads that talk; 0 for all others.
     """
 
     dim: int
     num_heads: int
     head_dim: int
+    mixing: int = 0
+
+    @property
+    def entry(self) -> int:
+        """Multiply-adds of reading one entry of the maps of all heads."""
+        return self.num_heads * self.head_dim + self.mixing

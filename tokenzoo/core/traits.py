@@ -62,6 +62,8 @@ class Traits(NamedTuple):
         mass_pool: average pooling weighs tokens by size.
         positions: the original place of each token has to be kept.
         reads_attention: the decision looks at queries or keys (before attention, these have to be projected for it).
+        reads_maps: the decision looks at attention between tokens: what the class token pays or what tokens receive;
+            keys and values alone are none.
         merges: tokens come to stand for several patches; None for what the kind says.
         mixes: values of tokens are mixed, so that a mask has to treat all patches alike that it does not hide; None for
             what the kind says.
@@ -88,6 +90,7 @@ class Traits(NamedTuple):
     mass_pool: bool | Callable[[Any], bool] = False
     positions: bool = False
     reads_attention: bool = False
+    reads_maps: bool | Callable[[Any], bool] = False
     merges: bool | Callable[[Any], bool] | None = None
     mixes: bool | Callable[[Any], bool] | None = None
     either: Callable[[Any, Any], bool] | None = None

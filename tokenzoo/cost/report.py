@@ -44,8 +44,8 @@ class Report:
 
     @property
     def tokens_out(self) -> int:
-        """Tokens after the last block, prefix included."""
-        return [row for row in self.rows if row.block is not None][-1].tokens_out
+        """Tokens that reach the head, prefix included."""
+        return self.rows[-1].tokens_in
 
     @property
     def attn_impl(self) -> str:

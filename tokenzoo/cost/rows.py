@@ -94,8 +94,11 @@ def block_rows(costs: Costs, recipe: Recipe | None, cost: Callable[[Any, Flow], 
     bias = _Bias(recipe)
     for index, (block, steps) in enumerate(zip(costs.blocks, counts)):
         if index in info.restarts:
-            layout, held, bias = info.restarts[index], (), _Bias(recipe)
-            n = layout.num_prefix + layout.num_patches
+            layout = info.restarts[index]
+            if layout.joined:
+                n += layout.joined
+            else:
+                n, held, bias = layout.num_prefix + layout.num_patches, (), _Bias(recipe)
         flow = flow_through(steps, n, layout, grid, recipe, held)
         if model.rebuilds and index == depth - 1:
             flow = flow._replace(left=layout.num_prefix + layout.num_patches)
@@ -136,4 +139,7 @@ class _Bias:
         if block.fused is None:
             return ""
         found = [*(["log-size bias"] if self.sized else []), *(["padding mask"] if self.padded else [])]
-        return block.attention_path(bool(found)) + (", " + " and ".join(found) if found else "")
+        path = block.attention_path(bool(found))
+        if block.attends_among != "tokens":
+            path += f" among {block.attends_among} (linear in tokens)"
+        return path + (", " + " and ".join(found) if found else "")

@@ -64,7 +64,7 @@ def count_macs(
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), of_one_image(), _scans_in_one(backbone):
+        with torch.no_grad(), of_one_image(), _scans_in_one(backbone), _attention_in_parts():
             analysis = FlopCountAnalysis(backbone, image).set_op_handle(**_handlers())
             analysis = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             analysis = analysis.tracer_warnings("none")
@@ -94,6 +94,17 @@ def _scans_in_one(backbone: nn.Module) -> Iterator[None]:
             module.scan_backend = name
 
 
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Context in which `nn.MultiheadAttention` runs as products that can be counted, not as one operator."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def _handlers() -> dict[str, Any]:
     """fvcore handlers: fused attention, scans, batched products with addition, added rows; norms are not counted."""
 
@@ -107,6 +118,10 @@ def _handlers() -> dict[str, Any]:
             count *= size
         return count * queries * keys[-2] * (width + value[-1])
 
+    def attention_layer(inputs: list[Any], outputs: list[Any]) -> int:  # torch's nn.MultiheadAttention in eval mode
+        batch, tokens, width = shape(inputs[0])
+        return batch * tokens * (4 * width * width + 2 * tokens * width)
+
     def product(inputs: list[Any], outputs: list[Any]) -> int:
         batch, rows, inner = shape(inputs[1])
         return batch * rows * inner * shape(inputs[2])[-1]
@@ -115,6 +130,14 @@ def _handlers() -> dict[str, Any]:
         (batch, channels, length), states = shape(inputs[0]), shape(inputs[2])[1]
         inside = sum(value.type().kind() != "NoneType" for value in inputs[5:7])  # skip and gate
         return batch * length * channels * (9 * states + inside)
+
+    def convolution(inputs: list[Any], outputs: list[Any]) -> int:
+        per_output = 1
+        for size in shape(inputs[1])[1:]:
+            per_output *= size
+        for size in shape(outputs[0]):
+            per_output *= size
+        return per_output
 
     def free(inputs: list[Any], outputs: list[Any]) -> int:
         return 0
@@ -130,7 +153,9 @@ def _handlers() -> dict[str, Any]:
 
     return {
         "aten::scaled_dot_product_attention": attention,
+        "aten::_native_multi_head_attention": attention_layer,
         "tokenzoo::selective_scan": scan,
+        "aten::_convolution_mode": convolution,  # with padding by name
         "aten::baddbmm": product,
         "aten::index_add": added(3),
         "aten::scatter_add": added(3),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.inspect import describe, is_patched
-from ..adapters.registry import family_of
+from ..adapters.registry import around_of, family_of
+from ..adapters.wrappers import backbone_of
 from ..apply.patch import patch_model
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import list_methods
@@ -144,8 +145,18 @@ def prepare(
 
 
 def is_served(model: nn.Module) -> bool:
-    """Whether tokenzoo knows the model's class (a patched model is served)."""
-    return family_of(model) is not None
+    """Whether tokenzoo knows the model's class, or what is around a model of its (a patched model is served)."""
+    return family_of(model) is not None or around_of(model) is not None
+
+
+def scores_of(output: Any) -> Tensor:
+    """The scores, or whatever else a model's answer is about, of an output that may hold more than that."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    return output
 
 
 def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -154,9 +165,11 @@ def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
 
     Counts are None for an unpatched model of a class that is not served.
     """
+    if around_of(model) is not None:
+        return scores_of(model(images)), _counts(backbone_of(model), images)
     family = family_of(model)
     if family is None:
-        return model(images), None
+        return scores_of(model(images)), None
     view = family.view(model)
     if is_patched(model) and view.gives_tokens:
         tokens = model.forward_tokens(images)
@@ -167,10 +180,21 @@ def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
     else:
         grid = tuple(view.grid_of(images.shape[-2:]))
         info = describe(model, grid)
-        layout = info.sequence(info.depth - 1)[0]
+        layout = view.head_layout(info.sequence(info.depth - 1)[0])
         count = view.all_tokens(layout.num_prefix + layout.num_patches, grid, layout)
-        logits = model(images)
+        logits = scores_of(model(images))
     return logits, torch.full((len(images),), count, device=images.device)
+
+
+def _counts(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Tokens that reach the end of a backbone inside another model [B]; run again where they depend on the images."""
+    costs = report(backbone, tuple(images.shape[-2:]))
+    if costs.data_dependent:
+        tokens = backbone.forward_tokens(images)
+        if tokens.valid is not None:
+            return tokens.valid.sum(1)
+        return torch.full((len(images),), tokens.length, device=images.device)
+    return torch.full((len(images),), costs.tokens_out, device=images.device)
 
 
 def gives_map(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
@@ -191,11 +215,17 @@ def image_size(model: nn.Module, img_size: Sequence[int] | None = None) -> tuple
     """Channels, height and width of a model's images.
 
     Args:
-        model: a timm model.
+        model: a timm model, or one of another library that is served.
         img_size: overrides height and width, one side or two.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(config.get("input_size", (3, 224, 224)))
+    if is_served(model):
+        # what transformers says of the tower inside, and torchvision and open_clip of theirs: one side, or both
+        backbone = backbone_of(model)
+        own = getattr(backbone, "config", None)
+        side = getattr(own, "image_size", getattr(backbone, "image_size", size[1:]))
+        size = (getattr(own, "num_channels", size[0]), *((side, side) if isinstance(side, int) else side))
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
         size = (size[0], *embed.img_size)

@@ -5,12 +5,14 @@ from .rms_norm import RMSNorm
 from .scan.backends import choose_backend, scan_backend
 from .scan.gaps import gaps_of, stretch
 from .scan.selective_scan import selective_scan
+from .segment_medoids import SegmentMedoids
 from .super_token import SuperTokenAttention
 
 __path__ += [f"{__path__[0]}/../kept/layers"]  # where modules stood that have moved
 
 __all__ = [
     "RMSNorm",
+    "SegmentMedoids",
     "SuperTokenAttention",
     "causal_conv1d",
     "choose_backend",

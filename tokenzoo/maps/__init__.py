@@ -9,6 +9,7 @@ from .base import TokenMap
 from .beside import BesideMap
 from .chain import ChainMap
 from .cluster import ClusterMap
+from .fronted import FrontedMap
 from .fuse import FuseMap
 from .gate import GateMap
 from .keep import KeepMap
@@ -29,6 +30,7 @@ __all__ = [
     "ChainMap",
     "ClusterMap",
     "Filter",
+    "FrontedMap",
     "FuseMap",
     "GateMap",
     "KeepMap",

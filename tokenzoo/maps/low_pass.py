@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -17,21 +19,25 @@ class Filter(NamedTuple):
 
     Attributes:
         down: from samples before to samples after [B, m, n].
-        up: the way back [B, n, m].
-        shares: share of every sample before in each one after [B, m, n]; columns sum to one.
+        back: the way back is the transpose, behind this factor of every sample after [B, m, 1].
+        shares: gives the share of every sample before in each one after [B, m, n]; columns sum to one. Made when
+            somebody asks: it is as large as `down`.
     """
 
     down: Tensor
-    up: Tensor
-    shares: Tensor
+    back: Tensor
+    shares: Callable[[], Tensor]
 
     @staticmethod
     def joined(filters: list[Filter]) -> Filter:
         """Filters along several axes as one along the sequence, the last axis running fastest."""
         joined = filters[0]
         for axis in filters[1:]:
-            pairs = (torch.einsum("bij,bkl->bikjl", outer, inner) for outer, inner in zip(joined, axis))
-            joined = Filter(*(pair.flatten(3).flatten(1, 2) for pair in pairs))
+            first = joined
+            joined = Filter(
+                _pairs(first.down, axis.down), _pairs(first.back, axis.back),
+                lambda first=first, axis=axis: _pairs(first.shares(), axis.shares()),
+            )  # fmt: skip
         return joined
 
 
@@ -78,28 +84,29 @@ class LowPassMap(TokenMap):
         return self._reduced(x, [axis.down for axis in self.filters])
 
     def pool(self, mass: Tensor) -> Tensor:
-        return self._reduced(mass, [axis.shares for axis in self.filters])
+        return self._reduced(mass, [axis.shares() for axis in self.filters])
 
     def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
-        back = _along([axis.up for axis in self.filters], y[:, self.num_prefix :])
+        factors = reduce(_pairs, [axis.back for axis in self.filters]).to(y.dtype)
+        back = _along([axis.down.transpose(1, 2) for axis in self.filters], y[:, self.num_prefix :] * factors)
         if self.order is not None:
             back = take_rows(back, stable_order(self.order))
         back = torch.cat([y[:, : self.num_prefix], back], dim=1)
         return back if dropped is None else torch.where((self.assign < 0).unsqueeze(-1), dropped.to(back.dtype), back)
 
     def membership(self) -> Tensor:
-        return self._dense("shares")
+        return self._dense(Filter.joined(self.filters).shares())
 
     def matrix(self) -> Tensor:
-        return self._dense("down")
+        return self._dense(Filter.joined(self.filters).down)
 
     def _reduced(self, x: Tensor, weights: list[Tensor]) -> Tensor:
         patches = x[:, self.num_prefix :]
         patches = _along(weights, patches if self.order is None else take_rows(patches, self.order))
         return torch.cat([x[:, : self.num_prefix], patches], dim=1) if self.num_prefix else patches
 
-    def _dense(self, name: str) -> Tensor:
-        weights = getattr(Filter.joined(self.filters), name).double().expand(self._heads.shape[0], -1, -1)
+    def _dense(self, weights: Tensor) -> Tensor:
+        weights = weights.double().expand(self._heads.shape[0], -1, -1)
         if self.order is not None:  # columns back to where the patches stand
             weights = weights.gather(2, stable_order(self.order).unsqueeze(1).expand_as(weights))
         out = weights.new_zeros(weights.shape[0], self.n_out, self.n_in)
@@ -107,6 +114,11 @@ class LowPassMap(TokenMap):
         index = torch.arange(self.num_prefix, device=weights.device)
         out[:, index, index] = 1
         return out
+
+
+def _pairs(outer: Tensor, inner: Tensor) -> Tensor:
+    """Kronecker products of matrices [B, i, j] and [B, k, l] -> [B, i * k, j * l]."""
+    return torch.einsum("bij,bkl->bikjl", outer, inner).flatten(3).flatten(1, 2)
 
 
 def _along(weights: list[Tensor], x: Tensor) -> Tensor:

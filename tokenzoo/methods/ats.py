@@ -45,7 +45,7 @@ class ATS(Method):
     kind = "sample"
     schedule = Budget(layers=lambda depth: range(depth // 4, depth))
     traits = Traits(
-        place=QUERIES, pads=True, static="max_tokens=128",
+        place=QUERIES, reads_maps=True, pads=True, static="max_tokens=128",
         data_dependent=lambda m: open_counts(m.max_tokens),
     )  # fmt: skip
 

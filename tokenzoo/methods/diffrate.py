@@ -62,7 +62,7 @@ class DiffRate(Method):
     name = "diffrate"
     source = "Chen et al., ICCV 2023"
     kind = "prune + merge"
-    traits = Traits(proportional=lambda m: m.prop_attn, mass_pool=lambda m: m.mass_pool)
+    traits = Traits(reads_maps=True, proportional=lambda m: m.prop_attn, mass_pool=lambda m: m.mass_pool)
 
     def strengths(self, depth: int) -> dict[int, tuple[Left, Left]]:
         layers = self.resolve_layers(depth)

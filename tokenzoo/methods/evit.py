@@ -38,7 +38,7 @@ class EViT(KeepBest):
     name = "evit"
     source = "Liang et al., ICLR 2022"
     kind = "prune + fuse"
-    traits = Traits(mixes=lambda m: m.fuse_token, **MASS)
+    traits = Traits(reads_maps=True, mixes=lambda m: m.fuse_token, **MASS)
 
     def tokens_out(self, n: int, step: Step, layout: Layout) -> int:
         patches = n - layout.num_prefix

@@ -48,7 +48,7 @@ class Evo(Companion, Method):
     source = "Xu et al., AAAI 2022"
     kind = "slow-fast"
     schedule = Keep(layers=lambda depth: range(max(1, depth // 3), depth), lowest=1.5)
-    traits = Traits(place=around("attention", "mlp", once=True, stream=True), carries=True)
+    traits = Traits(place=around("attention", "mlp", once=True, stream=True), reads_maps=True, carries=True)
 
     def strengths(self, depth: int) -> dict[int, tuple[float, bool]]:
         """(share of the patches that take the block, whether a later block wants importance) of every block."""

@@ -61,8 +61,8 @@ class FlowCut(Method):
     kind = "prune"
     schedule = Schedule(layers=_every_second)
     traits = Traits(
-        place=AFTER, carries=True, carries_values=True, static="entropy=0.9", pads=lambda m: m.entropy is None,
-        data_dependent=lambda m: m.entropy is None,
+        place=AFTER, reads_maps=True, carries=True, carries_values=True, static="entropy=0.9",
+        pads=lambda m: m.entropy is None, data_dependent=lambda m: m.entropy is None,
     )  # fmt: skip
 
     def strengths(self, depth: int) -> dict[int, int | None]:

@@ -64,7 +64,7 @@ class GTP(Companion, OwnAttention, Remembering, Method):
     kind = "prune + propagate"
     schedule = RemoveAll()
     traits = Traits(
-        positions=True, proportional=lambda m: m.token_scale and m.propagation == "graph",
+        reads_maps=True, positions=True, proportional=lambda m: m.token_scale and m.propagation == "graph",
         merges=lambda m: m.propagation == "mean", mixes=lambda m: m.propagation != "none",
         remembers=lambda m: m.propagation == "graph" and m.graph != "spatial",
         products=lambda m, before, after, layout: (after * (before - after) * (m.propagation == "graph"), 0),
@@ -114,7 +114,7 @@ class GTP(Companion, OwnAttention, Remembering, Method):
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         name, patches = self.selection, n - layout.num_prefix
-        total = 0 if self.sparsity < 1 else (1 if name.startswith("CLS") else n) * n * shape.num_heads * shape.head_dim
+        total = 0 if self.sparsity < 1 else (1 if name.startswith("CLS") else n) * n * shape.entry
         total += n * patches if name.startswith("CosSim") else 0
         if self.propagation != "graph":
             return total + (n * shape.dim if self.propagation == "mean" else 0)

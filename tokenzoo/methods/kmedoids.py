@@ -18,6 +18,7 @@ from ..core.tokens import Layout, Tokens
 from ..core.traits import BEFORE, Traits
 from ..maps import KeepMap, TokenMap
 from ..ops.cells.medoids import farthest_first, refine
+from ..ops.cells.spectral import spectral_rows
 from ..ops.distances import squared_distances
 
 
@@ -27,8 +28,8 @@ class KMedoids(KeepRate):
     """Keeps the medoids of k-means-like clusters of patches at a few blocks, before attention; training-free.
 
     All pairs of patches are compared: one map of distances per block that reduces. Rounds are fixed in number, not
-    until nothing moves, so that images of a batch do not wait for each other. Segments of several video frames
-    (CenterCLIP) would change the batch, which no method does: frames are single images here.
+    until nothing moves, so that images of a batch do not wait for each other. Frames of a video are single images here;
+    `tokenzoo.layers.SegmentMedoids` clusters segments of several frames between two blocks.
 
     Args:
         start: "attention": the patches that received most attention in the block before, which block 0 has not;
@@ -38,6 +39,13 @@ class KMedoids(KeepRate):
             al., as released), or the least distance to its own "cluster" (CenterCLIP).
         iterations: rounds; 0 keeps the start.
         mean: clusters become means of their patches instead of medoids.
+        space: what distances are measured in: "tokens", or "spectral", the smoothest eigenvectors of a graph of the
+            patches (CenterCLIP's spectral form, with start="farthest" and cost="cluster"). That is an eigenproblem of
+            all patches per image, for which ONNX has no operator; attention scores are of no use there.
+        sigma: width of the graph's kernel, in units of the tokens; None for the root of the mean squared distance of an
+            image. Published: 2.
+        graph: an entry of the graph stays where one patch is among so many nearest of the other, itself counted; None
+            for all entries.
 
     Source: Haurum et al., "Which Tokens to Use?", ICCV Workshops 2023; Zhao, Zhu, Wang, Yang, "CenterCLIP", SIGIR 2022.
     """
@@ -46,12 +54,23 @@ class KMedoids(KeepRate):
     cost: str = choice("attention", ("attention", "cluster"))
     iterations: int = number(3, "give whole rounds; 0 keeps the start", least=0, whole=True)
     mean: bool = False
+    space: str = choice("tokens", ("tokens", "spectral"))
+    sigma: float | None = number(None, "give a positive width, or None", above=0, none=True)
+    graph: int | None = number(None, "give a number of patches, or None for all", least=1, whole=True, none=True)
 
     name = "kmedoids"
     source = "Haurum et al., ICCV-W 2023"
     kind = "prune"
     schedule = Keep(layers=lambda depth: [i for i in quarters(depth) if i > 0])
-    traits = Traits(place=BEFORE, carries=True, merges=lambda m: m.mean, mixes=lambda m: m.mean, mass_pool=True)
+    traits = Traits(
+        place=BEFORE, reads_maps=lambda m: m._weighs, carries=True, merges=lambda m: m.mean, mixes=lambda m: m.mean,
+        mass_pool=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.space == "spectral" and self._weighs:
+            raise ValueError("kmedoids: space='spectral' needs start='farthest' and cost='cluster'")
 
     @property
     def _weighs(self) -> bool:
@@ -81,9 +100,15 @@ class KMedoids(KeepRate):
         if self._weighs and tokens.scores is None:
             raise step.error("no attention has been carried here; call the model, not its blocks out of order")
         x, seen = tokens.x[:, prefix:], tokens.seen_patches
-        distances = squared_distances(x).sqrt()
+        squared, own_count = squared_distances(x), own_counts(kept_of(step, layout), tokens)
+        if self.space == "spectral":
+            if tokens.visible is not None:
+                raise step.error("space='spectral' knows no attn_mask; call the model without a mask, or use 'tokens'")
+            rows = spectral_rows(squared, count, self.sigma, self.graph, seen, own_count)
+            squared = squared_distances(rows)
+        distances = squared.sqrt()
         weight = tokens.scores[:, prefix:] if self._weighs else None
-        real = real_rows(own_counts(kept_of(step, layout), tokens), count, prefix)
+        real = real_rows(own_count, count, prefix)
         own = None if real is None else real[:, prefix:]
         if self.start == "attention":
             first = keep_patches(weight, tokens, kept_of(step, layout)).idx[:, prefix:] - prefix
@@ -101,5 +126,9 @@ class KMedoids(KeepRate):
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         patches, kept = n - layout.num_prefix, n_out - layout.num_prefix
-        received = n_out * n_out * shape.num_heads * shape.head_dim if step.strength[2] else 0
-        return received + (patches * patches * shape.dim if kept < patches else 0)
+        received = n_out * n_out * shape.entry if step.strength[2] else 0
+        if kept == patches:
+            return received
+        # eigenvectors take about three products of matrices as large
+        graph = patches * patches * (3 * patches + kept) if self.space == "spectral" else 0
+        return received + patches * patches * shape.dim + graph

@@ -72,8 +72,8 @@ class MCTF(Method):
         why=lambda m: f" (half of them, and {m.min_tokens} stay)",
     )  # fmt: skip
     traits = Traits(
-        place=lambda m: _PLACES[m.one_step_ahead], reads_attention=True, proportional=lambda m: m.prop_attn,
-        mass_pool=True,
+        place=lambda m: _PLACES[m.one_step_ahead], reads_attention=True, reads_maps=True,
+        proportional=lambda m: m.prop_attn, mass_pool=True,
     )  # fmt: skip
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
@@ -95,6 +95,6 @@ class MCTF(Method):
         return MergeMap(pairs.order, pairs.src, pairs.slot, n, weight, reduce, pairs.valid)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
-        received = n * n * shape.num_heads * shape.head_dim
+        received = n * n * shape.entry
         score = (n // 2) * (n - n // 2) * shape.dim
         return received + score + 2 * (n - n_out) * shape.dim

@@ -65,7 +65,7 @@ class PPT(Method):
     source = "Wu et al., 2023"
     kind = "prune + merge"
     schedule = Remove(layers=quarters)
-    traits = Traits(proportional=lambda m: m.prop_attn)
+    traits = Traits(reads_maps=True, proportional=lambda m: m.prop_attn)
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         n, prefix, valid, visible = tokens.length, tokens.layout.num_prefix, tokens.valid, tokens.visible

@@ -53,7 +53,8 @@ class SoftTransform(KeepRate):
     source = "of this library"
     kind = "merge"
     traits = Traits(
-        sizes=True, proportional=lambda m: m.prop_attn, mass_pool=lambda m: m.mixture == "columns", positions=True,
+        reads_maps=True, sizes=True, positions=True, proportional=lambda m: m.prop_attn,
+        mass_pool=lambda m: m.mixture == "columns",
         products=lambda m, before, after, layout: (before * after, before * after),
     )  # fmt: skip
 

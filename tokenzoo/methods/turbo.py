@@ -49,7 +49,7 @@ class Turbo(Companion, Method):
     source = "Ju et al., ECCV 2024"
     kind = "merge"
     schedule = Remove(limit=lambda m, n, prefix: half_of(m, n, prefix) if n >= m.min_tokens else 0)
-    traits = Traits(sizes=True, proportional=lambda m: m.prop_attn)
+    traits = Traits(reads_maps=True, sizes=True, proportional=lambda m: m.prop_attn)
 
     def check_recipe(self, methods: tuple[Method, ...], depth: int) -> None:
         padding = [other.name for other in methods if other.pads]

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .channels import attend_channels
+from .placed import GatedPlaces
 from .rows import split_dim
+from .talking import Talk
 
 # Query rows that are computed at once when a statistic of the whole map is needed. On a CPU few rows stay in cache
 # (three times faster than all at once); elsewhere, and in traced graphs, all rows of a short sequence, and of a long
@@ -33,6 +36,11 @@ class Heads(NamedTuple):
         drop: what the layer puts its map through where it is written out, a module; None where there is none.
         kernel: attends in place of the fused kernel, (q, k, v, bias) -> [B, H, Nq, Dv], where a library lets its users
             choose one; None for that of torch.
+        talk: mixes the maps of all heads in front of the softmax and behind it; never fused. None for heads that keep
+            to themselves.
+        placed: a second map by the places of query and key, which the first one is mixed with; never fused.
+        temperature: factor of the logits among channels [H, 1, 1], for attention among these; None among tokens. Then q
+            and k are what they are before the norm over tokens, and scale counts for nothing.
     """
 
     q: Tensor
@@ -44,6 +52,9 @@ class Heads(NamedTuple):
     dropout: float = 0.0
     drop: Callable[[Tensor], Tensor] | None = None
     kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+    talk: Talk | None = None
+    placed: GatedPlaces | None = None
+    temperature: Tensor | None = None
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -69,6 +80,8 @@ def attend(heads: Heads, bias: Tensor | None = None) -> Tensor:
     """
     if heads.kernel is not None:
         out = heads.kernel(heads.q, heads.k, heads.v, None if bias is None else bias.to(heads.q.dtype))
+    elif heads.temperature is not None:
+        out = attend_channels(heads.q, heads.k, heads.v, heads.temperature, bias, heads.fused, heads.drop)
     elif not heads.fused:
         out = _attend_written_out(heads, bias)
     elif heads.lam is None:
@@ -88,7 +101,10 @@ def _attend_fused(heads: Heads, q: Tensor, k: Tensor, bias: Tensor | None) -> Te
 def _attend_written_out(heads: Heads, bias: Tensor | None) -> Tensor:
     """The map itself, which goes through the layer's dropout in one piece, as hooks on that module expect."""
     logits = (heads.q * heads.scale) @ heads.k.transpose(-2, -1)
+    logits = logits if heads.talk is None else heads.talk.logits(logits)
     probs = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(dim=-1)
+    probs = probs if heads.talk is None else heads.talk.map(probs, bias)
+    probs = probs if heads.placed is None else heads.placed.map(probs, bias)
     probs = drop_map(heads, probs)
     if heads.lam is not None:
         first, second = split_dim(probs, 1, -1, 2).unbind(2)
@@ -104,18 +120,31 @@ def drop_map(heads: Heads, probs: Tensor) -> Tensor:
 
 
 def attention_rows(heads: Heads, start: int, stop: int, bias: Tensor | None = None) -> Tensor:
-    """Softmax rows of the queries start..stop-1 in float32, before dropout: [B, H, stop - start, N]."""
+    """Softmax rows of the queries start..stop-1 in float32, before dropout: [B, H, stop - start, N].
+
+    Of heads that talk, the rows between the two mixings: these are shares of attention, which the second makes signed.
+    """
+    if heads.temperature is not None:
+        raise ValueError(
+            "attention between tokens was asked for, but this block attends among channels; use a method that reads "
+            "keys or values alone, and declare the trait reads_maps for one that does not"
+        )
     q, k = heads.q[:, :, start:stop].float(), heads.k.float()
     if bias is not None and bias.shape[-2] != 1:
         bias = bias[..., start:stop, :]
     with full_precision(q):
-        if bias is None:
+        if bias is None or heads.talk is not None:
             logits = (q * heads.scale) @ k.transpose(-2, -1)
+            if heads.talk is not None:
+                logits = heads.talk.logits(logits).float()
+                logits = logits if bias is None else logits + bias.float()
         else:  # bias and scale ride along with the product
-            bias = bias.float().expand(*q.shape[:2], -1, -1).flatten(0, 1)
-            logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=heads.scale)
+            added = bias.float().expand(*q.shape[:2], -1, -1).flatten(0, 1)
+            logits = torch.baddbmm(added, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=heads.scale)
             logits = split_dim(logits, 0, *q.shape[:2])
     rows = logits.softmax(dim=-1)
+    if heads.placed is not None:
+        return heads.placed.queries(slice(start, stop)).map(rows, bias)
     if heads.lam is None:
         return rows
     first, second = split_dim(rows, 1, -1, 2).unbind(2)

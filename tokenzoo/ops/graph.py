@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention import full_precision
 
-_ROWS = 1024  # patches whose cosines with all others are in memory at once
+_ROWS = 256  # patches whose cosines with all others are in memory at once
 
 
 def most_alike(x: Tensor, count: int, seen: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+_ENTRIES = 1 << 18  # of the matrix that are worked out at once
 
 def low_pass(few: Tensor, many: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix that takes `many` samples to `few` without their high frequencies [B, rows, columns] float32.
@@ -22,7 +23,15 @@ def low_pass(few: Tensor, many: Tensor, rows: int, columns: int) -> Tensor:
         rows: rows of the matrix.
         columns: columns of the matrix.
     """
-    i = torch.arange(rows, device=few.device).view(1, -1, 1)
+    if rows * columns > _ENTRIES and rows > 1:  # integers take several times the memory of the matrix
+        slots = torch.arange(rows, device=few.device).split(max(1, _ENTRIES // columns))
+        return torch.cat([_low_pass(few, many, part, columns) for part in slots], dim=1)
+    return _low_pass(few, many, torch.arange(rows, device=few.device), columns)
+
+
+def _low_pass(few: Tensor, many: Tensor, slots: Tensor, columns: int) -> Tensor:
+    """Some rows of it."""
+    i = slots.view(1, -1, 1)
     j = torch.arange(columns, device=few.device).view(1, 1, -1)
     a, b = (2 * i + 1) * many, (2 * j + 1) * few  # angles of sample i and j in units of pi / (2 * few * many)
     total = _dirichlet(a + b, few, many) + _dirichlet(a - b, few, many)
@@ -57,7 +66,15 @@ def overlaps(few: Tensor, many: Tensor, rows: int, columns: int) -> Tensor:
         rows: rows of the matrix.
         columns: columns of the matrix.
     """
-    i = torch.arange(rows, device=few.device).view(1, -1, 1)
+    if rows * columns > _ENTRIES and rows > 1:
+        slots = torch.arange(rows, device=few.device).split(max(1, _ENTRIES // columns))
+        return torch.cat([_overlaps(few, many, part, columns) for part in slots], dim=1)
+    return _overlaps(few, many, torch.arange(rows, device=few.device), columns)
+
+
+def _overlaps(few: Tensor, many: Tensor, slots: Tensor, columns: int) -> Tensor:
+    """Some rows of it."""
+    i = slots.view(1, -1, 1)
     j = torch.arange(columns, device=few.device).view(1, 1, -1)
     first, last = torch.maximum(i * many, j * few), torch.minimum((i + 1) * many, (j + 1) * few)
     share = (last - first).clamp(min=0).float() / few

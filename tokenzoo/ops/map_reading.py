@@ -34,8 +34,12 @@ class MapStatistics(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Tensor, start: int = 0) -> MapStatistics:
-        """Of the rows of the queries from `start` on [B, H, Q, N]; `own` of these alone."""
-        return cls(rows.diagonal(start, -2, -1)[..., : rows.shape[-2]], rows.sum(-2), rows[..., 0, :])
+        """Of the rows of the queries from `start` on [B, H, Q, N]; `own` of these alone.
+
+        Copies: views would keep all rows, slice by slice the whole map.
+        """
+        own = rows.diagonal(start, -2, -1)[..., : rows.shape[-2]]
+        return cls(own.clone(), rows.sum(-2), rows[..., 0, :].clone())
 
     @classmethod
     def of_slices(cls, parts: Sequence[MapStatistics]) -> MapStatistics:
@@ -122,7 +126,8 @@ def attend_sparsely(
         kth = (total * total - count + (count * (1 - share)).long().clamp(min=1) - 1).clamp(min=0)
         bound = flat.sort(dim=2).values.gather(2, kth.view(-1, 1, 1).expand(-1, flat.shape[1], -1))
     rows = rows * (rows >= bound.unsqueeze(3))
-    out = drop_map(heads, rows.to(heads.v.dtype)) @ heads.v
+    mixed = rows if heads.talk is None else heads.talk.map(rows, bias)
+    out = drop_map(heads, mixed.to(heads.v.dtype)) @ heads.v
     rows = rows.detach()
     return out.transpose(1, 2).flatten(2), MapStatistics.of_rows(rows)._replace(rows=rows)
 
@@ -138,7 +143,8 @@ def _images(heads: Heads, bias: Tensor | None) -> Iterator[tuple[Heads, Tensor |
         at = slice(i, i + 1)
         v = None if heads.v is None else heads.v[at]
         own = bias if bias is None or bias.shape[0] == 1 else bias[at]
-        yield heads._replace(q=heads.q[at], k=heads.k[at], v=v), own, at
+        placed = None if heads.placed is None else heads.placed.images(at)
+        yield heads._replace(q=heads.q[at], k=heads.k[at], v=v, placed=placed), own, at
 
 
 def _in_cache(heads: Heads) -> list[tuple[int, int]]:

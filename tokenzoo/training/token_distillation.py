@@ -60,10 +60,10 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
 
 
 def full_layout(model: nn.Module, images: Tensor) -> Layout:
-    """The last token sequence of an unpatched model for images [B, C, H, W]."""
-    grid = find_family(model).view(model).grid_of(images.shape[-2:])
-    info = describe(model, tuple(grid))
-    return info.sequence(info.depth - 1)[0]
+    """The token sequence behind the blocks of an unpatched model for images [B, C, H, W]."""
+    view = find_family(model).view(model)
+    info = describe(model, tuple(view.grid_of(images.shape[-2:])))
+    return view.head_layout(info.sequence(info.depth - 1)[0])
 
 
 def patch_tokens(features: Tensor, layout: Layout) -> Tensor:

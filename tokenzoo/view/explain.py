@@ -63,14 +63,14 @@ class Explanation:
     def __enter__(self) -> Explanation:
         if self._handles:
             raise ValueError("this explanation is watching already; call tokenzoo.explain once more for another one")
-        model = self.model
+        view = find_family(self.model).view(self.model)
         # in front of all other hooks, which may ask at once
-        for index, block in enumerate(model.blocks):
+        for index, block in enumerate(view.blocks):
             begin = partial(self._begin, index)
             self._handles.append(block.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-        if not hasattr(model, "tokenzoo_recipe"):
-            self._handles.append(model.patch_embed.register_forward_pre_hook(self._plain))
-        for layer in {**dict.fromkeys(model.blocks.modules()), model.norm: None}:
+        if not hasattr(self.model, "tokenzoo_recipe"):
+            self._handles.append(view.patch_embed.register_forward_pre_hook(self._plain))
+        for layer in {**dict.fromkeys(view.blocks.modules()), view.norm: None}:
             self._handles.append(layer.register_forward_hook(self._record, prepend=True))
         return self
 
@@ -93,7 +93,7 @@ class Explanation:
         call = self._call(x, 1, layer)
         view = call.view
         x = x if view.merge is None else view.merge.lift(x)
-        if self.fill.kind == "stash" and call.layer not in tuple(self.model.blocks):
+        if self.fill.kind == "stash" and call.layer not in tuple(find_family(self.model).view(self.model).blocks):
             if any(step.map.drops for step in view.trace):
                 raise ValueError(
                     f"fill='stash': {type(call.layer).__name__} is not a whole block, and nobody kept what it would "
@@ -181,9 +181,8 @@ class Explanation:
         self._now = None if tokens.trace is None else View(tokens.trace)
 
     def _plain(self, embed: nn.Module, args: tuple[Tensor, ...]) -> None:
-        model = self.model
-        grid = tuple(embed.dynamic_feat_size(args[0].shape[-2:]))
-        self._layout = Layout(model.num_prefix_tokens, model.cls_token is not None, grid)
+        view = find_family(self.model).view(self.model)
+        self._layout = view.sequences(tuple(view.grid_of(args[0].shape[-2:])), None)[0]
         self._now = View(())
 
     def _tell(self, view: View) -> None:
@@ -192,7 +191,11 @@ class Explanation:
     def _record(self, layer: nn.Module, args: Any, out: Any) -> None:
         calls = [call for call in self._seen.pop(layer, ()) if call.run is self._run]
         if self._now is not None and isinstance(out, Tensor):
-            calls.append(_Call(layer, self._now, self._layout, out.shape, weakref.ref(out), self._run))
+            layout = self._layout
+            if out.dim() == 3 and not self._now.trace and self._now.merge is None:
+                # a class token may have joined behind the blocks
+                layout = layout._replace(num_prefix=max(0, out.shape[1] - layout.num_patches))
+            calls.append(_Call(layer, self._now, layout, out.shape, weakref.ref(out), self._run))
         self._seen[layer] = calls
 
     # ---- the way back
@@ -284,4 +287,5 @@ class _Call(NamedTuple):
 
     def grid(self, x: Tensor) -> Tensor:
         """The patches of values [B, N, C] as a map [B, C, H, W]."""
-        return split_dim(x[:, self.layout.num_prefix :].transpose(1, 2), 2, *self.layout.grid).contiguous()
+        patches = x[:, x.shape[1] - self.layout.num_patches :].transpose(1, 2)
+        return split_dim(patches, 2, *self.layout.grid).contiguous()

@@ -18,34 +18,25 @@ from torch import Tensor, nn
 from ...core.lift import lift
 from ...core.method import BlockShape
 from ...core.recipe import Recipe
-from ...core.tokens import Tokens, TraceStep
+from ...core.tokens import Tokens
 from ...layers.chunks import at_once
 from ...layers.pointwise import PointwiseConv
 from ...layers.super_token import MapAttention, SuperTokenAttention
 from ...models.svit.blocks import SuperTokenBlock
 from ...ops.attention import Heads
 from ...ops.projections import is_plain, pointwise
-from ...ops.rows import split_dim, take_rows
+from ...ops.rows import split_dim
 from ..attending import AttentionLayer
 from ..block import BlockMacs, BlockPlan, ReducingBlock, refuse_alone
 from ..flow import Flow
 from ..hooked import Aside
 from ..merging import Merging
-from ..places import Places, lost_tokens, places_of
+from ..on_grid import from_map, on_grid, to_map
+from ..places import Places, places_of
 from ..refusals import refuse_symbols
 from .costs import attention_macs, grid_macs, kernel_macs
 from .layouts import sequence_layout
 from .token_norm import norm_alike, norm_tokens
-
-
-def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens [B, H * W, C] as a map [B, C, H, W], channels last in memory; no copy."""
-    return split_dim(x, 1, *grid).permute(0, 3, 1, 2)
-
-
-def from_map(x: Tensor) -> Tensor:
-    """A map [B, C, H, W] as tokens [B, H * W, C]; no copy where channels lie last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def begin(x: Tensor, recipe: Recipe, scores: tuple[Tensor | None, ...] = (None,), standalone: bool = False) -> Tokens:
@@ -228,16 +219,8 @@ class ReducingSuperTokenBlock(ReducingBlock, SuperTokenBlock):
             through: turns values of the residual stream, which dropped tokens are remembered by, into such values.
             places: their trace in one, for the images of `values`; None goes back map by map.
         """
-        recipe, grid = self.tokenzoo_recipe, tokens.layout.grid
-        if places is not None:
-            return places.collect(from_map(conv(to_map(places.spread(values, through), grid))))
-        trace = recipe.lift_trace(tokens.trace)
-        if recipe.fill.kind == "stash":
-            trace = tuple(_dropped_through(step, through) for step in trace)
-        out = from_map(conv(to_map(lift(values, trace, recipe.fill), grid)))
-        for step in tokens.trace:
-            out = step.map.apply(out)
-        return out
+        layer = lambda rows: from_map(conv(to_map(rows, tokens.layout.grid)))  # noqa: E731
+        return on_grid(layer, values, tokens, self.tokenzoo_recipe, through, places)
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -247,11 +230,3 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1 x 1 convolution on rows [B, N, C]."""
     return pointwise(conv, x, PointwiseConv)
-
-
-def _dropped_through(step: TraceStep, through: Callable[[Tensor], Tensor]) -> TraceStep:
-    """A step whose kept values are those of a function, computed for dropped tokens alone."""
-    if not step.map.drops:
-        return step
-    rows, slot = lost_tokens(step.map)
-    return step._replace(before=take_rows(through(take_rows(step.before, rows)), slot))

@@ -7,6 +7,7 @@ from torch import nn
 from ...core.recipe import Recipe
 from ...layers.super_token import MapAttention, SuperTokenAttention
 from ...models.svit.blocks import ChannelNorm, ConvFfn, ResidualDepthwise
+from ..staged import refuse_across_stages
 from .layouts import stage_layouts
 
 
@@ -59,24 +60,5 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
         ValueError: a method in front of block 0 needs images of half the size embedded, which the stem cannot do; one
             rebuilds at a block of another stage than it was reduced in.
     """
-    name, depth = type(model).__name__, len(model.blocks)
     firsts = sorted(stage_layouts(model, (1, 1), recipe))
-    opened = {
-        max(first for first in firsts if first <= block)
-        for method in recipe.methods
-        if method.opens_span and method.layers != "others"
-        for block in method.resolve_layers(depth)
-    }
-    for method in recipe.methods:
-        if method.place == "embed":
-            raise ValueError(
-                f"{method.name} embeds images at half the size, which {name}'s stem of four convolutions cannot do; "
-                "use a model whose patches are one convolution"
-            )
-        if method.closes_span and method.place == "after" and opened:
-            (block,) = method.resolve_layers(depth)
-            if max(first for first in firsts if first <= block) not in opened:
-                raise ValueError(
-                    f"{method.name} at block {block} comes after the stage that was reduced has ended, where {name} "
-                    f"rebuilds its tokens in any case; its stages with plain attention begin at the blocks {firsts}"
-                )
+    refuse_across_stages(type(model).__name__, len(model.blocks), recipe, firsts, "stem of four convolutions")

@@ -6,16 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from ...core.method import Step
 from ...models.svit.blocks import halved
 from ...ops.cells.super_tokens import SLOTS
 from ...ops.layer_macs import conv_macs
 from ..block import BlockMacs
-from ..flow import Acting, Flow
+from ..flow import Flow
+from ..grid_costs import count_dropped, to_grid_and_back, way_back
 from ..walk import Beside
 
 _KERNEL = 9  # places under a depthwise kernel
-_SEEN = 25  # cells that a token gives a share to where tokens are clustered softly
 
 
 def kernel_macs(dim: int, hidden: int, flow: Flow) -> int:
@@ -31,10 +30,10 @@ def kernel_macs(dim: int, hidden: int, flow: Flow) -> int:
 
 def grid_macs(dim: int, hidden: int, flow: Flow) -> int:
     """Multiply-adds of going to the grid and back around both convolutions; see `kernel_macs`."""
-    macs = _to_grid_and_back(flow.held, dim, dim, flow)  # the positional convolution
-    macs += _to_grid_and_back(flow.held_inside, dim, hidden, flow) + (flow.mlp_entered - flow.mlp) * hidden
+    macs = to_grid_and_back(flow.held, dim, dim, flow)  # the positional convolution
+    macs += to_grid_and_back(flow.held_inside, dim, hidden, flow) + (flow.mlp_entered - flow.mlp) * hidden
     if flow.recipe is not None and flow.recipe.fill.kind == "stash":  # hidden values of dropped tokens
-        macs += sum(_dropped(*found) for found in flow.held_inside) * dim * hidden
+        macs += sum(count_dropped(*found) for found in flow.held_inside) * dim * hidden
     return macs
 
 
@@ -64,7 +63,7 @@ def leaving_rows(model: Any, index: int, flow: Flow) -> list[Beside]:
     down, dim = _halving(stage, flow.layout.grid), _width(stage.blocks[-1].attn)
     if not down:
         return []
-    back = way_back_macs(flow.held_behind, dim, dim, flow)
+    back = way_back(flow.held_behind, dim, dim, flow)
     return [Beside(f"layers.{index}.downsample", flow.left, grid[0] * grid[1], down + back, back)]
 
 
@@ -81,50 +80,6 @@ def _halving(stage: nn.Module, grid: tuple[int, int]) -> int:
         return 0
     smaller = halved(grid)
     return conv_macs(stage.downsample.proj[0]) * smaller[0] * smaller[1]
-
-
-def _dropped(step: Step, before: int, after: int) -> int:
-    """Tokens without one that stands for them; where images differ, all are looked at."""
-    if not step.method.drops_in(step):
-        return 0
-    if step.method.pads:
-        return before
-    return before - after + (step.method.fuses and before != after)
-
-
-def way_back_macs(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
-    """Multiply-adds of giving every place a value of some width, where the residual stream has dim channels."""
-    macs, recipe = 0, flow.recipe
-    for step, before, after in trace:
-        if step.method.opens_span:
-            macs += before * after * (dim + width)  # distances to the centres, and the mix
-        elif back := step.method.products(before, after, flow.layout)[1]:
-            macs += back * width
-        elif recipe is not None and recipe.fill.kind == "nearest":
-            macs += _dropped(step, before, after) * after * dim
-    return macs
-
-
-def _to_grid_and_back(trace: tuple[Acting, ...], dim: int, width: int, flow: Flow) -> int:
-    """`way_back_macs`, and of giving the tokens what a convolution made of the values."""
-    macs, recipe = way_back_macs(trace, dim, width, flow), flow.recipe
-    products = [step.method.products(before, after, flow.layout)[0] for step, before, after in trace]
-    kept = all(step.method.drops_in(step) and not step.method.merges_in(step) for step, _, _ in trace)
-    if kept and not any(products):
-        return macs
-    nearest = recipe is not None and recipe.fill.kind == "nearest"
-    if not any(step.method.opens_span or (nearest and _dropped(step, n, out)) for step, n, out in trace) and (
-        not any(products)
-    ):
-        return macs + trace[0][1] * width  # one weighted sum over all places
-    for (step, before, after), product in zip(trace, products):
-        if step.method.opens_span:
-            macs += before * min(after, _SEEN) * width
-        elif product:
-            macs += product * width
-        elif step.method.merges_in(step):
-            macs += (before if step.method.fuses else before - after) * width
-    return macs
 
 
 def attention_macs(attn: Any, mlp: nn.Module) -> BlockMacs:

@@ -24,12 +24,13 @@ from ..backbone import Family
 from ..features import Reads, decode, encode
 from ..flow import Flow
 from ..model import ReducingModel
+from ..staged import carried
 from ..walk import Beside
 from .blocks import REDUCING_ATTENTIONS, ReducingSuperTokenBlock, begin, from_map, full_map, to_map
 from .checks import bypassed, check, check_block, check_recipe
 from .costs import leaving_rows, stage_rows, stem_macs
 from .layouts import stage_layouts
-from .stages import Taps, carried, pooled_by
+from .stages import Taps, pooled_by
 from .token_norm import norm_alike, norm_tokens
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.tokens import Tokens
-from ...maps import RestoreMap
 from ..pooling import pool_plain
-from .blocks import from_map, to_map
 
 
 class Taps(NamedTuple):
@@ -32,15 +29,3 @@ def pooled_by(tokens: Tokens, kind: str, mass_weighted: bool) -> Tensor:
     if kind == "catavgmax":
         return torch.cat([pool_plain(tokens, part, True, mass_weighted) for part in ("avg", "max")], dim=1)
     return pool_plain(tokens, kind or "avg", True, mass_weighted)
-
-
-def carried(scores: Tensor | None, tokens: Tokens, grid: tuple[int, int]) -> Tensor | None:
-    """An importance of tokens [B, N] that is carried along, for the next stage: summed over its places."""
-    if scores is None:
-        return None
-    scores, old = scores.unsqueeze(-1), tokens.layout.grid
-    if tokens.trace:  # the importance of a token is shared out among the places it stands for
-        maps = tuple(step.map for step in tokens.trace)
-        scores = RestoreMap(0, maps, (None,) * len(maps)).pool(scores)
-    means = F.adaptive_avg_pool2d(to_map(scores, old), grid)
-    return from_map(means).squeeze(-1) * (old[0] * old[1] / (grid[0] * grid[1]))

@@ -21,7 +21,7 @@ from ..eva.model import RotaryModel
 from ..eva.rope import Rope, check_rebuild, waves_of
 from ..features import Reads
 from ..flow import Flow
-from ..svit.costs import way_back_macs
+from ..grid_costs import way_back
 from ..walk import Beside
 
 
@@ -104,8 +104,8 @@ class Tower(RotaryModel):
         if self.projector is None or index < len(self.blocks) - 1:
             return []
         dim = self.embed_dim
-        back = way_back_macs(flow.held_behind, dim, dim, flow)
-        return [Beside("grid", flow.left, flow.layout.num_patches, back, back)] if back else []
+        back = way_back(flow.held_behind, dim, dim, flow)
+        return [Beside("grid", flow.left, flow.left, back, back)] if back else []  # not the model's tokens, a copy
 
 
 class Encoder(Tower):
