@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 from cases import KEEPS_LENGTH, METHODS, given, shaken
-from timm.models.levit import Levit, LevitDistilled
+from timm.models.levit import Attention, Levit, LevitDistilled
 from timm.models.pit import PoolingVisionTransformer
 from torch import nn
 
 import tokenzoo
+from tokenzoo.adapters.levit.model import resolution_of
 from tokenzoo.core.lift import lift
 
 PIT = partial(
@@ -226,12 +227,12 @@ def test_gradients_copies_threads_and_half_precision(name, method):
         with ThreadPoolExecutor(3) as pool:  # gradients are a matter of threads
             run = torch.no_grad()(model.__call__)
             assert all(torch.equal(out, expected) for out in pool.map(run, [x] * 6))
-        assert copy.deepcopy(model).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-        tokenzoo.unpatch_model(model)
-        half = model.bfloat16()
+        half = micro(name).bfloat16()
         plain = half(x.bfloat16())
         with tokenzoo.patched(half, recipe(method, "zero")):
             torch.testing.assert_close(half(x.bfloat16()), plain, atol=0.05, rtol=0.05)
+        with tokenzoo.patched(half, recipe(method, "reduce")):
+            assert half(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["pit", "levit"])
@@ -276,6 +277,13 @@ def test_compiled_and_exported():
             program = torch.export.export(model, (x,), dynamic_shapes=dims, strict=False).module()
             more = images(name, batch=5, seed=4)
             torch.testing.assert_close(program(more), model(more), atol=1e-4, rtol=1e-4)
+
+
+def test_resolutions_are_read_off_older_layers():
+    for grid in ((4, 4), (3, 5), (1, 1), (1, 6), (2, 2)):
+        attn = Attention(16, 8, 2, resolution=grid)
+        vars(attn).pop("resolution", None)
+        assert resolution_of(attn) == grid
 
 
 def test_refusals():

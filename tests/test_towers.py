@@ -122,6 +122,18 @@ def test_pruned_and_reset(name):
     assert model(x).shape[-1] == 32
 
 
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_align"])
+@torch.no_grad()
+def test_one_graph(name):
+    model = build(name)
+    x = images(model)
+    tokenzoo.patch_model(model, "tome", r=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_names_and_refusals():
     model = build("qwen3")
     assert [row.name for row in tokenzoo.report(model).rows][1] == "encoder.blocks.0"

@@ -509,6 +509,13 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert main(words) == 0
     assert capsys.readouterr().out == said
     monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks" / "accuracy"))
+    import tune_against_defaults
+
+    tune_against_defaults.main(words[1:])
+    rows = capsys.readouterr().out.splitlines()[3:]
+    assert sorted(row.split()[0].strip(",") for row in rows) in (["mine", "mine", "topk"], ["mine", "topk", "topk"])
+    assert sum("(found)" in row for row in rows) == 1
     words = ["eval", *TINY, "--num-classes", "4", "--data-dir", str(folder), "--method", str(output / "best.yaml")]
     assert main(words) == 0
 

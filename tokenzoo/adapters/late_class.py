@@ -77,7 +77,8 @@ class LateClassModel(ReducingModel):
             macs = self.class_block_macs(block, flow.left + 1)
             rows.append(Beside(f"{self.class_blocks}.{order}", n, flow.left + 1, macs))
             n = flow.left + 1
-        return rows
+        # older releases of timm take the blocks off with the head, and leave the class token in front
+        return rows or [Beside(self.class_blocks, n, n + 1, 0)]
 
     def forward_head(self, x: Tensor | Tokens, pre_logits: bool = False) -> Tensor:
         """Pooling and classifier.

@@ -27,6 +27,6 @@ class Clock:
         """Whether the search has to stop now; it stays so."""
         if self.deadline is not None and not self.is_up:
             each = self.judge.seconds / max(1, self.judge.seen)
-            report = each * _ROWS * sum(map(len, self.judge.split))
+            report = each * _ROWS * len(self.judge.split.held_out)
             self.is_up = time.monotonic() + report > self.deadline
         return self.is_up

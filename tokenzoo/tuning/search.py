@@ -93,7 +93,7 @@ class Search:
         return pairs(singles[:_PAIRED], self.info)
 
     def _findings(self, best: list[Ranked], ranked: list[Ranked], budget: Budget) -> list[Finding]:
-        every = len(self.judge.split.search)
+        every, stopped = len(self.judge.split.search), self.clock()
         chosen = [(best[0].fitted, "winner", budget)]
         taken = {repr(best[0].fitted.recipe)}
         default = next((r.fitted for r in ranked if r.fitted.candidate.schedule == "default"), None)
@@ -102,13 +102,17 @@ class Search:
             if repr(fitted.recipe) not in taken and len(chosen) < 2 + _FINALISTS:
                 taken.add(repr(fitted.recipe))
                 chosen.append((fitted, role, budget))
-        for k in range(1, 1 if self.clock() else _WEAKER + 1):
+        for k in range(1, 1 if stopped else _WEAKER + 1):
             larger = Budget(budget.kind, round(budget.share + (1 - budget.share) * k / (_WEAKER + 1), 3))
             fitted = self._try(best[0].fitted.candidate, larger, {})
             if fitted is not None and repr(fitted.recipe) not in taken:
                 taken.add(repr(fitted.recipe))
                 chosen.append((fitted, "weaker", larger))
-        return [Finding(*choice, self._look(choice[0], every).mean().item()) for choice in chosen]
+        seen = {repr(r.fitted.recipe): r.values for r in (*ranked, *best)}
+        if not stopped:
+            seen = {repr(fitted.recipe): self._look(fitted, every) for fitted, *_ in chosen}
+        searched = [seen[repr(fitted.recipe)] for fitted, *_ in chosen]
+        return [Finding(*choice, (x.mean().item(), len(x))) for choice, x in zip(chosen, searched)]
 
     def _fitted(self, budget: Budget) -> list[Fitted]:
         """All candidates that the budget can be met with, every method as it comes first."""

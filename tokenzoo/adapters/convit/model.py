@@ -75,7 +75,7 @@ def relative_to(attn: GPSA, count: int, device: torch.device) -> Tensor:
     """What `GPSA` knows of all pairs of patches [1, N, N, 3], as the layer has kept it of a call, or made anew."""
     kept = attn.rel_indices
     if kept is not None and kept.shape[1] == count:
-        return kept
+        return cast_for(attn.pos_proj, kept)
     index, side = torch.arange(count, device=device), math.isqrt(count)
     coords = torch.stack([index.div(side, rounding_mode="floor"), index % side], dim=-1).float()
     return cast_for(attn.pos_proj, relative_places(coords.unsqueeze(0)))

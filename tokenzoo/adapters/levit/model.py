@@ -52,7 +52,7 @@ class _Levit(StagedModel):
 
     @property
     def own_grid(self) -> tuple[int, int]:
-        return tuple(self.stages[0].blocks[0].attn.resolution)
+        return resolution_of(self.stages[0].blocks[0].attn)
 
     def embed(self, x: Tensor) -> tuple[Tensor, None]:
         return self.stem(x).flatten(2).transpose(1, 2), None
@@ -95,6 +95,18 @@ class _Levit(StagedModel):
             return self.head(x)
         own, other = self.head(x), self.head_dist(x)
         return (own, other) if self.distilled_training and self.training else (own + other) / 2
+
+
+def resolution_of(attn: Attention) -> tuple[int, int]:
+    """Places (high, wide) that a layer was built for.
+
+    Older releases of timm keep only how far places are apart, where a grid one wide reads as one that is one high.
+    """
+    if hasattr(attn, "resolution"):
+        return tuple(attn.resolution)
+    apart = attn.attention_bias_idxs[min(1, len(attn.attention_bias_idxs) - 1)].tolist()  # of the second place
+    wide = next((place for place in range(2, len(apart)) if apart[place] != place - 1), len(apart))
+    return len(apart) // wide, wide
 
 
 class ReducingLevit(_Levit, Levit):

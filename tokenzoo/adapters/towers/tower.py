@@ -79,8 +79,8 @@ class Tower(RotaryModel):
         return Reads.of(self.pooling)
 
     @property
-    def pools_all(self) -> bool:
-        return self.projector is not None or super().pools_all
+    def wants_all(self) -> bool:
+        return self.projector is not None
 
     def features(self, tokens: Tokens) -> Tensor:
         """What `forward_features` returns, from tokens after the last block with their trace."""
