@@ -41,8 +41,8 @@ def hf_vit_s() -> nn.Module:
 
 # model -> how to build it, images per step, and on which attention paths to time it: torch's fast path or not
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[bool, ...]]] = {
-    "torchvision vit_b_16": (vit_b_16, 2, (False, True)),
-    "transformers ViT-S": (hf_vit_s, 4, (False,)),
+    "torchvision vit_b_16": (vit_b_16, 4, (False, True)),
+    "transformers ViT-S": (hf_vit_s, 8, (False,)),
 }
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--r", type=int, default=13)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, default=None, help="images per step; 2 for ViT-B, 4 for ViT-S")
+    parser.add_argument("--batch-size", type=int, default=None, help="images per step; 4 for ViT-B, 8 for ViT-S")
     parser.add_argument("--results-file", default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)
