@@ -69,7 +69,7 @@ def test_rows_name_what_exists():
 REFUSED = {
     "swin_tiny_patch4_window7_224": r"SwinTransformer .*attends inside windows .*vit_small",
     "coatnet_nano_rw_224": r"MaxxVit .*maps of a convolutional network",
-    "mvitv2_tiny": r"MultiScaleVit .*shrinks its map .*svit_small",
+    "mvitv2_tiny": r"MultiScaleVit .*shrinks its map .*pit_s_224",
     "resnet18": r"resnet\.ResNet .*convolutional network",
 }
 

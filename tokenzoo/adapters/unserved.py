@@ -23,7 +23,7 @@ class Unserved(NamedTuple):
 
 _VIT = "timm's vit_small_patch16_224, or another plain ViT of its size"
 _MAPS = "timm's samvit_base_patch16 under 'cluster', or a plain ViT in tokenzoo.dense, which restores the grid"
-_STAGES = "svit_small of tokenzoo.models (its last stages attend globally), or timm's vit_small_patch16_224"
+_STAGES = "timm's pit_s_224 or levit_256, whose stages attend globally, or vit_small_patch16_224"
 _SMALL = "timm's vit_tiny_patch16_224 or deit_tiny_patch16_224"
 
 WINDOWS = Unserved("attends inside windows of a fixed size, cut from the whole map: no token can leave one", _VIT)
@@ -42,7 +42,7 @@ _MODULES: tuple[tuple[str, Unserved, str], ...] = (
     ("timm.models.{}", WINDOWS, "davit efficientvit_msra gcvit nest swin_transformer swin_transformer_v2"),
     ("timm.models.{}", WINDOWS, "swin_transformer_v2_cr tiny_vit"),
     ("timm.models.{}", MAPS, "hieradet_sam2"),
-    ("timm.models.{}", POOLED, "coat hiera levit mvitv2 nextvit pit pvt_v2 twins visformer volo"),
+    ("timm.models.{}", POOLED, "coat hiera mvitv2 nextvit pvt_v2 twins visformer"),
     ("timm.models.{}", CONVOLVED, "byobnet cpubone csatv2 edgenext efficientformer efficientformer_v2"),
     ("timm.models.{}", CONVOLVED, "efficientvit_mit fastvit iformer lowformer maxxvit metaformer mobilenetv5 shvit"),
     ("timm.models.{}", CONVOLVED, "swiftformer"),
