@@ -146,6 +146,16 @@ def _tower(file: str, name: str, **kwargs: Any) -> nn.Module:
     return cls(**sizes, **more, **kwargs)
 
 
+def _gemma4(name: str, **kwargs: Any) -> nn.Module:
+    """A tiny Gemma 4 tower; its image size is what the configuration says."""
+    cls = getattr(import_module("timm.models.gemma4_vit"), name)
+    more = {"num_classes": 7} if name.endswith("Classifier") else {}
+    sizes = {"embed_dim": 32, "depth": 4, "num_heads": 2, "head_dim": 16, "intermediate_size": 48, "patch_size": 8}
+    model = cls(pooling_kernel_size=2, position_embedding_size=16, **sizes, **more, **kwargs)
+    model.default_cfg = {"input_size": (3, 32, 32)}
+    return model
+
+
 # name -> model; everything that the adapters claim to serve
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "deit": VIT,
@@ -214,6 +224,9 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "deepseek": partial(_tower, "deepseek_vit", "DeepseekVitClassifier"),
     "deepseek_align": partial(_tower, "deepseek_vit", "DeepseekVitClassifier", encoder_pool="align", out_features=24),
     "deepseek_enc": partial(_tower, "deepseek_vit", "DeepseekVitEncoder", out_features=24),
+    "gemma4": partial(_gemma4, "Gemma4VitClassifier"),
+    "gemma4_soft": partial(_gemma4, "Gemma4VitClassifier", encoder_pool="soft", standardize=True, num_kv_heads=1),
+    "gemma4_enc": partial(_gemma4, "Gemma4VitEncoder", use_clipped_linears=True),
     "t2t_vit": partial(
         T2TViT, img_size=64, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=7, token_dim=16
     ),
@@ -230,6 +243,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 NEEDS_CLASS = {"ats"}
 NEEDS_CONVOLUTION = {"cts"}  # images of half the size have to be embedded
+WITHOUT_HALF = (T2TViT, LVViT, Xcit, NaFlexVit)
 NEEDS_ATTENTION_ALONE = {"sta"}  # another form of attention, where no MLP shares its branch
 
 
@@ -284,6 +298,8 @@ def size_of(model: nn.Module) -> tuple[int, int]:
     """Pixels of the model's own images; a classifier around an encoder has no patch embedding of its own."""
     if isinstance(model, NaFlexVit):
         return tuple(8 * side for side in model.embeds.pos_embed_grid_size or (4, 4))
+    if "Gemma4" in type(model).__name__:
+        return model.default_cfg["input_size"][1:]
     return tuple(getattr(model, "encoder", model).patch_embed.img_size)
 
 
@@ -294,7 +310,7 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
-    if method in NEEDS_CONVOLUTION and isinstance(model, (T2TViT, LVViT, Xcit, NaFlexVit)):
+    if method in NEEDS_CONVOLUTION and (isinstance(model, WITHOUT_HALF) or "Gemma4" in type(model).__name__):
         return False
     if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
         return False

@@ -12,7 +12,7 @@ import torch
 from cases import NEEDS_CLASS, given, shaken
 from torch import Tensor, nn
 
-from tokenzoo.adapters.inspect import describe
+from tokenzoo.adapters.inspect import describe, is_patched
 from tokenzoo.adapters.wrappers import backbone_of
 
 transformers = pytest.importorskip("transformers")
@@ -39,7 +39,13 @@ def _vision(model: str, config: str, package: str, **more: Any) -> nn.Module:
 def _whole(model: str, config: str, **more: Any) -> nn.Module:
     """A model of two towers, or a classifier whose configuration says so."""
     text = {**SIZES, "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 1, "projection_size": 32}
-    options = {"vision_config": dict(SIZES), "text_config": text, "projection_dim": 16, "num_labels": 7, **more}
+    options = {
+        "vision_config": SIZES | ({"num_patches": 16} if "Siglip2" in model else {}),
+        "text_config": text,
+        "projection_dim": 16,
+        "num_labels": 7,
+        **more,
+    }
     return getattr(transformers, model)(getattr(transformers, config)(**options))
 
 
@@ -70,6 +76,8 @@ TOWERS: dict[str, Callable[[], nn.Module]] = {
     "siglip": partial(_made, "SiglipVisionModel", "SiglipVisionConfig"),
     "siglip_headless": partial(_made, "SiglipVisionModel", "SiglipVisionConfig", vision_use_head=False),
     "siglip_classes": partial(_whole, "SiglipForImageClassification", "SiglipConfig"),
+    "siglip2": partial(_made, "Siglip2VisionModel", "Siglip2VisionConfig", num_patches=16),
+    "siglip2_classes": partial(_whole, "Siglip2ForImageClassification", "Siglip2Config"),
     "dinov3": partial(dinov3, "DINOv3ViTModel"),
     "dinov3_gated": partial(dinov3, "DINOv3ViTModel", use_gated_mlp=True, num_register_tokens=0),
     "dinov3_maps": partial(dinov3, "DINOv3ViTBackbone", out_features=["stage2", "stage4"], return_class_token=True),
@@ -125,7 +133,12 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1, size: tuple[int, int
 
 
 def ask(model: nn.Module, x: Tensor, **options: Any) -> Any:
-    """Calls a model; MAE's encoder with the noise that does not shuffle, which is all that a patched one knows."""
+    """Calls a model: MAE's encoder without its shuffle, as a patched one is; SigLIP 2, unless patched, with patches."""
+    if type(model).__name__.startswith("Siglip2") and not is_patched(model):
+        high, wide = x.shape[-2] // 8, x.shape[-1] // 8
+        options["spatial_shapes"] = torch.tensor([[high, wide]]).expand(len(x), -1)
+        options["pixel_attention_mask"] = torch.ones(len(x), high * wide, dtype=torch.long)
+        x = x.unflatten(2, (high, 8)).unflatten(4, (wide, 8)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     if type(model).__name__ == "ViTMAEModel":
         n = (x.shape[-2] // 8) * (x.shape[-1] // 8)
         options["noise"] = torch.arange(n, dtype=torch.float32).expand(len(x), -1)

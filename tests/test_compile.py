@@ -19,7 +19,7 @@ PAPERS = [(backbone, method) for backbone in ("t2t_vit", "lv_vit") for method in
 
 @pytest.mark.parametrize("backbone,method", [
     *((backbone, method) for backbone in ("registers", "rope_mixed") for method in METHODS), *PAPERS,
-    ("dinov2_like", "sta"), ("beit", "evit"), ("beit_shared", "tome"), ("relpos_mlp", "mctf"),
+    ("dinov2_like", "sta"), ("beit", "evit"), ("beit_shared", "tome"), ("relpos_mlp", "mctf"), ("naflex_mixed", "tome"),
 ])  # fmt: skip
 def test_one_graph(method, backbone):
     model = build(backbone)

@@ -138,9 +138,13 @@ def _prompts(names: dict) -> None:
     assert tuple(names["z"].shape) == (2, 11 + 196 - 12 * 8, 192)
 
 
+def _tune(names: dict) -> None:
+    assert names["share"] <= 0.7 and names["found"].recipe["method"] in ("tome", "topk", "uniform")
+
+
 RESULTS = {
     "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
-    "segmentation": _segmentation, "usage": _usage,
+    "segmentation": _segmentation, "tune": _tune, "usage": _usage,
 }  # fmt: skip
 
 
@@ -207,7 +211,9 @@ def test_commands_parse(command, monkeypatch):
         check_training(options_of(vars(args)))
     elif hasattr(args, "model"):
         assert timm.is_model(args.model)
-        runs_of(args)  # names, options and recipe files of the methods
+        assert hasattr(args, "method") or args.command == "tune"
+        if args.command != "tune":
+            runs_of(args)  # names, options and recipe files of the methods
 
 
 def check_training(args: argparse.Namespace) -> None:

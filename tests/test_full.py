@@ -25,9 +25,9 @@ def test_cases_are_spread_evenly():
     items = [Item(f"tests/{name}[{i}]") for i in range(48)]
     gone = left_out(items)
     taken = [i for i in range(48) if f"tests/{name}[{i}]" not in gone]
-    assert taken == list(range(6, 48, 12)) and len(taken) == TAKEN[name]
+    assert taken == [12, 36] and len(taken) == TAKEN[name]
     assert left_out([Item("tests/test_tome.py::test_other[1]")]) == set()
-    few = [Item(f"tests/{name}[{i}]") for i in range(4)]
+    few = [Item(f"tests/{name}[{i}]") for i in range(2)]
     assert left_out(few) == set()  # fewer than the default run takes
 
 

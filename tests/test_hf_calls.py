@@ -62,6 +62,7 @@ def test_outputs():
         some = model(x, output_hidden_states=[0, -1]).hidden_states
         assert lengths(some) == [17, None, None, None, 5] and torch.equal(some[0], out.hidden_states[0])
         assert lengths(model(x, output_hidden_states=2).hidden_states) == [None, None, 11, None, None]
+        assert lengths(model(x, output_hidden_states=[7, -9]).hidden_states) == [None] * 5
         model.config.output_hidden_states = True
         assert len(model(x).hidden_states) == 5
         model.config.output_hidden_states = False

@@ -134,3 +134,39 @@ def test_maps_of_beit_for_decoders():
         got = model(x, output_hidden_states=True)
         assert got.logits.shape == plain.shape and not torch.allclose(got.logits, plain)
     assert torch.equal(model(x).logits, plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_images_of_any_size_in_one_batch(method):
+    """SigLIP 2: an image beside a larger one gives what it gives alone; methods that need one grid say so."""
+    model, classes = build("siglip2"), build("siglip2_classes")
+    shapes = torch.tensor([[4, 4], [2, 3]])
+    patches, mask = torch.randn(2, 16, 192), torch.ones(2, 16, dtype=torch.long)
+    mask[1, 6:] = 0
+    batch = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    alone = {"pixel_values": patches[1:, :6], "pixel_attention_mask": mask[1:, :6], "spatial_shapes": shapes[1:]}
+    plain, logits = model(**batch), classes(**batch).logits
+    if method == "ats":
+        with pytest.raises(ValueError, match="class token"):
+            tokenzoo.patch_model(model, method)
+        return
+    uses = tokenzoo.create_method(method).uses_positions or method in ("cts", "sta", "flowcut", "reconstruct")
+    with tokenzoo.patched(model, given(method)), tokenzoo.patched(classes, given(method)):
+        if uses:
+            with pytest.raises(ValueError, match="grids of their own|given patches"):
+                model(**batch)
+        else:
+            got, scores = model(**batch), classes(**batch).logits
+            assert got.pooler_output.isfinite().all() and not torch.allclose(
+                got.pooler_output[0], plain.pooler_output[0]
+            )
+            if method in ("topk", "evit", "gtp", "dpcknn", "evo"):  # counts follow each image's own tokens
+                torch.testing.assert_close(got.pooler_output[1:], model(**alone).pooler_output, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(scores[1:], classes(**alone).logits, atol=1e-5, rtol=1e-5)
+    with tokenzoo.patched(model, "tome", r=0), tokenzoo.patched(classes, "tome", r=0):
+        got = model(**batch)
+        torch.testing.assert_close(got.pooler_output, plain.pooler_output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(classes(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+        real = mask.bool()
+        torch.testing.assert_close(got.last_hidden_state[real], plain.last_hidden_state[real], atol=1e-5, rtol=1e-5)

@@ -139,7 +139,7 @@ REFUSED = {
     "swin": (
         lambda: timm.create_model("swin_tiny_patch4_window7_224"), "tome", {}, TypeError, ["SwinTransformer", "patch"]
     ),
-    "cnn": (lambda: timm.create_model("resnet18"), "tome", {}, TypeError, ["ResNet", "serves exactly"]),
+    "cnn": (lambda: timm.create_model("resnet18"), "tome", {}, TypeError, ["ResNet", "convolutional", "nearest"]),
     "torchvision": (lambda: torchvision.models.swin_t(), "tome", {}, TypeError, ["torchvision", "SwinTransformer"]),
     "no module": (lambda: "deit", "tome", {}, TypeError, ["str", "torch.nn.Module"]),
     "compiled": (lambda: torch.compile(VIT()), "tome", {"r": 1}, TypeError, ["OptimizedModule", "first"]),

@@ -13,6 +13,7 @@ import tokenzoo
 
 pytest.importorskip("timm.models.qwen3_vit")
 pytest.importorskip("timm.models.deepseek_vit")
+pytest.importorskip("timm.models.gemma4_vit")
 PROJECTED = ["qwen3_merge", "qwen3_enc", "deepseek_align", "deepseek_enc"]
 ROWS = [*PROJECTED, "qwen3", "qwen3_enc_avg", "qwen3_enc_all", "deepseek"]
 rows = pytest.mark.parametrize("name", ROWS)
@@ -82,7 +83,7 @@ def test_other_sizes_and_positions(name):
         assert model(x).shape != plain.shape or not torch.allclose(model(x), kept, atol=1e-5)
 
 
-@rows
+@pytest.mark.parametrize("name", [*ROWS, "gemma4", "gemma4_soft"])
 def test_gradients_copies_and_number_formats(name):
     model = build(name)
     x = images(model)
@@ -121,6 +122,18 @@ def test_pruned_and_reset(name):
     assert model(x).shape[-1] == 32
 
 
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_align"])
+@torch.no_grad()
+def test_one_graph(name):
+    model = build(name)
+    x = images(model)
+    tokenzoo.patch_model(model, "tome", r=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_names_and_refusals():
     model = build("qwen3")
     assert [row.name for row in tokenzoo.report(model).rows][1] == "encoder.blocks.0"
@@ -134,6 +147,42 @@ def test_names_and_refusals():
     model.encoder.blocks[1].attn.__class__ = type("Mine", (type(model.encoder.blocks[1].attn),), {})
     with pytest.raises(TypeError, match=r"encoder.blocks.1 attends with .*Mine"):
         tokenzoo.patch_model(model, "tome", r=1)
+
+
+GEMMA = ["gemma4", "gemma4_soft", "gemma4_enc"]
+
+
+@pytest.mark.parametrize("name", GEMMA)
+@torch.no_grad()
+def test_gemma(name):
+    """Other sizes, blocks with timm's own tables, the pooler on all patches, and what is refused."""
+    model = build(name)
+    tower, x = getattr(model, "encoder", model), torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+    plain, taps = model(x), model.forward_intermediates(x, indices=[1], intermediates_only=True)
+    with tokenzoo.patched(model, "tome", r=0):
+        torch.testing.assert_close(model(x), plain, atol=1e-5, rtol=1e-5)
+        same = model.forward_intermediates(x, indices=[1], intermediates_only=True)
+        torch.testing.assert_close(same[0], taps[0], atol=1e-5, rtol=1e-5)
+    x = images(model)
+    with tokenzoo.patched(model, "tome", r=2):
+        tokens = model.forward_tokens(x, dense=True)
+        z, places, _ = tower.patch_embed(x)
+        tables = tower.rotary_emb(z, places)
+        for block in tower.blocks:
+            z = block(z, *tables)
+        torch.testing.assert_close(z, tokens.x)
+        if name != "gemma4":
+            whole = tower.pooler(model.lift_features(tokens), places, None)[0]
+            whole = whole if tower.std_bias is None else (whole - tower.std_bias) * tower.std_scale
+            torch.testing.assert_close(model.forward_features(x) if name == "gemma4_soft" else model(x), whole)
+        with pytest.raises(ValueError, match="a batch of patches.*give images"):
+            model({"patches": x})
+    if name == "gemma4_enc":
+        with tokenzoo.patched(model, "tome", r=2), pytest.raises(ValueError, match="do not tell the grid"):
+            model.forward_head(model.forward_features(x))
+    for options, words in (({"merged_positions": "mean"}, "Gemma4RotaryEmbedding2D"), ({}, "half the size")):
+        with pytest.raises(ValueError, match=words):
+            tokenzoo.patch_model(model, "tome" if options else "cts", **options)
 
 
 @pytest.fixture(scope="module")

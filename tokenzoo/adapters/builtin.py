@@ -24,18 +24,18 @@ from .vit.stems import FAMILY as STEMS
 from .volo.model import FAMILY as VOLO
 from .xcit.model import FAMILY as XCIT
 
-_HERE = (
-    VIT, EVA, BEIT, RELPOS, NAFLEX, STEMS, SVIT, SAM, VIM, PLAIN_MAMBA, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO,
+_FAMILIES = (
+    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, SAM, STEMS, SVIT, VIM, PLAIN_MAMBA,
     TORCHVISION,
 )  # fmt: skip
-for _family in _HERE:
+for _family in _FAMILIES:
     register_family(_family)
 register_later("dinov2", "tokenzoo.adapters.dinov2_hub")
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
 register_later("transformers", "tokenzoo.adapters.hf.family")
 
 # files that only newer releases of timm have -> module here
-_NEWER = {"qwen3_vit": "towers.qwen3", "deepseek_vit": "towers.deepseek"}
+_NEWER = {"qwen3_vit": "towers.qwen3", "deepseek_vit": "towers.deepseek", "gemma4_vit": "towers.gemma4"}
 for _file, _module in _NEWER.items():
     if find_spec(f"timm.models.{_file}") is not None:
         register_family(import_module(f"{__package__}.{_module}").FAMILY)

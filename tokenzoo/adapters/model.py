@@ -32,6 +32,7 @@ class ReducingModel(Intermediates):
     num_prefix_tokens: int
 
     reads_positions: bool = False  # blocks look at the original places of tokens
+    wants_all: bool = False  # the head wants all tokens in their places (a projector over the grid)
 
     gives_tokens = True
     takes_added = True
@@ -246,7 +247,7 @@ class ReducingModel(Intermediates):
     @property
     def pools_all(self) -> bool:
         """Whether the head gets all tokens back before it pools them: `forward_features` gives no others."""
-        return self.tokenzoo_recipe.dense and (not self.pooling or any(self.head_reads()))
+        return self.wants_all or (self.tokenzoo_recipe.dense and (not self.pooling or any(self.head_reads())))
 
     def read(self, x: Tensor | Tokens) -> Tokens:
         """Tokens as the head sees them; with dense=True in the recipe, all of them.

@@ -73,7 +73,6 @@ _ROWS: dict[str, Unserved] = {
     "models_mae": Unserved("drops patches at random by itself, for pre-training", "timm's vit_base_patch16_224.mae"),
     "timm.models.crossvit": Unserved("runs two branches that exchange their class tokens between blocks", _VIT),
     "timm.models.efficientvim": Unserved("convolves the grid around a state space", "vim_tiny of tokenzoo.models"),
-    "timm.models.gemma4_vit": Unserved("pools its tokens over the grid behind the blocks", _VIT),
     "timm.models.sequencer": Unserved("runs recurrent layers along rows and columns of the grid", _VIT),
     "timm.models.tnt": Unserved("runs the pixels of every patch through a transformer beside that of patches", _VIT),
     "open_clip.modified_resnet": CONVOLUTIONS._replace(nearest="an open_clip model with a ViT tower (ViT-B-32)"),

@@ -45,7 +45,7 @@ def solve_flops(
         )
     best = min((weakest, high), (strongest, low), key=distance)
     bottom, top = 0.0, 1.0
-    for _ in range(40):
+    for _ in range(20 if at_most else 40):  # a millionth of the strength decides no count
         middle = (bottom + top) / 2
         found = reached(middle)
         best = min(best, found, key=distance)

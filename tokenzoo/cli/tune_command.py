@@ -6,11 +6,14 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from torch import Tensor, nn
+
 from ..evaluation.data import Pictures, open_pictures
 from ..evaluation.environment import environment
 from ..evaluation.loading import data_config
 from ..evaluation.runs import gives_map
 from ..tuning import tune
+from ..tuning.advise import read_budgets
 from ..tuning.candidates import chosen_methods
 from ..tuning.plot import plot_tuning
 from .common import add_model_arguments, add_precision_arguments, argv_of, load_model, precision_of, say
@@ -63,13 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none without a terminal)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Searches, prints the table, writes recipes, results and the plot."""
+def load(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor | None]:
+    """The model of the arguments, the images that were drawn, and their class indices, None without labels."""
     if args.data_dir is None and not args.dataset:
         raise ValueError("no images named; give --data-dir (a folder with one subfolder per class) or --dataset")
     if args.no_labels and (args.dataset or args.class_map):
         raise ValueError("--no-labels reads a plain folder; leave --dataset and --class-map out")
-    methods = None if args.methods is None else chosen_methods(args.methods)
     pictures = _pictures(args)
     model = load_model(args)
     config = data_config(model, args.img_size, args.crop_pct, args.crop_mode, args.interpolation, args.mean, args.std)
@@ -79,6 +81,14 @@ def run(args: argparse.Namespace) -> int:
     images, labels = load_images(
         pictures, config, args.max_images, args.seed, args.batch_size, args.workers, args.skip_broken
     )
+    return model, images, labels if labelled else None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Searches, prints the table, writes recipes, results and the plot."""
+    methods = None if args.methods is None else chosen_methods(args.methods)
+    read_budgets(args.flops, args.latency)
+    model, images, labels = load(args)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     found = tune(
@@ -86,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         images,
         flops=args.flops,
         latency=args.latency,
-        labels=labels if labelled else None,
+        labels=labels,
         methods=methods,
         pairs=args.pairs,
         refine=args.refine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def tune(
         raise ValueError(f"{type(model).__name__} is patched already; call tokenzoo.unpatch_model(model) first")
     parts = split(len(images), held_out, seed)
     precision = (precision or Precision()).of(model)
-    own, plain = (shared_copy(model).eval().to(precision.dtype) for _ in range(2))
+    if precision.dtype is not next(model.parameters()).dtype:  # copies that share weights would convert them too
+        model = copy.deepcopy(model).to(precision.dtype)
+    own, plain = shared_copy(model).eval(), shared_copy(model).eval()
     info = describe(backbone_of(own))  # refuses models that are not served
     forward = forward or _call
     device = next(own.parameters()).device

@@ -127,18 +127,21 @@ class Fitter:
 
     def _within_time(self, candidate: Candidate, share: float) -> Fitted:
         overhead = self._overhead.get(candidate.name, 0.0)
-        tried = 1.0
+        reached, why = "", ""
         for _ in range(_TRIES):
             target = min(1.0, share - overhead)
             if target < _LEAST:
                 break
-            tried = target
-            fitted = self._at(candidate, target)
+            try:
+                fitted = self._at(candidate, target)
+            except ValueError as error:
+                if not reached:
+                    raise
+                why = f"; {error}"
+                break
             fitted = fitted._replace(time=self.timer.ratio(fitted.recipe))
             self._overhead[candidate.name] = overhead = fitted.time - target + 0.002
             if fitted.time <= share:
                 return fitted
-        raise ValueError(
-            f"latency={share:g} was not reached: {candidate.label} takes {tried + overhead:.3f} of the time at "
-            f"flops={tried:.3f}"
-        )
+            reached = f", which takes {fitted.time:.3f} of the time at {fitted.share:.3f} of the multiply-adds"
+        raise ValueError(f"latency={share:g} was not reached by {candidate.label}{reached}{why}")

@@ -97,12 +97,12 @@ def seeds(name: str, info: BackboneInfo) -> Iterator[Candidate]:
     if method.place in OUTSIDE or isinstance(method.layers, str):
         return
     own = tuple(sorted(method.resolve_layers(depth)))
-    everywhere = tuple(range(depth))
+    everywhere = tuple(range(min(own[0], 1), depth))  # in the first block many methods have nothing to go by
     shaped = not info.restarts and takes_profile(_in(method, everywhere), depth, layout)
     if len(own) < depth:
         shift = max(1, depth // 6)
-        if shaped:
-            yield Candidate((Part(name, everywhere, (1.0,) * depth),), "every block")
+        if shaped and everywhere != own:
+            yield Candidate((Part(name, everywhere, (1.0,) * len(everywhere)),), "every block")
         yield from _moved(name, own, -shift, depth, "early")
         yield from _moved(name, own, shift, depth, "late")
     elif shaped and depth > 1:

@@ -6,7 +6,7 @@ import time
 
 from .judge import Judge
 
-_ROWS = 8  # that the report is expected to have
+_ROWS = 5  # that the report has at least, where the search was stopped
 
 
 class Clock:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .budget import Fitted
 
-FEWEST = 16  # images that a candidate is judged by at first
+FEWEST = 32  # images that a candidate is judged by at first
 
 
 class Ranked(NamedTuple):
@@ -50,6 +50,19 @@ def rungs(candidates: int, images: int, keep: int) -> tuple[int, ...]:
     return halvings(images)[-rounds:]
 
 
+def planned(candidates: int, counts: Sequence[int], keep: int) -> int:
+    """Images that go through models in all rounds together."""
+    total, before = 0, 0
+    for count in counts:
+        total, before = total + candidates * (count - before), count
+        candidates = min(candidates, _left(candidates, keep))
+    return total
+
+
+def _left(candidates: int, keep: int) -> int:
+    return max(keep, math.ceil(candidates / 2))
+
+
 def halve(
     candidates: Sequence[Fitted],
     look: Callable[[Fitted, int], Tensor],
@@ -69,7 +82,7 @@ def halve(
     alive, behind = list(candidates), []
     ranked: list[Ranked] = []
     for count in counts:
-        seen = []
+        seen: list[Ranked] = []
         for fitted in alive:
             if out_of_time() and (ranked or seen):
                 break
@@ -80,5 +93,5 @@ def halve(
         ranked = sorted(seen, key=lambda r: -r.mean)  # stable
         if len(seen) < len(alive):
             break
-        alive = [r.fitted for r in ranked[: max(keep, math.ceil(len(ranked) / 2))]]
+        alive = [r.fitted for r in ranked[: _left(len(ranked), keep)]]
     return ranked + behind

@@ -65,13 +65,13 @@ class Finding(NamedTuple):
         fitted: the recipe and its cost.
         role: one of `ROLES`.
         budget: what it was solved for.
-        searched: mean on the images of the search.
+        searched: mean on the images of the search, and how many of them.
     """
 
     fitted: Fitted
     role: str
     budget: Budget
-    searched: float
+    searched: tuple[float, int]
 
 
 def values_of(values: Tensor, score: Score) -> Estimate:
@@ -91,7 +91,8 @@ def make_rows(findings: list[Finding], final: Any, score: Score) -> list[Row]:
     """
     plain = final(None)
     defaults = {f.budget: final(f.fitted.recipe) for f in findings if f.role == "default"}
-    rows = [Row("unpatched", "unpatched", "", None, 1.0, None, values_of(plain, score), None, None, True)]
+    time = 1.0 if any(f.fitted.time is not None for f in findings) else None
+    rows = [Row("unpatched", "unpatched", "", None, 1.0, time, values_of(plain, score), None, None, True)]
     for found in findings:
         fitted, own = found.fitted, final(found.fitted.recipe)
         default = None if found.role in ("default", "weaker") else defaults.get(found.budget)
@@ -114,8 +115,9 @@ def make_rows(findings: list[Finding], final: Any, score: Score) -> list[Row]:
 
 def _beats(other: Finding, found: Finding) -> bool:
     costs = [f.fitted.share if f.fitted.time is None else f.fitted.time for f in (other, found)]
-    as_good = costs[0] <= costs[1] and other.searched >= found.searched
-    return as_good and (costs[0] < costs[1] or other.searched > found.searched)
+    (theirs, seen), (ours, count) = other.searched, found.searched
+    as_good = costs[0] <= costs[1] and theirs >= ours and seen == count
+    return as_good and (costs[0] < costs[1] or theirs > ours)
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Tuning:
             "front: no row of the table was cheaper and better on the images of the search",
         ]
         if self.stopped:
-            lines.append("the time was up before the search was through")
+            lines.append("the time was up before the search was through; the state goes on from here, with more of it")
         if self.refused:
             lines += ["not in the search:", *(f"  {name}: {why}" for name, why in self.refused.items())]
         return "\n".join(lines)

@@ -10,7 +10,7 @@ from ..adapters.backbone import BackboneInfo
 from .budget import Budget, Fitted, Fitter
 from .candidates import Candidate, pairs, seeds
 from .clock import Clock
-from .halving import Ranked, halve, rungs
+from .halving import Ranked, halve, planned, rungs
 from .judge import Judge
 from .outcome import Finding
 from .refine import refine
@@ -67,8 +67,7 @@ class Search:
         self.bar.set_description(f"{budget}: strengths")
         begin = self._fitted(budget)
         if not begin:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self.refused.items())
-            raise ValueError(f"no method reaches {budget} on this model ({reasons})")
+            raise ValueError(f"no method reaches {budget} on this model ({_some(self.refused)})")
         ranked = self._halved(begin, f"{budget}: halving")
         best = [r for r in ranked if len(r.values) == len(ranked[0].values)]
         if self.paired and len(ranked[0].values) == every:
@@ -84,7 +83,9 @@ class Search:
                 refine(r, lambda c: self.fitter.fit(c, budget), self._look, counts, self.info, self.trials, self.clock)
                 for r in _one_each(best)[:_REFINED]
             ]
-            best = sorted([*better, *(r for r in best if r not in better)], key=lambda r: -r.mean)
+            known = {repr(r.fitted.recipe) for r in better}
+            best = better + [r for r in best if repr(r.fitted.recipe) not in known]
+            best.sort(key=lambda r: -r.mean)
         return self._findings(best, ranked, budget)
 
     def _pairs(self, ranked: list[Ranked]) -> list[Candidate]:
@@ -92,7 +93,7 @@ class Search:
         return pairs(singles[:_PAIRED], self.info)
 
     def _findings(self, best: list[Ranked], ranked: list[Ranked], budget: Budget) -> list[Finding]:
-        every = len(self.judge.split.search)
+        every, stopped = len(self.judge.split.search), self.clock()
         chosen = [(best[0].fitted, "winner", budget)]
         taken = {repr(best[0].fitted.recipe)}
         default = next((r.fitted for r in ranked if r.fitted.candidate.schedule == "default"), None)
@@ -101,13 +102,17 @@ class Search:
             if repr(fitted.recipe) not in taken and len(chosen) < 2 + _FINALISTS:
                 taken.add(repr(fitted.recipe))
                 chosen.append((fitted, role, budget))
-        for k in range(1, _WEAKER + 1):
+        for k in range(1, 1 if stopped else _WEAKER + 1):
             larger = Budget(budget.kind, round(budget.share + (1 - budget.share) * k / (_WEAKER + 1), 3))
             fitted = self._try(best[0].fitted.candidate, larger, {})
             if fitted is not None and repr(fitted.recipe) not in taken:
                 taken.add(repr(fitted.recipe))
                 chosen.append((fitted, "weaker", larger))
-        return [Finding(*choice, self._look(choice[0], every).mean().item()) for choice in chosen]
+        seen = {repr(r.fitted.recipe): r.values for r in (*ranked, *best)}
+        if not stopped:
+            seen = {repr(fitted.recipe): self._look(fitted, every) for fitted, *_ in chosen}
+        searched = [seen[repr(fitted.recipe)] for fitted, *_ in chosen]
+        return [Finding(*choice, (x.mean().item(), len(x))) for choice, x in zip(chosen, searched)]
 
     def _fitted(self, budget: Budget) -> list[Fitted]:
         """All candidates that the budget can be met with, every method as it comes first."""
@@ -143,11 +148,26 @@ class Search:
     def _halved(self, candidates: list[Fitted], word: str) -> list[Ranked]:
         self.bar.set_description(word)
         counts = rungs(len(candidates), len(self.judge.split.search), _KEPT)
+        self._expect(planned(len(candidates), counts, _KEPT))
         return halve(candidates, self._look, counts, _KEPT, self.clock)
+
+    def _expect(self, images: int) -> None:
+        """Gives the bar a length: what halving takes, and about what follows it."""
+        searched, held_out = len(self.judge.split.search), len(self.judge.split.held_out)
+        rest = _REFINED * self.trials * searched // 2 + (_FINALISTS + _WEAKER + 3) * held_out
+        self.bar.total = self.bar.n + images + rest
+        self.bar.refresh()
 
     def _look(self, fitted: Fitted, count: int) -> Tensor:
         self._looked.add(repr(fitted.recipe))
         return self.judge.search(fitted.recipe, count)
+
+
+def _some(reasons: dict[str, str], most: int = 3) -> str:
+    """A few reasons, those about the budget first, and how many more there are."""
+    order = sorted(reasons, key=lambda name: "reached" not in reasons[name])
+    more = f"; and {len(order) - most} more" if len(order) > most else ""
+    return "; ".join(f"{name}: {reasons[name]}" for name in order[:most]) + more
 
 
 def _one_each(ranked: list[Ranked]) -> list[Ranked]:

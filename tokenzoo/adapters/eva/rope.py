@@ -10,6 +10,7 @@ be rebuilt for merged tokens: a mean of sines and cosines is not a rotation, a m
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ try:  # newer still than the class above
     from timm.layers import RotaryEmbeddingMRope
 except ImportError:
     RotaryEmbeddingMRope = None
+
+# timm < 1.0.20 knows interleaved pairs only
+_KNOWS_HALF = "half" in inspect.signature(apply_rot_embed_cat).parameters
 
 
 class Waves(NamedTuple):
@@ -81,8 +85,13 @@ class Rope(NamedTuple):
 
 def rotate(x: Tensor, rows: Tensor, half: bool) -> Tensor:
     """Rotates queries or keys x [B, H, N, D] by rows [..., N, 2D]; the result may be wider than x's type."""
-    # timm < 1.0.20 knows interleaved pairs only and has no such option
-    return apply_rot_embed_cat(x, rows, half=True) if half else apply_rot_embed_cat(x, rows)
+    if not half:
+        return apply_rot_embed_cat(x, rows)
+    if _KNOWS_HALF:
+        return apply_rot_embed_cat(x, rows, half=True)
+    sin, cos = rows.chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def rotations(waves: Waves, coords: Tensor, num_prefix: int) -> Tensor:

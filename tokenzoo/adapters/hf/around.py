@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import wraps
 from typing import Any
 
@@ -24,13 +25,17 @@ class TellsTower(PlainName):
         if plain.__module__.startswith("transformers."):
             cls.forward = _telling(plain.forward)
 
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call with those for the tower."""
+        return {**kwargs, **self.tokenzoo_options}
+
     @property
     def loss_function(self) -> Any:
         """Upstream's, which is given the options of the call and knows nothing of ours."""
         plain = super().loss_function
 
         def loss(*args: Any, **kwargs: Any) -> Any:
-            return plain(*args, **{key: value for key, value in kwargs.items() if key not in self.tokenzoo_options})
+            return plain(*args, **{key: value for key, value in kwargs.items() if not key.startswith("tokenzoo_")})
 
         return loss
 
@@ -58,9 +63,14 @@ class ReadsGrid(TellsTower):
 def _telling(plain: Any) -> Any:
     """A `forward` of the same signature, which trainers look at, that hands on what the model reads."""
 
+    names = list(inspect.signature(plain).parameters)[1:]
+
     @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        told = hasattr(self.get_submodule(self.tower), "tokenzoo_recipe")
-        return plain(self, *args, **(self.tokenzoo_options if told else {}), **kwargs)
+        if not hasattr(self.get_submodule(self.tower), "tokenzoo_recipe"):
+            return plain(self, *args, **kwargs)
+        # named: what was given by place may have to be told in another way
+        given = {**dict(zip(names, args)), **kwargs}
+        return plain(self, **self._options(given))
 
     return forward

@@ -10,9 +10,9 @@ from ...core.recipe import Recipe
 from ..backbone import Family
 from ..refusals import refuse_unplaced
 from ..registry import register_family
-from . import beit, clip, data2vec, dinov2, dinov3, idefics, internvl, mae, siglip, vit
+from . import beit, clip, data2vec, dinov2, dinov3, idefics, internvl, mae, siglip, siglip2, vit
 
-_TOWERS = (vit, dinov2, dinov3, clip, siglip, beit, data2vec, mae, idefics, internvl)
+_TOWERS = (vit, dinov2, dinov3, clip, siglip, siglip2, beit, data2vec, mae, idefics, internvl)
 
 
 def check(model: nn.Module) -> None:
@@ -59,14 +59,14 @@ FAMILY = register_family(
     Family(
         name="transformers",
         summary=(
-            "vision towers of Hugging Face transformers: ViT, DeiT, DINOv2 (registers), DINOv3, CLIP, SigLIP, BEiT, "
-            "Data2Vec, MAE, Idefics3, SmolVLM, InternVL"
+            "vision towers of Hugging Face transformers: ViT, DeiT, DINOv2 (registers), DINOv3, CLIP, SigLIP, "
+            "SigLIP 2, BEiT, Data2Vec, MAE, Idefics3, SmolVLM, InternVL"
         ),
         tried="transformers 5.18 to 5.24",
         models={plain: kind for tower in _TOWERS for plain, kind in tower.MODELS.items()},
         blocks={plain: kind for tower in _TOWERS for plain, kind in tower.BLOCKS.items()},
         attentions={plain: kind for tower in _TOWERS for plain, kind in tower.ATTENTIONS.items()},
-        parts=siglip.PARTS_OUTSIDE,
+        parts=siglip.PARTS_OUTSIDE | siglip2.PARTS_OUTSIDE,
         around={plain: known for tower in _TOWERS for plain, known in getattr(tower, "AROUND", {}).items()},
         check=check,
         check_recipe=check_recipe,

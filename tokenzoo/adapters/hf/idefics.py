@@ -21,11 +21,12 @@ from transformers.models.smolvlm.modeling_smolvlm import (
     SmolVLMVisionTransformer,
 )
 
+from ...core.tokens import Tokens
 from ..features import Reads
 from .attention import HfAttention
 from .clip import PARTS
 from .layer import HfLayer
-from .outputs import asked
+from .outputs import asked, whole_mask
 from .tower import HfTower
 
 
@@ -79,11 +80,13 @@ class _Padded(HfTower):
             patch_attention_mask: [B, rows, columns] bool, False for patches of padding.
             **kwargs: options of upstream.
         """
-        real, mask, embedded = patch_attention_mask, None, None
-        if real is not None:
-            real = real.bool()
-            embedded, mask = self._embedded(pixel_values, real), real.flatten(1)
-        _, last, states = self.answer(pixel_values, mask, kwargs, embedded)
+        real = None if patch_attention_mask is None else patch_attention_mask.bool()
+        mask = None if real is None else whole_mask(real.flatten(1))
+
+        def begin(trace: bool, dense: bool) -> Tokens:
+            return self.begin(pixel_values, self._embedded(pixel_values, real), None, mask, trace, dense)
+
+        _, last, states = self.answer(pixel_values, mask, kwargs, begin)
         output = BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=states)
         return output if asked(self, kwargs, "return_dict") is not False else output.to_tuple()
 

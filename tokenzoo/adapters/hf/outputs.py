@@ -20,7 +20,9 @@ def selected(states: list[Tensor], wanted: Any) -> tuple[Tensor | None, ...] | N
         return None
     if wanted is True:
         return tuple(states)
-    chosen = {index % len(states) for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    count = len(states)
+    given = [wanted] if isinstance(wanted, int) else wanted
+    chosen = {index % count for index in given if -count <= index < count}
     return tuple(state if index in chosen else None for index, state in enumerate(states))
 
 

@@ -70,8 +70,8 @@ def pooling_macs(head: Any, n: int) -> int:
     return 2 * width * width + hidden + 2 * width * n * (width + 1)
 
 
-class ReducingSiglipVisionModel(HfTower, SiglipVisionModel):
-    """`SiglipVisionModel` whose layers reduce tokens."""
+class SiglipTower(HfTower):
+    """A tower of patches alone, pooled by a probe that attends."""
 
     norm_name, conv_path = "post_layernorm", "embeddings.patch_embedding"
     num_prefix_tokens, has_class = 0, False
@@ -91,6 +91,10 @@ class ReducingSiglipVisionModel(HfTower, SiglipVisionModel):
 
     def head_macs(self, n: int, layout: Layout) -> int:
         return pooling_macs(self.head, n - layout.own_prefix) if self.use_head else 0
+
+
+class ReducingSiglipVisionModel(SiglipTower, SiglipVisionModel):
+    """`SiglipVisionModel` whose layers reduce tokens."""
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False, **kwargs: Any) -> Any:
         """As upstream, with the tokens that are left."""

@@ -8,6 +8,7 @@ with dense=True in the recipe; `hidden_states` likewise; `pooler_output` is pool
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -22,6 +23,7 @@ from ..classes import unwrapped
 from ..features import Reads, encode
 from ..halving import half_tokens
 from ..model import ReducingModel
+from ..refusals import refuse_vmap
 from .naming import PlainName
 from .outputs import asked, refuse_options, selected, whole_mask
 
@@ -113,7 +115,11 @@ class HfTower(PlainName, ReducingModel):
     # ---- transformers' own call
 
     def answer(
-        self, images: Tensor, mask: Tensor | None, options: dict[str, Any], embedded: Tensor | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+        begin: Callable[[bool, bool], Tokens] | None = None,
     ) -> tuple[Tokens, Tensor, tuple[Tensor, ...] | None]:
         """What `forward` of a tower runs.
 
@@ -122,7 +128,8 @@ class HfTower(PlainName, ReducingModel):
             mask: [B, N] of tokens that may be looked at, or a mask of four dimensions.
             options: the keyword arguments that upstream hands on from model to model; `tokenzoo_reads` is what a model
                 around the tower does with `last_hidden_state`, `tokenzoo_dense` asks for all tokens in their places.
-            embedded: values of all tokens, where the tower embeds with more than the images.
+            begin: makes the tokens that enter layer 0, where that takes more than the images; it is told whether to
+                keep the maps, and the values that dropped tokens had.
 
         Returns:
             Tokens behind the final norm, `last_hidden_state`, and the hidden states if they are asked for.
@@ -132,10 +139,11 @@ class HfTower(PlainName, ReducingModel):
         dense = recipe.dense or options.get("tokenzoo_dense", False)
         trace = dense or (reads is not None and reads.weighs(recipe))
         wanted, mask, states = asked(self, options, "output_hidden_states"), whole_mask(mask), []
-        if embedded is None:
+        if begin is None:
             walk = self.walk(images, mask, trace=trace, dense=dense)
         else:
-            walk = self.follow(self.begin(images, embedded, None, mask, trace, dense), None, mask)
+            refuse_vmap(recipe)
+            walk = self.follow(begin(trace, dense), None, mask)
         for tokens in walk:
             if wanted is not False:
                 states.append(self._shown(tokens, dense))
@@ -171,7 +179,14 @@ class HfTower(PlainName, ReducingModel):
                 f"({'*'.join(map(str, pair(self.config.image_size)))}); pass interpolate_pos_encoding=True"
             )
 
-    def output_of(self, images: Tensor, mask: Tensor | None, options: dict[str, Any], interpolate: Any = True) -> Any:
+    def output_of(
+        self,
+        images: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+        interpolate: Any = True,
+        begin: Callable[[bool, bool], Tokens] | None = None,
+    ) -> Any:
         """`forward` of towers that give `BaseModelOutputWithPooling`.
 
         Args:
@@ -179,9 +194,10 @@ class HfTower(PlainName, ReducingModel):
             mask: see `answer`.
             options: see `answer`.
             interpolate: see `check_size`.
+            begin: see `answer`.
         """
         self.check_size(images, interpolate)
-        tokens, last, states = self.answer(images, mask, options)
+        tokens, last, states = self.answer(images, mask, options, begin)
         pooled = self.pooled(self.read(tokens))
         output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=states)
         return output if asked(self, options, "return_dict") is not False else output.to_tuple()

@@ -1,6 +1,6 @@
 """What encoders of multimodal models, and timm's classifiers around them, have in common.
 
-Their features are maps [B, H, W, C], and a projector puts neighbouring patches together, so it wants all of them in
+Most features are maps [B, H, W, C], and a projector puts neighbouring patches together, so it wants all of them in
 their places. A tower without its projector answers with the tokens that are left: as a map where all are there, in a
 row [B, N', C] where they are fewer; average pooling weighs by size. With its projector, every patch reads the token it
 went into first, and dropped ones come back as the recipe's `fill` says: fewer tokens in the blocks, as many in the
@@ -26,13 +26,15 @@ from ..walk import Beside
 
 
 class Tower(RotaryModel):
-    """An encoder whose features are maps.
+    """An encoder with a projector.
 
-    A family's subclass gives `projector` and `cells`.
+    A family's subclass gives `projector` and `cells`; `project` and `projector_macs` where the projector is no module
+    that takes maps.
     """
 
     has_class = False
     takes_added = False
+    maps = True  # features are maps [B, H, W, C], else [B, N, C]
     projects_features = False  # whether `forward_features` gives what the projector makes
 
     # ---- spelled by the family
@@ -45,6 +47,14 @@ class Tower(RotaryModel):
     def cells(self, grid: tuple[int, int]) -> int:
         """Tokens that the projector makes of a grid."""
         raise NotImplementedError
+
+    def project(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the projector makes of all patches [B, N, C], row by row."""
+        return self.projector(split_dim(x, 1, *grid))
+
+    def projector_macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds of `project`."""
+        return linear_macs(self.projector) * self.cells(grid)
 
     @property
     def tower(self) -> nn.Module:
@@ -69,22 +79,25 @@ class Tower(RotaryModel):
         return Reads.of(self.pooling)
 
     @property
-    def pools_all(self) -> bool:
-        return self.projector is not None or super().pools_all
+    def wants_all(self) -> bool:
+        return self.projector is not None
 
     def features(self, tokens: Tokens) -> Tensor:
         """What `forward_features` returns, from tokens after the last block with their trace."""
+        grid = tokens.layout.grid
         if self.projector is not None:
-            x = _map(self.read(tokens).x, tokens.layout)
-            return self.projector(x) if self.projects_features else x
+            x = self.read(tokens).x
+            if self.projects_features:
+                return self.project(x, grid)
+            return split_dim(x, 1, *grid) if self.maps else x
         x = super().features(tokens)
         placed = x.shape[1] == tokens.layout.num_patches and all(step.map.whole for step in tokens.trace or ())
-        return _map(x, tokens.layout) if placed else x
+        return split_dim(x, 1, *grid) if self.maps and placed else x
 
     def head_macs(self, n: int, layout: Layout) -> int:
         if self.projector is None:
             return super().head_macs(n, layout)
-        return linear_macs(self.projector) * self.cells(layout.grid)
+        return self.projector_macs(layout.grid)
 
     def beside(self, index: int, flow: Flow) -> list[Beside]:
         """The way back to the grid in front of the projector, where that is more than copying."""
@@ -99,11 +112,19 @@ class Encoder(Tower):
     """An encoder that answers with projected tokens, with their mean, or with all of them."""
 
     def forward_head(self, x: Tensor | Tokens) -> Tensor:
-        """What the encoder answers with, from `Tokens` or from what `forward_features` returned."""
+        """What the encoder answers with, from `Tokens`, or from maps that `forward_features` returned."""
         if self.pooling:
             return self.pool(x if isinstance(x, Tokens) else x.flatten(1, -2))
-        x = self.features(x) if isinstance(x, Tokens) else x
-        return x if self.projector is None else self.projector(x)
+        if self.projector is None:
+            return self.features(x) if isinstance(x, Tokens) else x
+        if isinstance(x, Tokens):
+            return self.project(self.read(x).x, x.layout.grid)
+        if not self.maps:
+            raise ValueError(
+                f"{type(self).__name__}.forward_head: features do not tell the grid that the projector needs; call "
+                "model(images), or model.forward_head(model.forward_tokens(images))"
+            )
+        return self.projector(x)
 
 
 class Classifier(Tower):
@@ -144,11 +165,6 @@ class Classifier(Tower):
             x = x.mean(dim=1) if self.global_pool == "avg" else x
         x = self.head_drop(self.norm(x))
         return x if pre_logits else self.head(x)
-
-
-def _map(x: Tensor, layout: Layout) -> Tensor:
-    """Tokens of the whole grid [B, N, C] as a map [B, H, W, C]."""
-    return split_dim(x, 1, *layout.grid)
 
 
 def check_recipe(model: nn.Module, recipe: Recipe) -> None:
