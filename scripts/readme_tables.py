@@ -45,10 +45,20 @@ def methods_table() -> str:
     )
 
 
+def in_order() -> list[Family]:
+    """All families, those of other packages last: the order in which these are met differs from run to run."""
+
+    def place(family: Family) -> tuple[bool, str]:
+        package = next(iter(family.models)).__module__.partition(".")[0]
+        return (True, package) if package not in ("timm", "tokenzoo") else (False, "")
+
+    return sorted(families(), key=place)
+
+
 def backbones_in_short() -> str:
     """Every family and what it covers, a line per package that the models come from: the page stays short."""
     packages: dict[str, list[str]] = {}
-    for family in families():
+    for family in in_order():
         origin = next(iter(family.models)).__module__
         package = "tokenzoo.models" if origin.startswith("tokenzoo.") else origin.partition(".")[0]
         covers = family.summary.partition(": ")[2] or family.summary
@@ -59,7 +69,7 @@ def backbones_in_short() -> str:
 def backbones_table() -> str:
     """Every family: what it covers and was tried on, model and block classes, and what its checks refuse."""
     rows = []
-    for family in families():
+    for family in in_order():
         groups = ((*family.models, *family.around), family.blocks)
         classes = (", ".join(f"`{cls.__name__}`" for cls in group) for group in groups)
         rows.append((f"`{family.name}`", family.summary, family.tried, *classes, refusals(family)))

@@ -257,8 +257,12 @@ def test_the_bias_joins_sizes_padding_and_masks():
     "options", [{}, {"sees_itself": True}, {"at": "between"}, {"at": "ahead"}, {"at": "after"}], ids=str
 )
 @pytest.mark.parametrize(
-    "name", ["deit", "registers", "gap", "avgmax", "map", "prr", "differential", "dinov3", "pe_like"]
-)
+    "name",
+    [
+        "deit", "registers", "gap", "avgmax", "map", "prr", "differential", "dinov3", "pe_like", "cait", "cait_avg",
+        "convit",
+    ],
+)  # fmt: skip
 def test_training_with_gates_of_0_and_1_gives_the_logits_of_removal(name, options):
     model = patched(name, **options)
     x = images(model)

@@ -73,7 +73,7 @@ def test_rows_name_what_exists():
 REFUSED = {
     "swin_transformer.SwinTransformer": "attends inside windows .*vit_small",
     "maxxvit.MaxxVit": "maps of a convolutional network",
-    "mvitv2.MultiScaleVit": "shrinks its map .*svit_small",
+    "mvitv2.MultiScaleVit": "shrinks its map .*pit_s_224",
     "resnet.ResNet": "is a convolutional network",
 }
 

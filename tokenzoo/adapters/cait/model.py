@@ -79,6 +79,7 @@ def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 FAMILY = Family(
     name="cait",
     summary="timm cait.py: CaiT; its class-attention blocks stay",
+    tried="timm 1.0.19 to 1.0.31",
     models={Cait: ReducingCait},
     blocks={LayerScaleBlock: ReducingLayerScaleBlock},
     attentions={TalkingHeadAttn: ReducingTalkingHeadAttn},

@@ -167,6 +167,7 @@ def check(model: nn.Module) -> None:
 FAMILY = Family(
     name="convit",
     summary="timm convit.py: ConViT",
+    tried="timm 1.0.19 to 1.0.31",
     models={ConVit: ReducingConVit},
     blocks={Block: ReducingConVitBlock},
     attentions=REDUCING_ATTENTIONS,

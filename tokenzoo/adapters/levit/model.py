@@ -154,6 +154,7 @@ def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 FAMILY = Family(
     name="levit",
     summary="timm levit.py: LeViT of linear layers, every stage by itself",
+    tried="timm 1.0.19 to 1.0.31",
     models={Levit: ReducingLevit, LevitDistilled: ReducingLevitDistilled},
     blocks={LevitBlock: ReducingLevitBlock},
     attentions={Attention: ReducingLevitAttention},

@@ -110,6 +110,7 @@ def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 FAMILY = Family(
     name="pit",
     summary="timm pit.py: PiT, every stage by itself",
+    tried="timm 1.0.19 to 1.0.31",
     models={PoolingVisionTransformer: ReducingPiT},
     blocks={Block: ReducingVitBlock},
     attentions=REDUCING_ATTENTIONS,

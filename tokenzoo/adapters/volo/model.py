@@ -264,6 +264,7 @@ def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 FAMILY = Family(
     name="volo",
     summary="timm volo.py: VOLO, in its transformer stages; outlook attention and class-attention blocks stay",
+    tried="timm 1.0.19 to 1.0.31",
     models={VOLO: ReducingVOLO},
     blocks={Transformer: ReducingVoloBlock},
     attentions={Attention: ReducingVoloAttention},

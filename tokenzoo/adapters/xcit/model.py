@@ -135,6 +135,7 @@ def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 FAMILY = Family(
     name="xcit",
     summary="timm xcit.py: XCiT, whose attention among channels is linear in tokens; its class-attention blocks stay",
+    tried="timm 1.0.19 to 1.0.31",
     models={Xcit: ReducingXcit},
     blocks={XCABlock: ReducingXCABlock},
     attentions={XCA: ReducingXCA},
