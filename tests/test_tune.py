@@ -328,7 +328,7 @@ def test_profiles_say_how_strong_each_block_is(method):
     removed = [sum(before - after for _, before, after in row) for row in counts]
     assert removed[0] == removed[1] == 0 and removed[2] > removed[3] >= 0
     strongest = recipe.dial(1.0, 4, info.layout).token_counts(4, info.layout)  # what blocks can follow, and no more
-    assert strongest[-1][-1][2] >= 2
+    assert [row for row in strongest if row][-1][-1][2] >= 2
 
 
 def test_every_block_in_deeper_models():
@@ -337,6 +337,16 @@ def test_every_block_in_deeper_models():
     assert set(found) == {"default", "every block", "early", "late"}
     assert found["every block"].layers == tuple(range(1, 8)) and found["early"].layers == (1, 3, 5)
     assert [c.parts[0].layers for c in seeds("cluster", describe(model))] == [None, (2,), (4,)]
+
+
+@pytest.mark.parametrize("method", ["tome", "topk", "diffrate"])
+def test_rising_weights_remove_a_rising_share(method):
+    """Of the tokens that are left at each block, whatever form the options of the method have."""
+    info = describe(VisionTransformer(img_size=64, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=3))
+    made = registry.create_method(method, layers=tuple(range(6)))
+    recipe = Profiled(methods=(made,), profiles=((0.1, 0.2, 0.4, 0.6, 0.8, 1.0),)).dial(0.3, 6, info.layout)
+    shares = [1 - after / before for ((_, before, after),) in recipe.token_counts(6, info.layout)]
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] > 4 * shares[0]
 
 
 def test_methods_of_one_strength_take_no_profile():

@@ -47,7 +47,7 @@ def takes_profile(method: Method | None, depth: int, layout: Layout) -> bool:
         if len(layers) < 2 or method.layers == "others":
             return False
         shares = [0.3 * (k + 1) / len(layers) for k in range(len(layers))]
-        parts = [method.dial(share, depth, layout) for share in shares]
+        parts = [_alone(method, block, share, depth, layout) for block, share in zip(layers, shares)]
         _composed(method, layers, parts, depth, layout)
     except ValueError:
         return False
@@ -79,7 +79,7 @@ def _reachable(method: Method, share: float, block: int, n: int, depth: int, lay
     """The method at the largest strength up to a share that a block of n tokens can follow, and what that leaves."""
 
     def tried(share: float) -> tuple[Method, int]:
-        part = method.dial(share, depth, layout)
+        part = _alone(method, block, share, depth, layout._replace(grid=(1, max(1, n - layout.num_prefix))))
         strength = part.strengths(depth).get(block)
         return part, n if strength is None else Step(part, block, strength).tokens_out(n, layout)
 
@@ -105,7 +105,7 @@ def _composed(method: Method, layers: Sequence[int], parts: Sequence[Method], de
     """
     weak, strong = method.dial(0.25, depth, layout), method.dial(0.75, depth, layout)
     varying = [name for name in method.options() if getattr(weak, name) != getattr(strong, name)]
-    values = {name: tuple(_entry(getattr(p, name), k, len(layers)) for k, p in enumerate(parts)) for name in varying}
+    values = {name: tuple(_entry(getattr(part, name)) for part in parts) for name in varying}
     wanted = {b: p.strengths(depth)[b] for b, p in zip(layers, parts) if b in p.strengths(depth)}
     try:
         whole = replace(weak, **values)
@@ -117,5 +117,10 @@ def _composed(method: Method, layers: Sequence[int], parts: Sequence[Method], de
     return whole if len(varying) else weak
 
 
-def _entry(value: Any, k: int, count: int) -> Any:
-    return value[k] if isinstance(value, tuple) and len(value) == count else value
+def _entry(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
+
+def _alone(method: Method, block: int, share: float, depth: int, layout: Layout) -> Method:
+    """The method in one block, at a strength that is a share of what could go of the tokens there."""
+    return replace(method, layers=(block,)).dial(share, depth, layout)
