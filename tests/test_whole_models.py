@@ -39,6 +39,15 @@ def clip(kind: str) -> nn.Module:
     return rough(model)
 
 
+def patchable(model: nn.Module, kind: str) -> nn.Module:
+    """What is given to `patch_model`: models of timm are named inside of what other libraries put around them."""
+    if kind == "timm":
+        with pytest.raises(TypeError, match=r"timm_model.TimmModel, which stays .*; patch model\.visual\.trunk"):
+            tokenzoo.patch_model(model, "tome")
+        return model.visual.trunk
+    return model
+
+
 def words(batch: int = 3) -> torch.Tensor:
     return torch.randint(1, 50, (batch, 8), generator=torch.Generator().manual_seed(2))
 
@@ -51,12 +60,13 @@ def test_clip_models(kind, method):
     model, x, text = clip(kind), images(), words()
     image, written = model.encode_image(x), model.encode_text(text)
     classes = {name: type(module) for name, module in model.named_modules()}
-    assert tokenzoo.patch_model(model, given(method)) is model and tokenzoo.is_patched(model)
+    tokenzoo.patch_model(patchable(model, kind), given(method))
+    assert tokenzoo.is_patched(model)
     changed = {name for name, module in model.named_modules() if type(module) is not classes[name]}
     assert changed and all(name.startswith("visual") for name in changed)
     assert tokenzoo.report(model).total == tokenzoo.report(model.visual).total and tokenzoo.recipe(model)
-    inner = "trunk.blocks" if kind == "timm" else "transformer.resblocks"
-    assert tokenzoo.report(model).rows[1].name == f"visual.{inner}.0"
+    first = "blocks.0" if kind == "timm" else "visual.transformer.resblocks.0"
+    assert tokenzoo.report(model.visual.trunk if kind == "timm" else model).rows[1].name == first
     assert torch.equal(model.encode_text(text), written)
     features = model.encode_image(x, normalize=kind != "coca")
     out = model.visual(x)
@@ -74,7 +84,7 @@ def test_clip_models_give_logits_and_intermediates(kind):
     model, x, text = clip(kind), images(), words()
     options = dict(image_indices=[1, 3], output_logits=True)
     plain = model.forward_intermediates(x, text, **options)
-    tokenzoo.patch_model(model, "tome", r=0)
+    tokenzoo.patch_model(patchable(model, kind), "tome", r=0)
     for key, value in model.forward_intermediates(x, text, **options).items():
         torch.testing.assert_close(value, plain[key], atol=1e-4, rtol=1e-4)
     tokenzoo.update_method(model, r=2)
@@ -169,7 +179,9 @@ def test_timm_wrappers_of_transformers():
         torch.manual_seed(0)
         model, x = rough(cls(config)), torch.randn(2, 3, 32, 32)
         plain = model(x)[key]
-        tokenzoo.patch_model(model, "tome", r=0)
+        with pytest.raises(TypeError, match=r"which stays as it is; patch model\.timm_model"):
+            tokenzoo.patch_model(model, "tome", r=0)
+        tokenzoo.patch_model(model.timm_model, "tome", r=0)
         torch.testing.assert_close(model(x)[key], plain, atol=1e-5, rtol=1e-5)
         tokenzoo.update_method(model, r=1)
         out = model(x, output_hidden_states=True)

@@ -151,7 +151,9 @@ def test_thin_wrappers_are_looked_through(name):
     wrapper, x = foreign(path, name, **{attribute: model}), images(model)
     start = model(x)
     assert not tokenzoo.is_patched(wrapper)
-    assert tokenzoo.patch_model(wrapper, "topk", keep_rate=0.5) is wrapper
+    with pytest.raises(TypeError, match=rf"wrapped in {path}.{name}, which stays as it is; patch model\.{attribute}"):
+        tokenzoo.patch_model(wrapper, "topk", keep_rate=0.5)
+    tokenzoo.patch_model(model, "topk", keep_rate=0.5)
     assert tokenzoo.is_patched(model) and tokenzoo.recipe(wrapper) == tokenzoo.recipe(model)
     assert tokenzoo.report(wrapper) == tokenzoo.report(model)
     assert tokenzoo.update_method(wrapper, keep_rate=0.9) is wrapper

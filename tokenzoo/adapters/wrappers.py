@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .classes import FIRST
+from .classes import FIRST, path_of
 from .registry import around_of
 
 # wrappers of other libraries that call one backbone as it is, by module path and class name (none is imported)
@@ -63,6 +63,28 @@ def backbone_of(model: nn.Module) -> nn.Module:
     model = known_of(model)
     around = around_of(model)
     return model if around is None else backbone_of(model.get_submodule(around.path))
+
+
+def backbone_to_patch(model: nn.Module) -> nn.Module:
+    """`backbone_of`, where patching is asked for: wrappers of timm's models in other libraries stay as they are, and
+    whoever patches one of those models names it.
+
+    Raises:
+        TypeError: with the module to patch; see `known_of` too.
+    """
+    backbone = backbone_of(model)
+    for module in model.modules():
+        if (type(module).__module__, type(module).__qualname__) in _HOLDS and _inside(module, backbone) is not None:
+            raise TypeError(
+                f"the model is wrapped in {path_of(type(module))}, which stays as it is; patch "
+                f"model.{_inside(model, backbone)}"
+            )
+    return backbone
+
+
+def _inside(model: nn.Module, inner: nn.Module) -> str | None:
+    """The name of a module inside of another one."""
+    return next((name for name, module in model.named_modules() if module is inner), None)
 
 
 def _held(model: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
 from ..adapters.inspect import block_names, blocks_of, describe, is_patched, total_blocks
 from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
-from ..adapters.wrappers import backbone_of, known_of
+from ..adapters.wrappers import backbone_of, backbone_to_patch, known_of
 from ..core.learned import Learned
 from ..core.method import Method
 from ..core.mixins import Companion
@@ -49,7 +49,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
-    backbone = backbone_of(model)
+    backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(
             f"{type(backbone).__name__} is patched already with {backbone.tokenzoo_recipe.to_dict()}; call "
