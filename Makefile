@@ -25,9 +25,12 @@ test-all: $(STAMP)
 
 # the oldest timm and transformers that are supported, in front of those of the environment: models under every method
 OLDEST := .oldest
-test-oldest: $(STAMP)
+$(OLDEST)/.installed: $(STAMP)
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "timm==1.0.19" "transformers==5.18.0"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -k "not lower_precision" tests/test_matrix.py \
 		tests/test_cait.py tests/test_xcit.py tests/test_hf_same_weights.py tests/test_hf_matrix.py
 
