@@ -35,6 +35,7 @@ from .hooked import Aside
 from .model import ReducingModel
 from .refusals import refuse_unplaced
 from .vit.attention import attention_heads, attention_macs, attention_values, input_width
+from .vit.model import PreNorm, ResPost
 
 
 def table_macs(bias: nn.Module | None) -> int:
@@ -85,30 +86,12 @@ class _RelPos(ReducingBlock):
         return self.call(x, rope if shared_rel_pos is None else shared_rel_pos, attn_mask, is_causal, aside)
 
 
-class ReducingRelPosBlock(_RelPos, RelPosBlock):
+class ReducingRelPosBlock(PreNorm, _RelPos, RelPosBlock):
     """Pre-norm block with LayerScale and DropPath."""
 
-    def attention_input(self, x: Tensor) -> Tensor:
-        return self.norm1(x)
 
-    def attention_branch(self, outs: list[Tensor]) -> Tensor:
-        return self.drop_path1(self.ls1(outs[0]))
-
-    def mlp_input(self, x: Tensor) -> Tensor:
-        return self.norm2(x)
-
-    def mlp_branch(self, z: Tensor) -> Tensor:
-        return self.drop_path2(self.ls2(self.mlp(z)))
-
-
-class ReducingResPostRelPosBlock(_RelPos, ResPostRelPosBlock):
-    """Block with the norms on the branches; queries and keys come from the residual stream itself."""
-
-    def attention_branch(self, outs: list[Tensor]) -> Tensor:
-        return self.drop_path1(self.norm1(outs[0]))
-
-    def mlp_branch(self, z: Tensor) -> Tensor:
-        return self.drop_path2(self.norm2(self.mlp(z)))
+class ReducingResPostRelPosBlock(ResPost, _RelPos, ResPostRelPosBlock):
+    """Block with the norms on the branches."""
 
 
 class ReducingVisionTransformerRelPos(ReducingModel, VisionTransformerRelPos):

@@ -49,8 +49,8 @@ class _OneAttention(ReducingBlock):
         return attention_macs(self.attn)._replace(mlp=linear_macs(self.mlp))
 
 
-class ReducingVitBlock(_OneAttention, Block):
-    """Pre-norm block with LayerScale and DropPath."""
+class PreNorm:
+    """Mixin of pre-norm blocks with LayerScale and DropPath."""
 
     def attention_input(self, x: Tensor) -> Tensor:
         return self.norm1(x)
@@ -65,14 +65,22 @@ class ReducingVitBlock(_OneAttention, Block):
         return self.drop_path2(self.ls2(self.mlp(z)))
 
 
-class ReducingResPostBlock(_OneAttention, ResPostBlock):
-    """Block with the norms on the branches; queries and keys come from the residual stream itself."""
+class ResPost:
+    """Mixin of blocks with the norms on the branches; queries and keys come from the residual stream itself."""
 
     def attention_branch(self, outs: list[Tensor]) -> Tensor:
         return self.drop_path1(self.norm1(outs[0]))
 
     def mlp_branch(self, z: Tensor) -> Tensor:
         return self.drop_path2(self.norm2(self.mlp(z)))
+
+
+class ReducingVitBlock(PreNorm, _OneAttention, Block):
+    """Pre-norm block with LayerScale and DropPath."""
+
+
+class ReducingResPostBlock(ResPost, _OneAttention, ResPostBlock):
+    """Block with the norms on the branches."""
 
 
 class VitModel(ReducingModel):
