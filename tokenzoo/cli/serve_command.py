@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError("the page needs fastapi and uvicorn: pip install 'tokenzoo[serve]'") from error
     if not (args.pretrained or args.checkpoint):
-        raise ValueError(f"--model {args.model} has random weights, which say nothing; give --pretrained or --checkpoint")
+        raise ValueError(f"--model {args.model} has random weights; give --pretrained or --checkpoint")
     about = f"weights of {args.checkpoint}" if args.checkpoint else f"timm's weights of {args.model}"
     app = create_app(
         Shelf({args.model: shown(load_model(args), about=about)}, args.device), load_samples(), (*HOSTS, args.host)

@@ -118,7 +118,8 @@ def _top(logits: Tensor | None, labels: Sequence[str]) -> list[dict[str, Any]]:
 
 def _yaml(options: dict[str, Any]) -> str:
     """A line per option, lists within their line."""
-    lines = (yaml.safe_dump({key: value}, default_flow_style=None, width=10**6).strip() for key, value in options.items())
+    single = ({key: value} for key, value in options.items())
+    lines = (yaml.safe_dump(option, default_flow_style=None, width=10**6).strip() for option in single)
     return "".join(f"{line[1:-1] if line.startswith('{') else line}\n" for line in lines)
 
 
