@@ -52,6 +52,8 @@ class MergeMap(TokenMap):
         self.linear = reduce != "max"
         self._flat: dict[str, Tensor] = {}  # rows of the flattened token axis, made once for all that is merged
         self._total: tuple[Tensor, Tensor] | None = None  # weights that were summed already, and their sums
+        self._share: Tensor | None = None  # share of each source in the mean of its group
+        self._assign: Tensor | None = None
 
     @classmethod
     def from_assign(
@@ -84,8 +86,13 @@ class MergeMap(TokenMap):
 
     @property
     def assign(self) -> Tensor:
-        slots = torch.arange(self.n_out, device=self.order.device).expand_as(self.order)
-        return scatter_values(self.n_in, self.order, slots, -1).scatter(1, self.src, self.slot)
+        if self._assign is None:
+            slots = torch.arange(self.n_out, device=self.order.device).expand_as(self.order)
+            self._assign = scatter_values(self.n_in, self.order, slots, -1).scatter(1, self.src, self.slot)
+        return self._assign
+
+    def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+        return take_rows(y, self.assign) if self.complete else super().lift(y, dropped)
 
     @property
     def num_dropped(self) -> int | None:
@@ -106,7 +113,7 @@ class MergeMap(TokenMap):
         places = torch.arange(self.n_out, device=rows.device).expand_as(rows)
         new = scatter_values(self.n_out, rows, places, 0)  # where each new token goes
         found = copy.copy(self)  # all else of it, and of forms built on it, speaks of old tokens
-        found._flat, found._total = {}, None
+        found._flat, found._total, found._share, found._assign = {}, None, None, None
         found.order = self.order.gather(1, rows)
         found.valid = None if self.valid is None else self.valid.gather(1, rows)
         found.slot = torch.where(self.slot >= 0, new.gather(1, self.slot.clamp(min=0)), -1)
@@ -154,11 +161,7 @@ class MergeMap(TokenMap):
             if self.valid is not None or self.counted is not None:  # some sources may have no slot, or be hidden
                 given = given.masked_fill(~self._counts, float("-inf"))
             return max_rows(out, self.slot.clamp(min=0), given)
-        weight = self.weight
-        if weight is None:
-            weight = torch.ones(x.shape[0], self.n_in, 1, device=x.device)
-        # shares in float32 at least, and in float64 for values that are
-        share = self._shares(weight.to(torch.promote_types(weight.dtype, x.dtype))).to(x.dtype)
+        share = self._shares(x).to(x.dtype)
         # weighted mean = head + sum of share * (source - head): rows without sources stay exact
         delta = share * (self._sources_of(x) - self._at_slots(out))
         return self._added(out, delta)
@@ -169,11 +172,22 @@ class MergeMap(TokenMap):
         counts = (self.slot >= 0).unsqueeze(-1)
         return counts if self.counted is None else counts & self._sources_of(self.counted)
 
-    def _shares(self, weight: Tensor) -> Tensor:
-        """Share of each source in the mean of its group [B, S, 1]; none in a group without any weight."""
-        known = self._total is not None and self._total[0] is weight
+    def _shares(self, x: Tensor) -> Tensor:
+        """Share of each source in the mean of its group [B, S, 1]; none in a group without any weight.
+
+        In float32 at least, and in float64 for values that are.
+        """
+        weight, dtype = self.weight, torch.promote_types(torch.float32, x.dtype)
+        dtype = dtype if weight is None else torch.promote_types(weight.dtype, dtype)
+        if self._share is not None and self._share.dtype == dtype:
+            return self._share
+        if weight is None:
+            weight = torch.ones(x.shape[0], self.n_in, 1, device=x.device, dtype=dtype)
+        known = self._total is not None and self._total[0] is weight and weight.dtype == dtype
+        weight = weight.to(dtype)
         total = self._at_slots(self._total[1] if known else self.pool(weight))
-        return self._received(weight) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        self._share = self._received(weight) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return self._share
 
     def shares(self, dtype: torch.dtype) -> Tensor | None:
         return group_shares(self, self.weight, dtype) if self.reduce == "mean" else None
