@@ -172,11 +172,11 @@ def attention_received(heads: Heads, bias: Tensor | None = None, queries: Tensor
         if queries is not None:
             # a hidden query may see nothing at all, and its row be no number
             rows = rows.masked_fill(~queries[:, None, start:stop, None], 0)
-        part = rows.sum(dim=2).sum(dim=1) / rows.shape[1]
+        part = rows.sum(dim=(1, 2))
         received = part if received is None else received + part
     if queries is None:
-        return received / total
-    return received / queries.sum(1, keepdim=True).clamp(min=1)
+        return received / (total * rows.shape[1])
+    return received / (queries.sum(1, keepdim=True).clamp(min=1) * rows.shape[1])
 
 
 def significance(importance: Tensor, values: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def row_slices(total: int, heads: Heads) -> list[tuple[int, int]]:
     """(start, stop) of the slices of query rows."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if heads.q.device.type == "cpu" and not traced:
-        step = min(_CPU_ROWS, max(1, total // 4))
+        step = min(_CPU_ROWS, -(-total // 4))  # at most a quarter, without a slice of what is left over
     else:
         step = total if total <= _SHORT else max(1, total // (4 * heads.q.shape[1]))
     return [(start, min(start + step, total)) for start in range(0, total, step)]

@@ -14,12 +14,6 @@ def flat_rows(idx: Tensor, length: int) -> Tensor:
     return (idx + offset).reshape(-1)
 
 
-def _exporting() -> bool:
-    """Whether a graph is being recorded for other runtimes: `torch.export`, ONNX or `torch.jit.trace`."""
-    exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    return exported or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-
-
 def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:
     """Splits one dimension into several: x [..., N, ...] -> [..., *sizes, ...], where one of the sizes may be -1.
 
@@ -39,8 +33,8 @@ def take_rows(x: Tensor, idx: Tensor, flat: Tensor | None = None) -> Tensor:
     """Gathers rows per image: x [B, N, ...], idx [B, M] -> [B, M, ...].
 
     An expanded `gather` reads an index per element; selecting rows of the flattened tensor copies whole rows and is
-    an order of magnitude faster on CPU. In exported files one number per row is gathered as it is: OpenVINO takes
-    flattening [B, N, 1] for squeezing it.
+    an order of magnitude faster on CPU. One number per row is gathered as it is: there the index of the elements is
+    that of the rows, and OpenVINO takes flattening [B, N, 1] for squeezing it.
 
     Args:
         x: where to gather from.
@@ -48,7 +42,7 @@ def take_rows(x: Tensor, idx: Tensor, flat: Tensor | None = None) -> Tensor:
         flat: what `flat_rows` makes of them, where several tensors are read at the same rows.
     """
     batch, length = x.shape[:2]
-    if x.dim() == 3 and x.shape[2] == 1 and _exporting():
+    if x.dim() == 3 and x.shape[2] == 1:
         return x.gather(1, idx.unsqueeze(2))
     flat = flat_rows(idx, length) if flat is None else flat
     rows = x.reshape(batch * length, *x.shape[2:]).index_select(0, flat)
