@@ -1,13 +1,13 @@
 """Time of one image: the unpatched model and every published setting, in eager mode or compiled.
 
     python benchmarks/speed/bench_latency.py --results-file benchmarks/speed/latency_deit_small.csv
-    python benchmarks/speed/bench_latency.py --torchcompile --results-file benchmarks/speed/latency_deit_small_compiled.csv
+    python benchmarks/speed/bench_latency.py --torchcompile --results-file benchmarks/speed/latency_compiled.csv
     python benchmarks/speed/bench_latency.py --model deit_base_patch16_224 --results-file ...
 
 Settings are those of `configs/<method>/<settings>.yaml`, for every method that has such a file. All models take turns,
 each once a round; compiled ones in pairs of the unpatched model and one method. One thread by default, processor time.
-Weights are random: methods whose counts follow the image (ats, algm, flowcut, evo) keep what random weights ask for,
-unless --weights names a checkpoint and --images a folder.
+Weights and images are random: methods whose counts follow the image (ats, algm, flowcut) remove less of them than of
+photographs, which the column of multiply-adds shows.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def measured(
         out.append({
             "model": name, "method": row["method"], "method_kwargs": row["method_kwargs"], "compiled": row["compiled"],
             "precision": row["precision"], "ms": row["infer_step_time"], "ms_q1": row["infer_step_time_q1"],
-            "ms_q3": row["infer_step_time_q3"], "share_q1": round(share[0], 4), "share_of_unpatched": round(share[1], 4),
-            "share_q3": round(share[2], 4), "gmacs": row["infer_gmacs"], "gmac_share": round(1 / row["gmac_ratio"], 4),
+            "ms_q3": row["infer_step_time_q3"], "share_q1": round(share[0], 4),
+            "share_of_unpatched": round(share[1], 4), "share_q3": round(share[2], 4), "gmacs": row["infer_gmacs"],
+            "gmac_share": round(1 / row["gmac_ratio"], 4),
             "tokens_out": row["tokens_out"], "rounds": row["rounds"], "clock": row["clock"],
         })  # fmt: skip
     return out
