@@ -1,4 +1,4 @@
-"""Models in stages (PiT, LeViT): every stage begins anew on its own grid, and what stands between sees all places."""
+"""Models in stages (PiT, LeViT, Hiera): every stage begins anew on its own grid, and what stands between sees all places."""
 
 import copy
 import io
@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from cases import KEEPS_LENGTH, METHODS, given, shaken
+from timm.models.hiera import Hiera
 from timm.models.levit import Attention, Levit, LevitDistilled
 from timm.models.pit import PoolingVisionTransformer
 from torch import nn
@@ -24,6 +25,10 @@ PIT = partial(
 LEVIT = partial(
     Levit, img_size=64, embed_dim=(16, 24), key_dim=8, depth=(2, 2), num_heads=(2, 3), stem_type="s8", num_classes=7,
 )  # fmt: skip
+HIERA = partial(
+    Hiera, img_size=64, embed_dim=8, stages=(1, 3, 3), q_pool=2, mask_unit_size=(4, 4), num_classes=7, mlp_ratio=2,
+    mask_unit_attn=(True, False, False),
+)  # fmt: skip
 MODELS = {
     "pit": PIT,
     "pit_distilled": partial(PIT, distilled=True),
@@ -32,6 +37,10 @@ MODELS = {
     "levit_distilled": partial(
         LevitDistilled, img_size=64, embed_dim=(16, 24), key_dim=8, depth=(2, 2), num_heads=(2, 3), stem_type="s8",
         num_classes=7,
+    ),
+    "hiera": HIERA,
+    "hiera_windows": partial(
+        HIERA, abs_win_pos_embed=True, global_pos_size=(3, 3), use_expand_proj=False, init_values=0.3, global_pool="max"
     ),
 }  # fmt: skip
 # what no stage of these has room for, and what one block further would be in the next stage
@@ -70,7 +79,7 @@ def recipe(method, kind):
 
 
 def serves(method, name):
-    if method == "cts" or (method == "vggt" and name.startswith(("levit", "pit"))):
+    if method == "cts" or (method == "vggt" and name.startswith(("levit", "pit", "hiera"))):
         return False  # half the size; images in rows of the last grid
     return method != "ats" or name.startswith("pit")
 
@@ -125,7 +134,7 @@ def test_reduction_and_undoing(models, name, method):
         exact, wide = copy.deepcopy(model).double(), x.double()
         torch.testing.assert_close(torch.cat([exact(image[None]) for image in wide]), exact(wide), atol=2e-5, rtol=1e-4)
         assert [m.shape for m in model.forward_intermediates(x, intermediates_only=True)] == shapes
-        (first,) = model.forward_intermediates(x, [0], stop_early=True, intermediates_only=True)
+        (first,) = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
         assert torch.equal(first, model.forward_intermediates(x, intermediates_only=True)[0])
         assert list(model.state_dict()) == keys
         again = tokenzoo.recipe(model)
@@ -166,6 +175,10 @@ def test_a_stage_begins_with_what_the_model_makes_of_all_places(models, name, me
         places = full[:, own:].transpose(1, 2).unflatten(2, grid)
         places, own = plain.transformers[stage].pool(places, full[:, :own])
         expected = torch.cat([own, places.flatten(2).transpose(1, 2)], dim=1)
+    elif name.startswith("hiera"):
+        places = full.unflatten(1, left.layout.grid)
+        cells = [places[:, i::2, j::2].flatten(1, 2) for i in (0, 1) for j in (0, 1)]
+        expected = plain.blocks[4](torch.cat(cells, dim=1))
     else:
         expected = plain.stages[stage].downsample(full)
     torch.testing.assert_close(entered.x, expected, **CLOSE)

@@ -9,6 +9,7 @@ from .beit import FAMILY as BEIT
 from .cait.model import FAMILY as CAIT
 from .convit.model import FAMILY as CONVIT
 from .eva.model import FAMILY as EVA
+from .hiera.model import FAMILY as HIERA
 from .levit.model import FAMILY as LEVIT
 from .naflex.model import FAMILY as NAFLEX
 from .pit.model import FAMILY as PIT
@@ -25,7 +26,7 @@ from .volo.model import FAMILY as VOLO
 from .xcit.model import FAMILY as XCIT
 
 _FAMILIES = (
-    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, SAM, STEMS, SVIT, VIM, PLAIN_MAMBA,
+    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, HIERA, SAM, STEMS, SVIT, VIM, PLAIN_MAMBA,
     TORCHVISION,
 )  # fmt: skip
 for _family in _FAMILIES:

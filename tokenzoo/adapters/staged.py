@@ -57,6 +57,10 @@ class StagedModel(ReducingModel):
 
     between_name: str  # name of the layer in front of stage i, with {}
 
+    def between_label(self, stage: int) -> str:
+        """Name of the layer in front of a stage, for a report."""
+        return self.between_name.format(stage)
+
     # ---- the sequences
 
     @property
@@ -112,7 +116,7 @@ class StagedModel(ReducingModel):
         back = way_back(flow.held_behind, dim, dim, flow)
         smaller = halved(grid)
         macs = self.between_macs(stage, grid) + back
-        return [Beside(self.between_name.format(stage), flow.left, prefix + smaller[0] * smaller[1], macs, back)]
+        return [Beside(self.between_label(stage), flow.left, prefix + smaller[0] * smaller[1], macs, back)]
 
     # ---- outputs
 

@@ -42,7 +42,7 @@ _MODULES: tuple[tuple[str, Unserved, str], ...] = (
     ("timm.models.{}", WINDOWS, "davit efficientvit_msra gcvit nest swin_transformer swin_transformer_v2"),
     ("timm.models.{}", WINDOWS, "swin_transformer_v2_cr tiny_vit"),
     ("timm.models.{}", MAPS, "hieradet_sam2"),
-    ("timm.models.{}", POOLED, "coat hiera mvitv2 nextvit pvt_v2 twins visformer"),
+    ("timm.models.{}", POOLED, "coat mvitv2 nextvit pvt_v2 twins visformer"),
     ("timm.models.{}", CONVOLVED, "byobnet cpubone csatv2 edgenext efficientformer efficientformer_v2"),
     ("timm.models.{}", CONVOLVED, "efficientvit_mit fastvit iformer lowformer maxxvit metaformer mobilenetv5 shvit"),
     ("timm.models.{}", CONVOLVED, "swiftformer"),
