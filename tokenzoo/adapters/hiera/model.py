@@ -3,9 +3,9 @@
 Read from timm 1.0.19 to 1.0.31. Blocks 0, 1, ... of a method are those of the global stages behind their pooling ones,
 in order; mask-unit stages run in front of them as they are, and the block that pools between two stages runs on all
 places. Differences from upstream: the model's subclass owns the loop over the blocks, tokens stand in raster order in
-the global stages (upstream keeps them unrolled until they are pooled; attention among all places sees no order), pooling
-knows sizes and padding, and maps that `forward_intermediates` hands out are lifted to the full grid of their stage.
-Dropping mask units (`mask`) is refused.
+the global stages (upstream keeps them unrolled until they are pooled; attention among all places sees no order),
+pooling knows sizes and padding, and maps that `forward_intermediates` hands out are lifted to the full grid of their
+stage. Dropping mask units (`mask`) is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from timm.models.hiera import Hiera, HieraBlock, MaskUnitAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...core.recipe import Recipe
 from ...core.tokens import Layout, Tokens
 from ...ops.layer_macs import conv_macs, linear_macs
 from ..backbone import Family
@@ -251,7 +250,7 @@ class ReducingHiera(StagedModel, Hiera):
         take, last = feature_take_indices(len(ends), indices)
         if blocks[ends[last]] not in self.blocks:
             raise ValueError(
-                f"{type(self).__name__} would end at blocks.{ends[last]}, where methods do not act; unpatch it first, or "
+                f"{type(self).__name__} would end at blocks.{ends[last]}, where methods do not act; unpatch it, or "
                 "prune it to a stage of global attention"
             )
         pruned = ends[last] < len(blocks) - 1

@@ -63,7 +63,7 @@ def check(model: nn.Module) -> None:
     for stage in range(first, len(stages)):
         if not behind_pooling(stage, stages[stage]):
             raise ValueError(
-                f"{name}: the only block of stage {stage} pools, which leaves methods none to act in; create it with two "
+                f"{name}: the only block of stage {stage} pools, and methods have none to act in; create it with two "
                 "blocks or more in every stage of global attention"
             )
 
