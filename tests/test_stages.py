@@ -126,7 +126,7 @@ def test_reduction_and_undoing(models, name, method):
             assert tokens.length == report.tokens_out
         walked = [t for t in model.walk(x)]
         firsts = model.firsts()
-        assert len(walked) == len(model.blocks) + len(firsts)
+        assert len(walked) == len(model.served_blocks) + len(firsts)
         assert [t.layout.grid for t in walked][-1] == tokens.layout.grid != walked[0].layout.grid
         assert method in KEEPS_LENGTH or min(t.length for t in walked[: firsts[1] + 1]) < walked[0].length
         torch.testing.assert_close(model.forward_head(model.forward_features(x)), out, atol=2e-5, rtol=1e-4)
@@ -359,7 +359,7 @@ def test_every_block_of_hiera_hands_out_maps():
         model, x = shaken(HIERA(**settings)), images("hiera")
         plain, (features, maps) = model(x), model.forward_intermediates(x, coarse=False, output_fmt="NHWC")
         with tokenzoo.patched(model, "tome", r=0):
-            assert len(model.blocks) == 4
+            assert len(model.served_blocks) == 4
             torch.testing.assert_close(model(x), plain, **CLOSE)
             again, lifted = model.forward_features(x, return_intermediates=True)
             torch.testing.assert_close(again, features, atol=1e-4, rtol=1e-4)

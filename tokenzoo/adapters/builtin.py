@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from .beit import FAMILY as BEIT
 from .cait.model import FAMILY as CAIT
 from .convit.model import FAMILY as CONVIT
+from .crossvit.model import FAMILY as CROSSVIT
 from .eva.model import FAMILY as EVA
 from .hiera.model import FAMILY as HIERA
 from .levit.model import FAMILY as LEVIT
@@ -26,8 +27,8 @@ from .volo.model import FAMILY as VOLO
 from .xcit.model import FAMILY as XCIT
 
 _FAMILIES = (
-    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, HIERA, SAM, STEMS, SVIT, VIM, PLAIN_MAMBA,
-    TORCHVISION,
+    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, HIERA, CROSSVIT, SAM, STEMS, SVIT, VIM,
+    PLAIN_MAMBA, TORCHVISION,
 )  # fmt: skip
 for _family in _FAMILIES:
     register_family(_family)

@@ -71,7 +71,6 @@ _ROWS: dict[str, Unserved] = {
         "timm's vit_small_patch16_dinov3 or transformers' DINOv3ViTModel with the same weights, or register_family",
     ),
     "models_mae": Unserved("drops patches at random by itself, for pre-training", "timm's vit_base_patch16_224.mae"),
-    "timm.models.crossvit": Unserved("runs two branches that exchange their class tokens between blocks", _VIT),
     "timm.models.efficientvim": Unserved("convolves the grid around a state space", "vim_tiny of tokenzoo.models"),
     "timm.models.sequencer": Unserved("runs recurrent layers along rows and columns of the grid", _VIT),
     "timm.models.tnt": Unserved("runs the pixels of every patch through a transformer beside that of patches", _VIT),

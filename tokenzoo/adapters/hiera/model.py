@@ -193,7 +193,7 @@ class ReducingHiera(StagedModel, Hiera):
             raise ValueError(f"norm=True: the norm of {name} stands behind pooling, maps have none; leave it out")
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r}: {name} hands out maps; use 'NCHW' or 'NHWC'")
-        count = len(self._modules["blocks"])
+        count = len(self.blocks)
         ends = self.stage_ends if coarse else range(count)
         take, last = feature_take_indices(len(ends), indices)
         wanted, stop = {ends[i] for i in take}, ends[last] if stop_early else count - 1
@@ -245,18 +245,18 @@ class ReducingHiera(StagedModel, Hiera):
         """
         from timm.models._features import feature_take_indices
 
-        blocks = self._modules["blocks"]
+        blocks = self.blocks
         ends = self.stage_ends if coarse else range(len(blocks))
         take, last = feature_take_indices(len(ends), indices)
-        if blocks[ends[last]] not in self.blocks:
+        if blocks[ends[last]] not in self.served_blocks:
             raise ValueError(
                 f"{type(self).__name__} would end at blocks.{ends[last]}, where methods do not act; unpatch it, or "
                 "prune it to a stage of global attention"
             )
         pruned = ends[last] < len(blocks) - 1
-        self._modules["blocks"] = blocks[: ends[last] + 1]
+        self.blocks = blocks[: ends[last] + 1]
         if pruned:
-            self.num_features = self.head_hidden_size = input_width(self.blocks[-1].attn)
+            self.num_features = self.head_hidden_size = input_width(self.served_blocks[-1].attn)
         if prune_head or pruned:
             self.reset_classifier(0, reset_other=True)
         return take
@@ -271,5 +271,5 @@ FAMILY = Family(
     attentions={MaskUnitAttention: ReducingGlobalAttention},
     check=check,
     check_recipe=check_recipe,
-    bypassed=lambda model: [("blocks", model._modules["blocks"], "hook the blocks one by one (model.blocks[i])")],
+    bypassed=lambda model: [("blocks", model.blocks, "hook the blocks one by one (model.blocks[i])")],
 )

@@ -14,7 +14,7 @@ from ..staged import refuse_across_stages
 
 def stages_of(model: nn.Module) -> list[tuple[nn.Module, ...]]:
     """Blocks of every stage that is there, the pooling ones in front; pruning may have taken some off."""
-    blocks = tuple(model._modules["blocks"])
+    blocks = tuple(model.blocks)
     starts = [0, *(end + 1 for end in model.stage_ends)]
     stages = [blocks[start:stop] for start, stop in zip(starts, starts[1:])]
     return [stage for stage in stages if stage]
