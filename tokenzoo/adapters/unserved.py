@@ -23,7 +23,7 @@ class Unserved(NamedTuple):
 
 _VIT = "timm's vit_small_patch16_224, or another plain ViT of its size"
 _MAPS = "timm's samvit_base_patch16 under 'cluster', or a plain ViT in tokenzoo.dense, which restores the grid"
-_STAGES = "timm's pit_s_224, levit_256 or hiera_small_224, whose stages attend globally, or vit_small_patch16_224"
+_STAGES = "timm's pit_s_224, levit_256 or (at its end) hiera_small_224, whose stages attend globally, or a plain ViT"
 _SMALL = "timm's vit_tiny_patch16_224 or deit_tiny_patch16_224"
 
 WINDOWS = Unserved("attends inside windows of a fixed size, cut from the whole map: no token can leave one", _VIT)
