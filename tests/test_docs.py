@@ -215,8 +215,9 @@ def test_commands_parse(command, monkeypatch):
         check_training(options_of(vars(args)))
     elif hasattr(args, "model"):
         assert timm.is_model(args.model)
-        assert hasattr(args, "method") or args.command == "tune"
-        if args.command != "tune":
+        alone = ("tune", "serve")  # choose methods themselves
+        assert hasattr(args, "method") or args.command in alone
+        if args.command not in alone:
             runs_of(args)  # names, options and recipe files of the methods
 
 
