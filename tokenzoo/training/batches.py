@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ..evaluation.broken import Broken
 from .augment import training_transform
 from .data import Splits
-from .distributed import World
+from ..evaluation.distributed import World
 from .sampling import Augmented, EpochOrder, Streamed, collate
 from .seeds import BATCH, ORDER, seed_everything, seed_host
 

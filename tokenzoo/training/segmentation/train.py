@@ -21,7 +21,7 @@ from ...dense.storage import save_segmenter
 from ...evaluation.runs import Precision
 from ...evaluation.segmentation.confusion import areas, confusion_matrix, scores
 from ..checkpoints import write_whole
-from ..distributed import World
+from ...evaluation.distributed import World
 from ..engine import Engine, Pace
 from .augment import Gallery, Views
 from .step import RisingAverage, SegmentStep, StepRates, ViewBatches, class_weights, normalisation
