@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..evaluation.distributed import World
 from ..evaluation.runs import Precision
 from .batches import Batch
-from ..evaluation.distributed import World
 from .keep_rate import KeepRateWarmup
 from .losses import PARTS
 from .sharding import load_optimizer, load_weights, whole, without_sync

@@ -144,7 +144,7 @@ class TrainStep(nn.Module):
         return self
 
     def answer(self, images: Tensor) -> Tensor:
-        """The logits of the model alone, for evaluation: where the step is sharded, weights come together through it."""
+        """The logits of the model alone, for evaluation; a sharded step brings the weights together for it."""
         return self.model(images)
 
     def forward(self, images: Tensor, target: Tensor, update: int = 0) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.plugins import import_plugins
 from ..cost.report import report
+from ..evaluation.distributed import World, join
 from ..evaluation.environment import command_line, environment
 from ..evaluation.loading import data_config
 from ..evaluation.runs import Precision
@@ -22,7 +23,6 @@ from .batches import TrainBatches
 from .build import build
 from .checkpoints import Checkpoints, Place
 from .data import open_splits
-from ..evaluation.distributed import World, join
 from .engine import Engine, Pace
 from .keep_rate import KeepRateWarmup
 from .losses import TrainStep, unused_parameters

@@ -27,7 +27,7 @@ def check_sharding(args: argparse.Namespace, world: World) -> None:
         ValueError: names the flag, and what to do.
     """
     if world.size == 1:
-        raise ValueError("--fsdp shards a model over processes, and there is one; start it with torchrun, or leave it out")
+        raise ValueError("--fsdp parts a model among processes, and this is one alone; start it with torchrun")
     refused = {
         "--consistency": (args.consistency, "its second pass shares the weights of the first"),
         "--eval-unpatched": (args.eval_unpatched, "the unpatched view shares weights; use `tokenzoo eval` afterwards"),
@@ -50,14 +50,10 @@ def shard(root: nn.Module, model: nn.Module, world: World, methods: tuple[str, .
         methods: of the root, besides its forward pass, that run the model.
 
     Raises:
-        ValueError: a version of torch without FSDP2.
         TypeError: a model that is not served, whose blocks nobody knows.
     """
-    try:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    except ImportError as error:
-        raise ValueError(f"--fsdp needs torch 2.6 or newer, this is {torch.__version__}") from error
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     backbone = backbone_of(model)
     find_family(backbone)

@@ -15,10 +15,10 @@ from ..adapters.inspect import is_patched
 from ..apply.patch import unpatch_model
 from ..evaluation.broken import Broken
 from ..evaluation.data import Pictures
+from ..evaluation.distributed import World
 from ..evaluation.loading import PictureLoader
 from ..evaluation.runs import Precision, shared_copy
 from .data import Splits
-from ..evaluation.distributed import World
 
 
 class ValBatches:

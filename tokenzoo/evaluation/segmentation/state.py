@@ -57,7 +57,9 @@ class StateFile:
         ValueError: a damaged file, or a folder that does not exist and cannot be made.
     """
 
-    def __init__(self, folder: Path | None, label: str, key: Mapping[str, Any], num_classes: int, part: int = 0) -> None:
+    def __init__(
+        self, folder: Path | None, label: str, key: Mapping[str, Any], num_classes: int, part: int = 0
+    ) -> None:
         self.rows: dict[str, Row] = {}
         self.path: Path | None = None
         self.num_classes = num_classes
