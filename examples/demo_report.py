@@ -29,6 +29,7 @@ img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(
 table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } thead th { background: var(--card); }
+caption { text-align: left; padding: 0.4rem 0.7rem; color: var(--soft); }
 tbody tr:hover { background: var(--card); }
 details { border: 1px solid var(--line); border-radius: 6px; padding: 0.4rem 0.8rem; margin: 0.5rem 0; }
 summary { cursor: pointer; font-weight: 600; }

@@ -27,8 +27,9 @@ def plot_curves(
 ) -> None:
     """Draws one curve a method, with error bars and its name, and the unpatched model as a star with a line through it.
 
-    Where there are many methods, or some are far below the others, the upper half gets a panel with an axis of its
-    own, and the lower half another.
+    Names stand on the side that most of the runs are on, seen from the unpatched model: with the strongest ones. Where
+    there are many methods, or some are far below the others, the upper half gets a panel with an axis of its own, and
+    the lower half another.
 
     Args:
         rows: one mapping a run with `method` ("unpatched" for none) and the columns named; rows whose x or y is
@@ -64,10 +65,12 @@ def plot_curves(
     size = (7.2 if len(groups) == 1 else 12.0, max(4.6, longest * _LINE * 1.25 / 72))  # inches
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    styles = {name: number for number, name in enumerate(dict.fromkeys(name for group in groups for name in group))}
+    names = (row["method"] for row in rows if row["method"] != "unpatched")
+    styles = {name: number for number, name in enumerate(dict.fromkeys(names))}  # the same in figures of other columns
+    left = not base or 2 * sum(row[x] < base[0][x] for own in curves.values() for row in own) >= len(rows) - len(base)
     for place, group in enumerate(groups):
         axes = figure.add_subplot(1, len(groups), place + 1)
-        _panel(axes, {name: curves[name] for name in group}, base, styles, (x, y, error))
+        _panel(axes, {name: curves[name] for name in group}, base, styles, (x, y, error), left)
         axes.set_xlabel(xlabel or x)
         axes.set_ylabel((ylabel or y) if place == 0 else "")
         if len(groups) > 1:
@@ -78,7 +81,7 @@ def plot_curves(
         figure.suptitle(title, fontsize=11)
     figure.draw_without_rendering()  # names find their places once axes have theirs
     for axes, group in zip(figure.axes, groups):
-        _names(axes, {name: curves[name][0] for name in group}, styles, (x, y))
+        _names(axes, {name: curves[name][0 if left else -1] for name in group}, styles, (x, y), left)
     figure.savefig(path, dpi=150)
 
 
@@ -106,6 +109,7 @@ def _panel(
     base: Sequence[Mapping[str, Any]],
     styles: Mapping[str, int],
     columns: tuple[str, str, str],
+    left: bool,
 ) -> None:
     x, y, error = columns
     for name, own in curves.items():
@@ -129,18 +133,22 @@ def _panel(
             row[x], row[y], yerr=row.get(error) or 0.0, color="black", marker="*", markersize=12, capsize=2.5,
             linestyle="none", label="unpatched",
         )  # fmt: skip
-        axes.annotate("unpatched", (row[x], row[y]), (0, 8), textcoords="offset points", ha="right", fontsize=8.5)
+        axes.annotate(
+            "unpatched", (row[x], row[y]), (0, 8), textcoords="offset points", ha="right" if left else "left",
+            fontsize=8.5,
+        )  # fmt: skip
     low, high = axes.get_xlim()
-    axes.set_xlim(low - 0.28 * (high - low), high)  # room for the names
+    room = 0.28 * (high - low)  # for the names
+    axes.set_xlim(*((low - room, high) if left else (low, high + room)))
     axes.margins(y=0.08)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _names(
-    axes: Any, ends: Mapping[str, Mapping[str, Any]], styles: Mapping[str, int], columns: tuple[str, str]
+    axes: Any, ends: Mapping[str, Mapping[str, Any]], styles: Mapping[str, int], columns: tuple[str, str], left: bool
 ) -> None:
-    """Writes every name to the left of its line, as high as the line ends or as near to it as the others let it."""
+    """Writes every name beside its line, as high as the line ends or as near to it as the others let it."""
     x, y = columns
     box = axes.get_window_extent()
     points = axes.figure.dpi / 72
@@ -151,9 +159,11 @@ def _names(
     for name, height in zip(order, heights):
         color = _COLORS[styles[name] % len(_COLORS)]
         end = (ends[name][x], ends[name][y])
+        place = (0.015 if left else 0.985, (height - box.y0) / box.height)
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.55, "shrinkB": 3}
         axes.annotate(
-            name, end, (0.015, (height - box.y0) / box.height), textcoords="axes fraction", va="center", fontsize=8.5,
-            color=color, arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.55, "shrinkB": 3},
+            name, end, place, textcoords="axes fraction", va="center", ha="left" if left else "right", fontsize=8.5,
+            color=color, arrowprops=leader,
         )  # fmt: skip
 
 
