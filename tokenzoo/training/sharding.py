@@ -103,7 +103,7 @@ def whole(state: Any, keep: bool = True) -> Any:
     """A state dict with shards put together, on the CPU; all processes have to call it.
 
     Args:
-        state: tensors and plain values in mappings and lists; without shards it is returned as it is.
+        state: tensors and plain values in mappings and lists; what is no shard stays the same object.
         keep: whether this process wants the whole tensors.
     """
     if _sharded(state):
