@@ -59,7 +59,7 @@ def run(output: Path, methods: Sequence[str]) -> tuple[dict[str, Path], list[Pat
     small = [photos.view(name, SIDE) for name in SHOWN]
     images = photos.normalize(np.stack([np.asarray(image) for image in small]))
     drawn: dict[str, Path] = {}
-    panels = [(views[0].resize((144, 144), Image.Resampling.BICUBIC), "the photograph", "577 tokens")]
+    panels = [(views[0].resize((168, 168), Image.Resampling.BICUBIC), "the photograph", "577 tokens")]
     for method in methods:
         try:
             maps, answers = maps_of(model, method, images)
@@ -77,8 +77,8 @@ def run(output: Path, methods: Sequence[str]) -> tuple[dict[str, Path], list[Pat
         stacked(rows).save(drawn[method])
         last = maps.blocks[-1]
         count = f"{int(last.tokens_out[0])} tokens{' inside' if last.inside else ''}"
-        panels.append((draw_block(views[0], maps, -1, 0, 144), method, count))
+        panels.append((draw_block(views[0], maps, -1, 0, 168), method, count))
     overview = output / "token_maps.png"
     legend = [(swatch(kind), text) for kind, text in enumerate(LEGEND)]
-    compose(panels, legend, f"after the last reducing block, flops={SHARE}", 7).save(overview)
+    compose(panels, legend, f"after the last reducing block, flops={SHARE}", 6).save(overview)
     return drawn, [overview, *drawn.values()]
