@@ -163,7 +163,7 @@ def _names(
         leader = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.55, "shrinkB": 3}
         axes.annotate(
             name, end, place, textcoords="axes fraction", va="center", ha="left" if left else "right", fontsize=8.5,
-            color=color, arrowprops=leader,
+            color=color, arrowprops=leader, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip
 
 
