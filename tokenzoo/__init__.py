@@ -9,7 +9,7 @@ from .core.recipe import Recipe
 from .core.registry import create_method, list_methods, method_class, register
 from .cost.report import Report, report
 from .cost.trace import MacReport, count_macs
-from .tuning import tune
+from .tuning import learn_rates, tune
 from .view.explain import Explanation, explain
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "create_method",
     "explain",
     "is_patched",
+    "learn_rates",
     "list_backbones",
     "list_methods",
     "method_class",

@@ -10,7 +10,7 @@ from importlib import import_module
 from ..core.plugins import import_plugins
 from .common import add_import
 
-COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "tune", "export")
+COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "tune", "rates", "export")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Methods that learn what to decide: their training form, what their decisions owe, and what a teacher offers."""
+"""Methods that learn what to decide: their training form, what their decisions owe, and what these losses go by."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import ClassVar, NamedTuple, final
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..maps import GateMap
+from ..maps import GatedMergeMap, GateMap, Moves
 from .gate import Decision, Gate
+from .prices import Prices
 from .step import Step
 from .tokens import Tokens
 
@@ -16,15 +17,21 @@ __all__ = ["Decision", "Gate", "Learned", "Teaching"]
 
 
 class Teaching(NamedTuple):
-    """What a teacher says about the same images; a field is None where nobody asked for it.
+    """What losses go by besides decisions; a field is None where nobody asked for it, or nobody has it.
 
     Attributes:
-        logits: [B, K].
-        tokens: normed patch tokens [B, H * W, C] in raster order.
+        logits: what a teacher says about the same images [B, K].
+        tokens: its normed patch tokens [B, H * W, C] in raster order.
+        answers: what the model itself says [B, K].
+        target: class indices [B], or soft targets [B, K].
+        prices: multiply-adds of the model by its tokens, for methods that are `priced`.
     """
 
     logits: Tensor | None = None
     tokens: Tensor | None = None
+    answers: Tensor | None = None
+    target: Tensor | None = None
+    prices: Prices | None = None
 
 
 class Learned:
@@ -36,13 +43,14 @@ class Learned:
 
     owes: ClassVar[tuple[str, ...]] = ()  # names of the losses
     gates: ClassVar[bool] = True  # whether it trains with a GateMap, which needs a model that attends
+    priced: ClassVar[bool] = False  # whether its losses look at `Teaching.prices`
 
     def losses(self, records: tuple[Decision, ...], teaching: Teaching) -> dict[str, Tensor]:
         """What its decisions in one forward pass add to the loss of training, by the names in `owes`.
 
         Args:
             records: its decisions, in the order of the blocks.
-            teaching: what a teacher offers.
+            teaching: what a teacher offers, and what else is known of the pass.
 
         Returns:
             Scalars, weighted by the method's own options.
@@ -58,6 +66,7 @@ class Learned:
         share: float | None = None,
         scores: Tensor | None = None,
         sees_itself: bool = False,
+        moves: Moves | None = None,
     ) -> GateMap:
         """The training form of keeping some patches, with its decision on record.
 
@@ -69,6 +78,7 @@ class Learned:
             share: share of the patches to keep, for the record.
             scores: what the predictor said [B, M, ...], for the record.
             sees_itself: see `GateMap`.
+            moves: which patches [B, M] merge into which; their gates are closed. None where none do.
 
         Raises:
             ValueError: gates of another shape.
@@ -81,4 +91,7 @@ class Learned:
             )
         gate = gate.float()
         decision = Decision(step.order, step.block, gate, tokens.left[:, prefix:], share, scores)
-        return GateMap(F.pad(gate, (prefix, 0), value=1.0), sees_itself, decision)
+        gate = F.pad(gate, (prefix, 0), value=1.0)
+        if moves is not None:
+            return GatedMergeMap(gate, moves.behind(prefix), sees_itself, decision)
+        return GateMap(gate, sees_itself, decision)

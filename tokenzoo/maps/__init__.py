@@ -12,6 +12,7 @@ from .cluster import ClusterMap
 from .fronted import FrontedMap
 from .fuse import FuseMap
 from .gate import GateMap
+from .gated_merge import GatedMergeMap, Moves
 from .keep import KeepMap
 from .low_pass import Filter, LowPassMap
 from .merge import MergeMap
@@ -33,11 +34,13 @@ __all__ = [
     "FrontedMap",
     "FuseMap",
     "GateMap",
+    "GatedMergeMap",
     "KeepMap",
     "LowPassMap",
     "MergeMap",
     "MixMap",
     "MlerpMap",
+    "Moves",
     "PropagateMap",
     "PartialMap",
     "ReplaceMap",

@@ -14,9 +14,10 @@ from ..adapters.wrappers import backbone_of
 from ..apply.patch import update_method
 from ..core.learned import Teaching
 from ..core.tokens import Layout, Tokens
+from ..cost.prices import prices_of
 from ..evaluation.runs import shared_copy
 from .consistency import token_consistency
-from .owed import losses_owed, names_owed
+from .owed import learned_methods, losses_owed, names_owed
 from .seeds import STRENGTH, seed_of
 from .token_distillation import check_tokens, full_layout, patch_tokens, token_distillation
 
@@ -101,6 +102,8 @@ class TrainStep(nn.Module):
         self.consistency, self.limit = args.consistency, args.consistency_r
         self.strength: int | float = 0
         self.owed = names_owed(model)
+        priced = any(method.priced for method in learned_methods(model).values())
+        self._prices = prices_of(model) if priced else None
         self.threshold, self.second_weight = args.consistency_threshold, args.consistency_task
         # lists hide modules: teacher and second pass are no parameters of their own
         self._teacher = [teacher]
@@ -148,6 +151,8 @@ class TrainStep(nn.Module):
         """
         second, (teaching, layout) = self._second[0], self._taught(images)
         owing = len(self.owed) > 0
+        if owing:
+            teaching = teaching._replace(target=target, prices=self._prices)
         logits, token, apart, owed = self._forward(self.model, images, second is not None, teaching, layout, owing)
         parts = {"task": self._task(logits, target)}
         loss = parts["task"]
@@ -214,8 +219,9 @@ def _answer(
         x = model.forward_features(images)
         tokens = Tokens(patch_tokens(x, layout), layout._replace(num_prefix=0, added=0))
     apart = None if places is None else token_distillation(tokens, places)
-    owed = losses_owed(model, tokens, teaching) if owing else {}
-    return _Answer(model.forward_head(x), tokens.x[:, 0] if with_token else None, apart, owed)
+    logits = model.forward_head(x)
+    owed = losses_owed(model, tokens, teaching._replace(answers=logits)) if owing else {}
+    return _Answer(logits, tokens.x[:, 0] if with_token else None, apart, owed)
 
 
 def unused_parameters(step: TrainStep, batch: tuple[Tensor, Tensor], context: Any) -> list[str]:

@@ -8,6 +8,7 @@ from ..adapters.inspect import is_patched
 from ..adapters.wrappers import backbone_of
 from ..core.learned import Learned, Teaching
 from ..core.tokens import Tokens
+from ..cost.prices import prices_of
 
 
 def learned_methods(model: nn.Module) -> dict[int, Learned]:
@@ -31,13 +32,16 @@ def losses_owed(model: nn.Module, tokens: Tokens, teaching: Teaching) -> dict[st
     Args:
         model: patched.
         tokens: what its `forward_tokens` returned in training.
-        teaching: what the teacher says.
+        teaching: what the teacher says, and what else the losses go by; prices are looked up where they are missing.
 
     Raises:
         ValueError: a method with other losses than it declares.
     """
     found = {name: tokens.x.new_zeros((), dtype=tokens.x.float().dtype) for name in names_owed(model)}
-    for order, method in learned_methods(model).items():
+    methods = learned_methods(model)
+    if teaching.prices is None and any(method.priced for method in methods.values()):
+        teaching = teaching._replace(prices=prices_of(model))
+    for order, method in methods.items():
         records = tuple(record for record in tokens.records if record.order == order)
         losses = method.losses(records, teaching) if records else {}
         if records and set(losses) != set(method.owes):
