@@ -54,6 +54,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
     "soft_transform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),
+    "thresholds": ({}, {"alike": 0.3, "least": 0.7}, {"max_tokens": 12}),
     "tofu": ({"r": 0}, {"r": 2}, {}),
     "tome": ({"r": 0}, {"r": 2}, {}),
     "tomesd": ({"ratio": 0.0}, {"ratio": 0.75, "branches": ("attention", "mlp")}, {}),

@@ -175,7 +175,7 @@ def learn_rates(
     search = RateSearch(patches=prices.patches, granularity=granularity)
     put_on(model, search, None, {})
     try:
-        with _searching(model, backbone) as modules:
+        with _searching(model, backbone) as modules, torch.enable_grad():
             losses = _learn(model, modules, prices, batches, flops, epochs, (lr, min_lr), weight)
             counts = _counts(modules, prices)
     finally:
