@@ -39,6 +39,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "dct": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "dpcknn": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "neighbours": 3}, {}),
     "diffrate": ({"prune": 1.0, "merge": 1.0}, {"prune": 0.9, "merge": 0.7}, {}),
+    "dynamicvit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
     "flowcut": ({"keep_rate": 1.0}, {"keep_rate": 0.1, "layers": (1, 2)}, {"entropy": 0.7}),

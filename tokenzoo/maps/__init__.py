@@ -17,6 +17,7 @@ from .low_pass import Filter, LowPassMap
 from .merge import MergeMap
 from .mix import MixMap
 from .mlerp import MlerpMap
+from .note import NoteMap
 from .partial import PartialMap
 from .propagate import PropagateMap
 from .replace import ReplaceMap
@@ -38,6 +39,7 @@ __all__ = [
     "MergeMap",
     "MixMap",
     "MlerpMap",
+    "NoteMap",
     "PropagateMap",
     "PartialMap",
     "ReplaceMap",
