@@ -53,6 +53,8 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "radial": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
+    # layers that rebuild are bound to the depth of the model
+    "sit": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "feature_weight": 0.0}, {}),
     "soft_transform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),
     "tofu": ({"r": 0}, {"r": 2}, {}),

@@ -108,6 +108,25 @@ def patch_tokens(features: Tensor, layout: Layout) -> Tensor:
     return from_scan(features, layout.scan_rows)[:, layout.num_prefix :]
 
 
+def layer_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What `forward_features` gives, and the patch tokens [B, H * W, C] behind every block, before the final norm.
+
+    Args:
+        model: not patched.
+        images: [B, C, H, W].
+
+    Raises:
+        ValueError: a model that does not hand out what its blocks give.
+    """
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"{type(model).__name__}, the teacher, has no forward_intermediates, which gives the tokens behind its "
+            "blocks; give another model, or set the weight of the method's loss to 0"
+        )
+    features, layers = model.forward_intermediates(images, norm=False, output_fmt="NLC")
+    return features, tuple(layers)
+
+
 def check_tokens(model: nn.Module, who: str) -> None:
     """Refuses models whose final tokens are not to be had.
 
