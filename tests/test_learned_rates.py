@@ -36,7 +36,7 @@ def test_learned_count():
 def searching(name: str = "deit", seed: int = 0) -> tuple[nn.Module, list[nn.ModuleDict]]:
     """A model under search whose counts differ from block to block."""
     model = build(name)
-    put_on(model, RateSearch(patches=16, granularity=1), None, {})
+    put_on(model, RateSearch(patches=16, granularity=1))
     found = [block.tokenzoo_0_diffrate_search for block in model.blocks[1:]]
     generator = torch.Generator().manual_seed(seed)
     for index, module in enumerate(found):

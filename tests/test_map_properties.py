@@ -8,11 +8,22 @@ from hypothesis import strategies as st
 from tokenzoo.core.filtering import filtered
 from tokenzoo.core.lift import lift
 from tokenzoo.core.tokens import Layout, Tokens, trace_assign
-from tokenzoo.maps import ChainMap, FuseMap, GatedMergeMap, GateMap, KeepMap, MergeMap, MixMap, Moves, SpreadMap
+from tokenzoo.maps import (
+    ChainMap,
+    FuseMap,
+    GatedMergeMap,
+    GateMap,
+    KeepMap,
+    MergeMap,
+    MixMap,
+    Moves,
+    NoteMap,
+    SpreadMap,
+)
 
 FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_sum", "merge_assign", "merge_dropped", "fuse", "mix",
-         "gate", "gated_merge", "spread", "low_pass", "chain")  # fmt: skip
-SOFT = ("mix", "spread", "low_pass")
+         "mix_prefix", "gate", "gated_merge", "note", "spread", "low_pass", "chain")  # fmt: skip
+SOFT = ("mix", "mix_prefix", "spread", "low_pass")
 
 
 def random_rows(batch, n, count, generator):
@@ -55,6 +66,10 @@ def make(form, n, seed, batch=2):
         return GatedMergeMap(gate, Moves(into, taken, weight.squeeze(-1)))
     if form == "mix":
         return MixMap(torch.randn(batch, keep, n, generator=g, dtype=torch.float64))
+    if form == "mix_prefix":
+        return MixMap(torch.randn(batch, keep, n - 1, generator=g, dtype=torch.float64), num_prefix=1)
+    if form == "note":
+        return NoteMap(torch.zeros(batch, n, 1), object())
     if form == "spread":  # one prefix token in front
         shares = torch.rand(batch, keep, n - 1, generator=g, dtype=torch.float64).softmax(1)
         front = torch.zeros(batch, 1, dtype=torch.int64)

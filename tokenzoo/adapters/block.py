@@ -219,6 +219,8 @@ class ReducingBlock(HookedBlock):
         token_map = step.decide(tokens, signals)
         if token_map is None:
             return tokens, signals
+        if token_map.notes:
+            return tokens.reduce(token_map), signals
         if maps is not None:
             maps.append(token_map)
         return tokens.reduce(token_map, step.block, step.method.name), signals.after(token_map)

@@ -49,13 +49,14 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
-    if new := put_on(model, method, flops, options):
+    new = put_on(model, method, flops, **options)
+    if new:
         _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
     return model
 
 
-def put_on(model: nn.Module, method: Any, flops: float | None, options: dict[str, Any]) -> list[str]:
-    """`patch_model` without a word about new parameters, whose names it returns."""
+def put_on(model: nn.Module, method: Any, flops: float | None = None, **options: Any) -> list[str]:
+    """What `patch_model` does; returns the names of new parameters, without a word about them."""
     backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(

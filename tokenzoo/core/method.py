@@ -131,7 +131,13 @@ class Method(Declared):
         """
 
     def module(self, dim: int, step: Step) -> nn.Module | None:
-        """The learned module of one block, None for methods without parameters."""
+        """The learned module of one block, None for methods without parameters.
+
+        Args:
+            dim: channels of the residual stream.
+            step: this method in this block; `step.known` holds the tokens that enter and leave it at the model's own
+                image size, for modules with a row per token.
+        """
         return None
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:

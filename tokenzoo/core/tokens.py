@@ -168,6 +168,8 @@ class Tokens(NamedTuple):
         if token_map.n_in != self.length:
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
         records = self.records if token_map.decision is None else (*self.records, token_map.decision)
+        if token_map.notes:
+            return self._replace(records=records)
         if token_map.undo is not None:
             x, undone = token_map.apply(self.x), self.trace[token_map.undo]
             side = undone.side._asdict() | self._restored_scores(token_map, undone.side)

@@ -18,6 +18,7 @@ from .low_pass import Filter, LowPassMap
 from .merge import MergeMap
 from .mix import MixMap
 from .mlerp import MlerpMap
+from .note import NoteMap
 from .partial import PartialMap
 from .propagate import PropagateMap
 from .replace import ReplaceMap
@@ -41,6 +42,7 @@ __all__ = [
     "MixMap",
     "MlerpMap",
     "Moves",
+    "NoteMap",
     "PropagateMap",
     "PartialMap",
     "ReplaceMap",

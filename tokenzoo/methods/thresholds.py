@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.learned import Decision, Learned, Teaching
 from ..core.method import BlockShape, Method, Step
 from ..core.options import number
+from ..core.processes import mean_of_all
 from ..core.registry import register
 from ..core.schedule import Budget, open_counts
 from ..core.selection import importance_macs
@@ -101,7 +102,7 @@ class Thresholds(Learned, Method):
             return removed(verdict, tokens, most)
 
     def losses(self, records: tuple[Decision, ...], teaching: Teaching) -> dict[str, Tensor]:
-        spent = teaching.prices.spent(records).mean()
+        spent = mean_of_all(teaching.prices.spent(records).mean())
         return {"budget": self.budget_weight * F.mse_loss(spent, spent.new_tensor(self.target))}
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:

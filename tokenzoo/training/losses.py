@@ -17,9 +17,9 @@ from ..core.tokens import Layout, Tokens
 from ..cost.prices import prices_of
 from ..evaluation.runs import shared_copy
 from .consistency import token_consistency
-from .owed import learned_methods, losses_owed, names_owed
+from .owed import asked, learned_methods, losses_owed, names_owed
 from .seeds import STRENGTH, seed_of
-from .token_distillation import check_tokens, full_layout, patch_tokens, token_distillation
+from .token_distillation import check_tokens, full_layout, layer_tokens, patch_tokens, token_distillation
 
 # new parts come last: the sums in a checkpoint go by place
 PARTS = ("task", "distillation", "second_task", "consistency", "token_distillation")
@@ -94,6 +94,12 @@ class TrainStep(nn.Module):
         self.smoothing, self.seed = args.smoothing, args.seed
         self.kd_weight, self.kd_temperature = args.kd_weight, args.kd_temperature
         self.token_weight = args.kd_token_weight
+        self.asked = asked(model)
+        if self.asked and teacher is None:
+            raise ValueError(
+                f"{', '.join(names_owed(model))}: losses of the method compare with a teacher ({', '.join(self.asked)}); "
+                "give --kd-model-name unpatched, or set their weight to 0"
+            )
         if self.token_weight and teacher is None:
             raise ValueError(f"--kd-token-weight {self.token_weight} needs a teacher; give --kd-model-name unpatched")
         if self.token_weight:
@@ -180,12 +186,18 @@ class TrainStep(nn.Module):
         teacher = self._teacher[0]
         if teacher is None:
             return _NOBODY, None
-        if not self.token_weight:
-            return Teaching(teacher(images) if self.kd_weight else None), None
-        features = teacher.forward_features(images)
-        logits = teacher.forward_head(features) if self.kd_weight else None
+        answers, layers = self.kd_weight > 0 or "logits" in self.asked, None
+        if not self.token_weight and self.asked <= {"logits"}:
+            return Teaching(teacher(images) if answers else None), None
+        if "layers" in self.asked:
+            features, layers = layer_tokens(teacher, images)
+        else:
+            features = teacher.forward_features(images)
+        logits = teacher.forward_head(features) if answers else None
+        if not self.token_weight and "tokens" not in self.asked:
+            return Teaching(logits, None, layers), None
         layout = None if is_patched(self.model) else full_layout(self.model, images)
-        return Teaching(logits, patch_tokens(features, full_layout(teacher, images))), layout
+        return Teaching(logits, patch_tokens(features, full_layout(teacher, images)), layers), layout
 
     def _task(self, logits: Tensor, target: Tensor) -> Tensor:
         smoothing = self.smoothing if target.dim() == 1 else 0.0  # mixing smooths its targets itself

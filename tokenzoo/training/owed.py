@@ -26,6 +26,11 @@ def names_owed(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{m.name}_{name}" for m in learned_methods(model).values() for name in m.owes))
 
 
+def asked(model: nn.Module) -> frozenset[str]:
+    """Fields of `Teaching` that these losses cannot do without."""
+    return frozenset(field for m in learned_methods(model).values() for field in m.asked())
+
+
 def losses_owed(model: nn.Module, tokens: Tokens, teaching: Teaching) -> dict[str, Tensor]:
     """The losses of one forward pass, by the names of `names_owed`; zero where a method had nothing to decide.
 

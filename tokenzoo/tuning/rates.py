@@ -173,7 +173,7 @@ def learn_rates(
     backbone, prices = backbone_of(model), prices_of(model)
     batches = _Batches(images, labels, batch_size, seed)
     search = RateSearch(patches=prices.patches, granularity=granularity)
-    put_on(model, search, None, {})
+    put_on(model, search)
     try:
         with _searching(model, backbone) as modules, torch.enable_grad():
             losses = _learn(model, modules, prices, batches, flops, epochs, (lr, min_lr), weight)
