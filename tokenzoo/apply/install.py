@@ -57,7 +57,7 @@ def prepare(
         kind, modules, kept = family.block_kind(block), {}, []
         for step, n, n_out in row:
             step = step.resolved(n, n_out, layout, padded)  # modules may have a row per token that is left
-            module = step.method.module(family.block_view(block).shape().dim, step)
+            module = step.method.module_of(family.block_view(block).shape(), layout, step)
             if module is not None:
                 like = next(block.parameters())
                 modules[step.key] = module.to(like.device, like.dtype).train(block.training)

@@ -23,6 +23,7 @@ from .partial import PartialMap
 from .propagate import PropagateMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
+from .routed import RoutedMap
 from .spread import SpreadMap
 from .super_token import SuperTokenMap
 
@@ -47,6 +48,7 @@ __all__ = [
     "PartialMap",
     "ReplaceMap",
     "RestoreMap",
+    "RoutedMap",
     "SpreadMap",
     "SuperTokenMap",
     "TokenMap",

@@ -97,6 +97,14 @@ class TokenMap(ABC):
         fill = torch.zeros_like(back) if dropped is None else dropped.to(back.dtype)
         return torch.where((assign >= 0).unsqueeze(-1), back, fill)
 
+    def of_branch(self, branch: str) -> TokenMap:
+        """The same map, made once for several branches of a block, for one of them: "attention" or "mlp"."""
+        return self
+
+    def back(self, y: Tensor) -> Tensor:
+        """What a branch around which the map merges adds to the residual stream [B, N, C], of its outputs y."""
+        return self.lift(y)
+
     def lift_to_members(self, y: Tensor) -> Tensor:
         """The same for what goes to all that count in a new token, whether they read it or not (its gradient).
 

@@ -1,4 +1,4 @@
-"""thresholds: a learned threshold on likeness merges tokens, another one on importance prunes them. Ours, by an idea."""
+"""thresholds: a learned threshold on likeness merges tokens, another one on importance prunes them."""
 
 from __future__ import annotations
 

@@ -8,14 +8,23 @@ from .frame_share import FrameCounts, FrameShare
 from .keep import Keep, check_rates, kept_of, kept_patches, quarters
 from .keep_mass import KeepMass
 from .keep_of_all import KeepOfAll, Kept, Slots
-from .per_layer import cosine_keep_rate, even_removal, keep_count, removed_per_layer, spread
+from .per_layer import (
+    cosine_keep_rate,
+    decayed_keep_rates,
+    depth_shares,
+    even_removal,
+    keep_count,
+    removed_per_layer,
+    spread,
+    truncated,
+)
 from .remove import Either, Remove, RemoveAll, half_of
 from .share import Share
 from .stages import Stage, Stages
 
 __all__ = [
     "Balanced", "Budget", "Cells", "Either", "FrameCounts", "FrameShare", "Grid", "Keep", "KeepMass", "KeepOfAll",
-    "Kept", "Remove", "RemoveAll", "Schedule", "Share", "Slots", "Stage", "Stages", "cells_of", "check_rates", "cosine_keep_rate", "even_removal",
-    "half_of", "keep_count", "kept_of", "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells",
-    "spread",
+    "Kept", "Remove", "RemoveAll", "Schedule", "Share", "Slots", "Stage", "Stages", "cells_of", "check_rates",
+    "cosine_keep_rate", "decayed_keep_rates", "depth_shares", "even_removal", "half_of", "keep_count", "kept_of", "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells",
+    "spread", "truncated",
 ]  # fmt: skip
