@@ -73,7 +73,10 @@ class Row(NamedTuple):
 
 ROWS: dict[str, Row] = {
     "dynamicvit": Row({"keep_rate": 0.6}, hard=keep_the_best),
+    "dpcknn": Row({"keep_rate": 0.6, "learned": True, "neighbours": 3}, silent=("score.bias",)),
     # slots are rows of its weights, so that another rate needs another module
+    "patchmerger": Row({"keep_rate": 0.6}, stays=False),
+    "sinkhorn": Row({"keep_rate": 0.6}, stays=False),
     "sit": Row({"keep_rate": 0.6}, stays=False, silent=("tsm.weight.3.bias",)),
     "sit_alone": Row(
         {"keep_rate": 0.6, "feature_weight": 0.0}, method="sit", stays=False, silent=("tsm.weight.3.bias",)

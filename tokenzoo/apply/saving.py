@@ -130,8 +130,8 @@ def _create(found: dict[str, Any], folder: Path) -> nn.Module:
 
     if found["timm"] is None:
         raise ValueError(
-            f"{folder} does not say how to create its {found['class']}; call tokenzoo.load(folder, model), or save with "
-            "the name of a timm model"
+            f"{folder} does not say how to create its {found['class']}; call tokenzoo.load(folder, model), or save "
+            "with the name of a timm model"
         )
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in found["timm"]["options"].items()}
     return timm.create_model(found["timm"]["name"], pretrained=False, **options)

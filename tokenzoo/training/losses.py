@@ -96,8 +96,8 @@ class TrainStep(nn.Module):
         self.asked = asked(model)
         if self.asked and teacher is None:
             raise ValueError(
-                f"{', '.join(names_owed(model))}: losses of the method compare with a teacher ({', '.join(self.asked)}); "
-                "give --kd-model-name unpatched, or set their weight to 0"
+                f"{', '.join(names_owed(model))}: losses of the method compare with a teacher "
+                f"({', '.join(sorted(self.asked))}); give --kd-model-name unpatched, or set their weight to 0"
             )
         if self.token_weight and teacher is None:
             raise ValueError(f"--kd-token-weight {self.token_weight} needs a teacher; give --kd-model-name unpatched")
