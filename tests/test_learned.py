@@ -459,7 +459,8 @@ def test_other_losses_than_declared_are_refused(toy):
             return {}
 
     model = patched(method=Silent(layers=(1,))).train()
-    with pytest.raises(ValueError, match=r"silent: losses\(\) returned \[\], but the class declares owes=\('ratio', 'sure'\)"):
+    declares = r"the class declares owes=\('ratio', 'sure'\)"
+    with pytest.raises(ValueError, match=rf"silent: losses\(\) returned \[\], but {declares}"):
         losses_owed(model, model.forward_tokens(images(model)), Teaching())
 
 
