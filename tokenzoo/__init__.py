@@ -4,6 +4,8 @@ from . import methods, models
 from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
 from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
+from .apply.released import rename_released
+from .apply.saving import load, save
 from .core.method import Method
 from .core.recipe import Recipe
 from .core.registry import create_method, list_methods, method_class, register
@@ -32,6 +34,7 @@ __all__ = [
     "learn_rates",
     "list_backbones",
     "list_methods",
+    "load",
     "method_class",
     "methods",
     "models",
@@ -40,7 +43,9 @@ __all__ = [
     "recipe",
     "register",
     "register_family",
+    "rename_released",
     "report",
+    "save",
     "tune",
     "unpatch_model",
     "update_method",

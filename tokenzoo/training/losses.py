@@ -19,7 +19,15 @@ from ..evaluation.runs import shared_copy
 from .consistency import token_consistency
 from .owed import asked, learned_methods, losses_owed, names_owed
 from .seeds import STRENGTH, seed_of
-from .token_distillation import check_tokens, full_layout, layer_tokens, patch_tokens, token_distillation
+from .token_distillation import (
+    check_scores,
+    check_tokens,
+    full_layout,
+    layer_tokens,
+    patch_tokens,
+    score_distillation,
+    token_distillation,
+)
 
 # new parts come last: the sums in a checkpoint go by place
 PARTS = ("task", "distillation", "second_task", "consistency", "token_distillation")
@@ -97,14 +105,17 @@ class TrainStep(nn.Module):
         self.asked = asked(model)
         if self.asked and teacher is None:
             raise ValueError(
-                f"{', '.join(names_owed(model))}: losses of the method compare with a teacher ({', '.join(self.asked)}); "
-                "give --kd-model-name unpatched, or set their weight to 0"
+                f"{', '.join(names_owed(model))}: losses of the method compare with a teacher "
+                f"({', '.join(sorted(self.asked))}); give --kd-model-name unpatched, or set their weight to 0"
             )
         if self.token_weight and teacher is None:
             raise ValueError(f"--kd-token-weight {self.token_weight} needs a teacher; give --kd-model-name unpatched")
         if self.token_weight:
             check_tokens(model, "student")
             check_tokens(teacher, "teacher")
+        self.token_scores = args.kd_token_scores
+        if self.token_scores:
+            check_scores(model, teacher, self.token_weight)
         self.consistency, self.limit = args.consistency, args.consistency_r
         self.strength: int | float = 0
         self.owed = names_owed(model)
@@ -159,7 +170,9 @@ class TrainStep(nn.Module):
         owing = len(self.owed) > 0
         if owing:
             teaching = teaching._replace(target=target, prices=self._prices)
-        logits, token, apart, owed = self._forward(self.model, images, second is not None, teaching, layout, owing)
+        logits, token, apart, owed = self._forward(
+            self.model, images, second is not None, teaching, layout, owing, self.token_scores
+        )
         parts = {"task": self._task(logits, target)}
         loss = parts["task"]
         if teaching.logits is not None:
@@ -197,7 +210,8 @@ class TrainStep(nn.Module):
         if not self.token_weight and "tokens" not in self.asked:
             return Teaching(logits, None, layers), None
         layout = None if is_patched(self.model) else full_layout(self.model, images)
-        return Teaching(logits, patch_tokens(features, full_layout(teacher, images)), layers), layout
+        tokens = patch_tokens(features, full_layout(teacher, images))
+        return Teaching(logits, teacher.aux_head(tokens) if self.token_scores else tokens, layers), layout
 
     def _task(self, logits: Tensor, target: Tensor) -> Tensor:
         smoothing = self.smoothing if target.dim() == 1 else 0.0  # mixing smooths its targets itself
@@ -211,6 +225,7 @@ def _answer(
     teaching: Teaching = _NOBODY,
     layout: Layout | None = None,
     owing: bool = False,
+    scores: bool = False,
 ) -> _Answer:
     """One forward pass; losses on tokens are part of it, so that a compiled one hands out tensors only.
 
@@ -221,6 +236,7 @@ def _answer(
         teaching: what the teacher says; where it gives tokens, also return the distance from them.
         layout: sequence of a model that is not patched, needed with the teacher's tokens.
         owing: also return what methods owe.
+        scores: what the teacher says of the tokens are class scores, and so is what the student says.
     """
     places = teaching.tokens
     if not with_token and places is None and not owing:
@@ -230,7 +246,11 @@ def _answer(
     else:
         x = model.forward_features(images)
         tokens = Tokens(patch_tokens(x, layout), layout._replace(num_prefix=0, added=0))
-    apart = None if places is None else token_distillation(tokens, places)
+    apart = None
+    if places is not None and scores:
+        apart = score_distillation(tokens._replace(x=model.aux_head(tokens.x)), places)
+    elif places is not None:
+        apart = token_distillation(tokens, places)
     logits = model.forward_head(x)
     owed = losses_owed(model, tokens, teaching._replace(answers=logits)) if owing else {}
     return _Answer(logits, tokens.x[:, 0] if with_token else None, apart, owed)

@@ -151,3 +151,22 @@ def check_tokens(model: nn.Module, who: str) -> None:
         raise ValueError(
             f"{remedy}: a neck mixes its tokens behind the last norm; give another model, or --kd-token-weight 0"
         )
+
+
+def check_scores(model: nn.Module, teacher: nn.Module | None, weight: float) -> None:
+    """Refuses to compare scores of tokens where nothing gives any.
+
+    Args:
+        model: the student.
+        teacher: None for none.
+        weight: of the loss.
+
+    Raises:
+        ValueError: no weight, or a model without a second classifier.
+    """
+    for who, each in (("student", model), ("teacher", teacher)):
+        if not weight or getattr(each, "aux_head", None) is None:
+            raise ValueError(
+                f"--kd-token-scores compares what second classifiers say of tokens; {type(each).__name__}, the {who}, "
+                "needs an aux_head as LV-ViT has, and --kd-token-weight a weight"
+            )

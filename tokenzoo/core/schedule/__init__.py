@@ -25,6 +25,6 @@ from .stages import Stage, Stages
 __all__ = [
     "Balanced", "Budget", "Cells", "Either", "FrameCounts", "FrameShare", "Grid", "Keep", "KeepMass", "KeepOfAll",
     "Kept", "Remove", "RemoveAll", "Schedule", "Share", "Slots", "Stage", "Stages", "cells_of", "check_rates",
-    "cosine_keep_rate", "decayed_keep_rates", "depth_shares", "even_removal", "half_of", "keep_count", "kept_of", "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells",
-    "spread", "truncated",
+    "cosine_keep_rate", "decayed_keep_rates", "depth_shares", "even_removal", "half_of", "keep_count", "kept_of",
+    "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells", "spread", "truncated",
 ]  # fmt: skip
