@@ -48,6 +48,15 @@ def keep_the_best(patch: Callable[[Any, str, Any], None]) -> None:
     patch(LearnedKeep, "draw", best_gates)
 
 
+def as_it_is(patch: Callable[[Any, str, Any], None]) -> None:
+    """Decisions in training are those of inference already."""
+
+
+def without_chance(patch: Callable[[Any, str, Any], None]) -> None:
+    """What an interpreter scores above the threshold, in place of a draw."""
+    patch(tokenzoo.IARED2, "draw", lambda self, scores: (scores >= self.threshold).float())
+
+
 class Row(NamedTuple):
     """How a method is tried.
 
@@ -80,6 +89,17 @@ ROWS: dict[str, Row] = {
     "sit": Row({"keep_rate": 0.6}, stays=False, silent=("tsm.weight.3.bias",)),
     "sit_alone": Row(
         {"keep_rate": 0.6, "feature_weight": 0.0}, method="sit", stays=False, silent=("tsm.weight.3.bias",)
+    ),
+    "catanet": Row({"group_size": 3, "centres": 4}, zero={"group_size": 16}),
+    "ia_red2": Row(
+        {"threshold": 0.6, "layers": (0, 2), "max_tokens": 24}, zero={"threshold": 0.0}, hard=without_chance,
+        fixed=False,
+    ),
+    "mod": Row({"keep_rate": 0.5, "layers": (0, 2)}),
+    "sparsifiner": Row({"keep_rate": 0.4, "coefficients": 2}),
+    "thresholds": Row(
+        {"alike": 0.6, "least": 0.2, "layers": (1, 2), "max_tokens": 24}, zero={"alike": 1.0, "least": 0.0},
+        stays=False, hard=as_it_is,
     ),
 }  # fmt: skip
 NEW = ".tokenzoo_0_"
@@ -120,7 +140,8 @@ def loss_of(model: nn.Module, teacher: nn.Module, x: Tensor, target: Tensor | No
         said = {"logits": teacher.forward_head(features), "tokens": tokens, "layers": layers}
     taught = Teaching(**{field: value for field, value in said.items() if field in wanted})
     left, target = model.forward_tokens(x), torch.arange(len(x)) % 7 if target is None else target
-    task = F.cross_entropy(model.forward_head(left).float(), target)
+    answers = model.forward_head(left)
+    task, taught = F.cross_entropy(answers.float(), target), taught._replace(answers=answers, target=target)
     return task + sum(losses_owed(model, left, taught).values())
 
 

@@ -59,6 +59,7 @@ class MaskPredictor(nn.Module):
         else:
             there = (places >= 0).unsqueeze(-1)
             down, up = (rows[places.clamp(min=0)] * there for rows in (down, up))
+        q, k = (t.to(self.proj_c_q.weight.dtype) for t in (q, k))
         narrow = self.proj_c_k(k).float().transpose(2, 3) @ down.unsqueeze(1)  # [B, H, D', K]
         guess = self.proj_c_q(q[:, :, prefix:]).float() @ narrow * self.scale
         return guess.softmax(-1), up.transpose(1, 2)

@@ -18,7 +18,7 @@ from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits
 from ..layers.centres import Centres
 from ..ops.attention import Heads, attend, full_precision
-from ..ops.grouped import attend_in_groups, times_looked_at
+from ..ops.grouped import attend_in_groups, looked_at
 from ..ops.rows import stable_order, take_rows
 
 
@@ -30,7 +30,7 @@ class CATANet(Companion, OwnAttention, Learned, Method):
     Patches are sorted by their nearest centre and cut into groups, which look at themselves, the next group, the prefix
     tokens and, in a second attention whose output is added, the centres. The grouping is CATANet's, which was made for
     super-resolution and trained from scratch; that it stands in the attention of a ViT is ours: queries, keys and
-    values are the model's own, prefix tokens look at everything, and centres are parameters that the loss `centres`
+    values are the model's own, prefix tokens look at everything, the last group looks at itself alone, and centres are parameters that the loss `centres`
     (one minus the cosine with the nearest) and the task move, in place of a moving average. A pretrained model has to
     be fine-tuned with it. With groups as large as the sequence it is full attention.
 
@@ -81,7 +81,7 @@ class CATANet(Companion, OwnAttention, Learned, Method):
             out = self._grouped(heads, bias, order, prefix)
         else:
             out = attend(heads, self._joined(tokens, bias, order))
-        out = torch.cat([out[:, :prefix], out[:, prefix:] + self._from_centres(heads, prefix, beside)], dim=1)
+        out = out + self._from_centres(heads, beside)
         note = None
         if beside.training:
             apart = 1 - cosine
@@ -99,30 +99,31 @@ class CATANet(Companion, OwnAttention, Learned, Method):
             patches = bias if bias.shape[2] == 1 else _sorted(bias[:, :, prefix:], order, 2)
             bias = torch.cat([patches[..., :prefix], _sorted(patches[..., prefix:], order, 3)], dim=3)
         groups = attend_in_groups(
-            q, k, v, self.group_size, heads.scale, bias, heads.k[:, :, :prefix], heads.v[:, :, :prefix]
-        )
+            q, k, v, self.group_size, heads.scale, bias, heads.k[:, :, :prefix], heads.v[:, :, :prefix],
+            mirror=False,
+        )  # fmt: skip
         groups = take_rows(groups.transpose(1, 2).flatten(2), place)
         return groups if out is None else torch.cat([out, groups], dim=1)
 
     def _joined(self, tokens: Tokens, bias: Tensor | None, order: Tensor) -> Tensor:
-        """The same as a bias of the full map [B, 1 or H, N, N]: how often a key is looked at, as its logarithm."""
+        """The same as a bias of the full map [B, 1 or H, N, N]: minus infinity where nobody looks."""
         prefix, patches = tokens.layout.num_prefix, tokens.num_patches
         counts = tokens.seen_patches
         count = torch.full_like(order[:, 0], patches) if counts is None else counts.sum(1)
-        times = times_looked_at(count, patches, self.group_size)
+        times = looked_at(count, patches, self.group_size)
         place = order.argsort(dim=1)
         times = take_rows(take_rows(times, place).transpose(1, 2), place).transpose(1, 2)
         joined = F.pad(times, (prefix, 0, prefix, 0), value=1.0).log().unsqueeze(1)
         return joined if bias is None else joined + bias
 
-    def _from_centres(self, heads: Heads, prefix: int, beside: Beside) -> Tensor:
-        """What patches read of the centres [B, N - prefix, H * Dv]."""
+    def _from_centres(self, heads: Heads, beside: Beside) -> Tensor:
+        """What tokens read of the centres [B, N, H * Dv]."""
         module, width = beside.module, heads.q.shape[1] * heads.q.shape[3]
         first = beside.first * heads.q.shape[3]
         k = module.to_k(module.means)[:, first : first + width].unflatten(1, (heads.q.shape[1], -1))
         v = module.to_v(module.means)[:, first : first + width].unflatten(1, (heads.v.shape[1], -1))
         k, v = (t.transpose(0, 1).unsqueeze(0).expand(len(heads.q), -1, -1, -1).to(heads.q.dtype) for t in (k, v))
-        return attend(heads._replace(q=heads.q[:, :, prefix:], k=k, v=v, placed=None, kernel=None))
+        return attend(heads._replace(k=k, v=v, placed=None, kernel=None))
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> None:
         return None
@@ -134,7 +135,7 @@ class CATANet(Companion, OwnAttention, Learned, Method):
         patches = n - layout.num_prefix
         size = max(1, min(patches, self.group_size))
         in_groups = -(-patches // size) * size * (2 * size + layout.num_prefix)
-        return layout.num_prefix * n + in_groups + patches * self.centres
+        return layout.num_prefix * n + in_groups + n * self.centres
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         width = shape.num_heads * shape.head_dim

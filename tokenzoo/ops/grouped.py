@@ -26,7 +26,7 @@ def windows(n: int, size: int, device: torch.device | None = None) -> tuple[Tens
 
 def attend_in_groups(
     q: Tensor, k: Tensor, v: Tensor, size: int, scale: float | None = None, bias: Tensor | None = None,
-    front_k: Tensor | None = None, front_v: Tensor | None = None,
+    front_k: Tensor | None = None, front_v: Tensor | None = None, mirror: bool = True,
 ) -> Tensor:  # fmt: skip
     """Attention of a sorted sequence [B, H, N, Dv].
 
@@ -36,6 +36,7 @@ def attend_in_groups(
         scale: of the logits; None for one over the root of D.
         bias: of the logits [B, 1 or H, 1 or N, P + N], rows and columns sorted; None for none.
         front_k, front_v: keys and values that every group looks at besides [B, H, P, D]; None for none.
+        mirror: the sequence goes on in reverse behind its end, as released; else the last group looks at itself alone.
     """
     batch, heads, n, _ = q.shape
     asking, looked = windows(n, size, q.device)
@@ -57,13 +58,19 @@ def attend_in_groups(
         else:
             mask = bias[:, :, asking.unsqueeze(2), columns.unsqueeze(1)].transpose(1, 2).flatten(0, 1)
         mask = mask.to(q.dtype)
+    if not mirror:
+        width = looked.shape[1]
+        at = torch.arange(len(looked), device=q.device).unsqueeze(1) * (width // 2) + torch.arange(width, device=q.device)
+        past = F.pad(at >= n, (front, 0)).repeat(batch, 1)[:, None, None, :]  # [B * G, 1, 1, P + 2 size]
+        mask = torch.zeros(past.shape, dtype=q.dtype, device=q.device) if mask is None else mask
+        mask = mask.masked_fill(past, float("-inf"))
     out = F.scaled_dot_product_attention(parts(q, asking), keys, values, attn_mask=mask, scale=scale)
     out = out.unflatten(0, (batch, len(asking))).transpose(1, 2)  # [B, H, G, size, Dv]
     return out.flatten(2, 3)[:, :, :n]
 
 
-def times_looked_at(counts: Tensor, total: int, size: int) -> Tensor:
-    """How often each query of a sorted sequence sees each key [B, N, N] float32, sequences of different lengths.
+def looked_at(counts: Tensor, total: int, size: int) -> Tensor:
+    """Which keys each query of a sorted sequence looks at without a mirror [B, N, N] float32, lengths may differ.
 
     Args:
         counts: tokens of each image [B], in front of what fills it up.
@@ -77,5 +84,6 @@ def times_looked_at(counts: Tensor, total: int, size: int) -> Tensor:
     width = 2 * min(size, total)
     offset = torch.arange(width, device=counts.device)
     looked = mirrored(counts.clamp(min=1).view(-1, 1, 1), group.unsqueeze(2) * own + offset)  # [B, N, width]
-    seen = (offset < 2 * own).to(torch.float32).expand(looked.shape)
+    inside = (offset < 2 * own) & (group.unsqueeze(2) * own + offset < counts.clamp(min=1).view(-1, 1, 1))
+    seen = inside.to(torch.float32)
     return torch.zeros(*group.shape, total, device=counts.device).scatter_add(2, looked, seen)
