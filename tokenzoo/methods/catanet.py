@@ -29,10 +29,11 @@ class CATANet(Companion, OwnAttention, Learned, Method):
 
     Patches are sorted by their nearest centre and cut into groups, which look at themselves, the next group, the prefix
     tokens and, in a second attention whose output is added, the centres. The grouping is CATANet's, which was made for
-    super-resolution and trained from scratch; that it stands in the attention of a ViT is ours: queries, keys and
-    values are the model's own, prefix tokens look at everything, the last group looks at itself alone, and centres are parameters that the loss `centres`
-    (one minus the cosine with the nearest) and the task move, in place of a moving average. A pretrained model has to
-    be fine-tuned with it. With groups as large as the sequence it is full attention.
+    super-resolution and trained from scratch (its own block: `tokenzoo.layers.token_aggregation`). That it stands in
+    the attention of a ViT is ours: queries, keys and values are the model's own, prefix tokens look at everything, the
+    last group looks at itself alone, and centres are parameters that the loss `centres` (one minus the cosine with the
+    nearest) and the task move, in place of a moving average. A pretrained model has to be fine-tuned with it. With
+    groups as large as the sequence it is full attention.
 
     Args:
         group_size: patches per group.
@@ -49,7 +50,7 @@ class CATANet(Companion, OwnAttention, Learned, Method):
 
     name = "catanet"
     source = "ours, after Liu et al., CVPR 2025"
-    kind = "grouped attention"
+    kind = "attend less"
     owes = ("centres",)
     gates = False
     traits = Traits(reads_maps=True, attends=True)

@@ -43,7 +43,7 @@ class MoD(Learned, KeepRate):
 
     name = "mod"
     source = "Raposo et al., 2024; Zhang et al., ICCV 2025"
-    kind = "skip"
+    kind = "attend less"
     schedule = Keep(layers=_every_second, rounding=truncated)
     traits = Traits(place=around("attention", "mlp", once=True))
     gates = False

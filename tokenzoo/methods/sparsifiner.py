@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,8 @@ class Sparsifiner(Companion, OwnAttention, Learned, Method):
         basis_threshold: entries of the basis up to this are none.
         reconstruction_weight: weight of the loss.
         dense_training: look at everything in training, as in their first phase.
+        zeros_count: prefix tokens go on counting what an earlier method has dropped, as keys and values of zero, as the
+            released code does.
 
     Source: Wei, Duke, Jiang, Aarabi, Taylor, Shkurti, "Sparsifiner: Learning Sparse Instance-Dependent Attention for
     Efficient Vision Transformers", CVPR 2023.
@@ -54,10 +57,11 @@ class Sparsifiner(Companion, OwnAttention, Learned, Method):
     basis_threshold: float = number(0.02, "0 keeps all positive ones", least=0)
     reconstruction_weight: float = number(0.01, "0 leaves the predictor as it is", least=0)
     dense_training: bool = False
+    zeros_count: bool = False
 
     name = "sparsifiner"
     source = "Wei et al., CVPR 2023"
-    kind = "sparse attention"
+    kind = "attend less"
     owes = ("reconstruction",)
     gates = False
     traits = Traits(reads_maps=True, positions=True, attends=True)
@@ -99,6 +103,8 @@ class Sparsifiner(Companion, OwnAttention, Learned, Method):
             nothing = shut.all(-1, keepdim=True)  # a row that may look at nothing; what it gives is set to 0
         joined = torch.zeros(shut.shape, device=shut.device).masked_fill(shut & ~nothing, float("-inf"))
         joined = joined if bias is None else joined + bias.masked_fill(nothing, 0.0)
+        if self.zeros_count and (gone := len(beside.module.proj_n) - tokens.length) > 0:
+            heads, joined = _with_zeros(heads, joined, tokens.layout.num_prefix, gone)
         out = attend(heads._replace(fused=heads.fused and heads.lam is None), joined)
         empty = nothing.squeeze(-1).transpose(1, 2)  # [B, N, 1 or H]
         if empty.shape[2] != heads.v.shape[1]:
@@ -143,3 +149,10 @@ class Sparsifiner(Companion, OwnAttention, Learned, Method):
         patches = n - layout.num_prefix
         project = (n + patches) * shape.head_dim * width
         return shape.num_heads * (project + n * rank * width + patches * rank * width + patches * rank * n)
+
+
+def _with_zeros(heads: Heads, bias: Tensor, prefix: int, count: int) -> tuple[Heads, Tensor]:
+    """Heads with one key and value of zero more, and a bias: it counts several times, for prefix tokens alone."""
+    column = torch.full_like(bias[..., :1], float("-inf"))
+    column[:, :, :prefix] = math.log(count)
+    return heads._replace(k=F.pad(heads.k, (0, 0, 0, 1)), v=F.pad(heads.v, (0, 0, 0, 1))), torch.cat([bias, column], 3)

@@ -73,7 +73,7 @@ class Thresholds(Learned, Method):
 
     name = "thresholds"
     source = "ours, after Bonnaerens & Dambre, TMLR 2023"
-    kind = "merge + prune"
+    kind = "prune + merge"
     schedule = Budget()
     owes = ("budget",)
     priced = True

@@ -60,7 +60,8 @@ def attend_in_groups(
         mask = mask.to(q.dtype)
     if not mirror:
         width = looked.shape[1]
-        at = torch.arange(len(looked), device=q.device).unsqueeze(1) * (width // 2) + torch.arange(width, device=q.device)
+        start = torch.arange(len(looked), device=q.device).unsqueeze(1) * (width // 2)
+        at = start + torch.arange(width, device=q.device)
         past = F.pad(at >= n, (front, 0)).repeat(batch, 1)[:, None, None, :]  # [B * G, 1, 1, P + 2 size]
         mask = torch.zeros(past.shape, dtype=q.dtype, device=q.device) if mask is None else mask
         mask = mask.masked_fill(past, float("-inf"))
