@@ -27,7 +27,9 @@ def created(**options: Any) -> nn.Module:
     return timm.create_model(NAME, **{**TINY, **options}).eval()
 
 
-@pytest.mark.parametrize("method", [None, {"method": "tome", "r": 2}, "sit", ["dynamicvit", {"method": "tome", "r": 1, "layers": [0]}]])
+@pytest.mark.parametrize("method", [
+    None, {"method": "tome", "r": 2}, "sit", ["dynamicvit", {"method": "tome", "r": 1, "layers": [0]}],
+], ids=str)  # fmt: skip
 @torch.no_grad()
 def test_created_from_its_name(method, tmp_path, caplog):
     model = created()
