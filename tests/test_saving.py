@@ -69,8 +69,8 @@ class Tied(nn.Module):
         self.first = nn.Linear(3, 3)
         self.second = nn.Linear(3, 3)
         self.second.weight = self.first.weight
-        self.half = nn.Linear(6, 3)
-        self.half.weight = nn.Parameter(torch.randn(6, 3).t())
+        self.turned = nn.Linear(6, 3)
+        self.turned.weight = nn.Parameter(torch.randn(6, 3).t())
 
 
 def test_shared_and_turned_weights(tmp_path):
