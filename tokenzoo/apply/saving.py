@@ -1,4 +1,4 @@
-"""A model with its recipe and its weights as one folder: `tokenzoo.json` and `model.safetensors`, nothing that runs."""
+"""A model with its recipe and its weights as one folder: `model.json` and `model.safetensors`, nothing that runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..core.safe_files import parse_json
 from .patch import put_on, recipe, unpatch_model
 
 FORMAT = 1
-RECIPE, WEIGHTS = "tokenzoo.json", "model.safetensors"
+RECIPE, WEIGHTS = "model.json", "model.safetensors"
 # options of timm.create_model that read other files
 _FETCHING = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
