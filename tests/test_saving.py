@@ -27,7 +27,9 @@ def created(**options: Any) -> nn.Module:
     return timm.create_model(NAME, **{**TINY, **options}).eval()
 
 
-@pytest.mark.parametrize("method", [None, "tome", "sit", ["dynamicvit", {"method": "tome", "r": 1, "layers": [0]}]])
+@pytest.mark.parametrize("method", [
+    None, {"method": "tome", "r": 2}, "sit", ["dynamicvit", {"method": "tome", "r": 1, "layers": [0]}],
+], ids=str)  # fmt: skip
 @torch.no_grad()
 def test_created_from_its_name(method, tmp_path, caplog):
     model = created()
@@ -67,8 +69,8 @@ class Tied(nn.Module):
         self.first = nn.Linear(3, 3)
         self.second = nn.Linear(3, 3)
         self.second.weight = self.first.weight
-        self.half = nn.Linear(6, 3)
-        self.half.weight = nn.Parameter(torch.randn(6, 3).t())
+        self.turned = nn.Linear(6, 3)
+        self.turned.weight = nn.Parameter(torch.randn(6, 3).t())
 
 
 def test_shared_and_turned_weights(tmp_path):
@@ -126,18 +128,25 @@ def test_bad_input(tmp_path):
         tokenzoo.load(tmp_path)
     tokenzoo.save(model, tmp_path, NAME, **TINY)
     with pytest.raises(ValueError, match="patched already.*unpatch_model"):
-        tokenzoo.load(tmp_path, tokenzoo.patch_model(created(), "tome"))
+        tokenzoo.load(tmp_path, tokenzoo.patch_model(created(), "topk"))
     found = json.loads((tmp_path / RECIPE).read_text())
     for text, message in (
-        (json.dumps({**found, "format": 99}), "has format 99, and this version reads 1"), ("[1", "is no JSON"),
+        (json.dumps({**found, "format": 99}), "has format 99, and this version reads 1"), ("[1", "is not valid JSON"),
         (json.dumps({**found, "recipe": {"method": "no_such"}}), "no_such"),
     ):  # fmt: skip
         (tmp_path / RECIPE).write_text(text)
         with pytest.raises(ValueError, match=message):
             tokenzoo.load(tmp_path)
+    for name, options, message in (
+        ("hf-hub:someone/model", {}, "'hf-hub:someone/model' is no model of the installed timm"),
+        (NAME, {"checkpoint_path": "x.pth"}, r"\['checkpoint_path'\] would bring in weights from elsewhere"),
+    ):  # fmt: skip
+        (tmp_path / RECIPE).write_text(json.dumps({**found, "timm": {"name": name, "options": options}}))
+        with pytest.raises(ValueError, match=message):
+            tokenzoo.load(tmp_path)
     (tmp_path / RECIPE).write_text(json.dumps(found))
     torch.save(model, tmp_path / WEIGHTS)  # a pickle, which could run code
-    with pytest.raises(Exception, match="(?i)header|safetensors"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is no safetensors file"):
         tokenzoo.load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""A model with its recipe and its weights as one folder: `tokenzoo.json` and `model.safetensors`, nothing that runs."""
+"""A model with its recipe and its weights as one folder: `model.json` and `model.safetensors`, nothing that runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from ..adapters.classes import path_of
 from ..adapters.inspect import is_patched
+from ..core.safe_files import parse_json
 from .patch import put_on, recipe, unpatch_model
 
 FORMAT = 1
-RECIPE, WEIGHTS = "tokenzoo.json", "model.safetensors"
+RECIPE, WEIGHTS = "model.json", "model.safetensors"
+# options of timm.create_model that read other files
+_FETCHING = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 def save(model: nn.Module, folder: str | Path, name: str | None = None, **options: Any) -> Path:
@@ -79,8 +82,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         given = model is not None
         if not given:
             model = _create(found, Path(folder))
-            if found["dtype"] is not None:
-                model = model.to(getattr(torch, found["dtype"]))
+            if isinstance(kind := getattr(torch, str(found.get("dtype")), None), torch.dtype):
+                model = model.to(kind)
         elif is_patched(model):
             raise ValueError(
                 f"{type(model).__name__} is patched already, and the folder brings a recipe of its own; call "
@@ -133,8 +136,14 @@ def _create(found: dict[str, Any], folder: Path) -> nn.Module:
             f"{folder} does not say how to create its {found['class']}; call tokenzoo.load(folder, model), or save "
             "with the name of a timm model"
         )
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in found["timm"]["options"].items()}
-    return timm.create_model(found["timm"]["name"], pretrained=False, **options)
+    name, options = found["timm"]["name"], found["timm"]["options"]
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"{name!r} is no model of the installed timm, or its module is not imported")
+    fetching = sorted(_FETCHING & options.keys())
+    if fetching:
+        raise ValueError(f"{fetching} would bring in weights from elsewhere; a folder holds its own")
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    return timm.create_model(name, pretrained=False, **options)
 
 
 def _check_created(found: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -150,22 +159,24 @@ def _check_created(found: dict[str, Any], state: dict[str, Tensor]) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for file in (RECIPE, WEIGHTS):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} holds no {file}; give a folder that tokenzoo.save wrote")
-    try:
-        found = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / RECIPE} is no JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    found = parse_json((folder / RECIPE).read_bytes(), str(folder / RECIPE))
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"class", "recipe", "timm"} <= found.keys():
         raise ValueError(
             f"{folder / RECIPE} has format {found.get('format') if isinstance(found, dict) else found!r}, and this "
             f"version reads {FORMAT}; use the version of tokenzoo that wrote it"
         )
-    state = load_file(folder / WEIGHTS)
-    return found, state | {name: state[other] for name, other in found["shared"].items()}
+    try:
+        state = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no safetensors file: {error}") from error
+    shared = found.get("shared", {})  # a name that is not there is missing, and said to be
+    return found, state | {name: state[other] for name, other in shared.items() if other in state}
 
 
 def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
