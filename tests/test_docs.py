@@ -126,6 +126,10 @@ def _backbones(names: dict) -> None:
     assert tuple(names["logits"].shape) == (2, 1000)
 
 
+def _serve(names: dict) -> None:
+    assert {route.path for route in names["app"].routes} >= {"/api/about", "/api/run"}
+
+
 def _export(names: dict) -> None:
     assert tuple(names["logits"].shape) == (5, 1000)
 
@@ -145,7 +149,7 @@ def _tune(names: dict) -> None:
 
 RESULTS = {
     "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
-    "segmentation": _segmentation, "tune": _tune, "usage": _usage,
+    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from .cost.trace import MacReport as MacReport
 from .cost.trace import count_macs as count_macs
 from .view.explain import Explanation as Explanation
 from .view.explain import explain as explain
+from .tuning import learn_rates as learn_rates
 from .tuning import tune as tune
 from .methods.algm import ALGM as ALGM
 from .methods.atc import ATC as ATC

@@ -158,6 +158,7 @@ def _handlers() -> dict[str, Any]:
         "aten::_convolution_mode": convolution,  # with padding by name
         "aten::baddbmm": product,
         "aten::index_add": added(3),
+        "aten::index_add_": added(3),
         "aten::scatter_add": added(3),
         "aten::scatter_reduce": added(3),
         "aten::layer_norm": free,
