@@ -29,6 +29,7 @@ from .tuning import tune as tune
 from .methods.algm import ALGM as ALGM
 from .methods.atc import ATC as ATC
 from .methods.ats import ATS as ATS
+from .methods.catanet import CATANet as CATANet
 from .methods.cluster import Cluster as Cluster
 from .methods.cts import CTS as CTS
 from .methods.dct import DCT as DCT
@@ -41,8 +42,10 @@ from .methods.famba import FambaV as FambaV
 from .methods.flowcut import FlowCut as FlowCut
 from .methods.fourier import Fourier as Fourier
 from .methods.gtp import GTP as GTP
+from .methods.ia_red2 import IARED2 as IARED2
 from .methods.kmedoids import KMedoids as KMedoids
 from .methods.mctf import MCTF as MCTF
+from .methods.mod import MoD as MoD
 from .methods.mtr import MTR as MTR
 from .methods.patchmerger import PatchMerger as PatchMerger
 from .methods.pitome import PiToMe as PiToMe
@@ -55,8 +58,10 @@ from .methods.rmeeto import RMeeTo as RMeeTo
 from .methods.sinkhorn import Sinkhorn as Sinkhorn
 from .methods.sit import SiT as SiT
 from .methods.soft_transform import SoftTransform as SoftTransform
+from .methods.sparsifiner import Sparsifiner as Sparsifiner
 from .methods.ssm_prune import SSMPrune as SSMPrune
 from .methods.sta import STA as STA
+from .methods.thresholds import Thresholds as Thresholds
 from .methods.tofu import ToFu as ToFu
 from .methods.tome import ToMe as ToMe
 from .methods.tomesd import ToMeSD as ToMeSD

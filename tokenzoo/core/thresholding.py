@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..maps import TokenMap, group_map
 from ..ops.attention import full_precision
-from .selection import longest, real_rows
+from .selection import real_rows, settled_rows
 from .tokens import Tokens
 
 
@@ -98,11 +98,15 @@ def removed(verdict: Verdict, tokens: Tokens, most: int | None) -> TokenMap:
         best = verdict.importance.masked_fill(~stays, -1.0).topk(most, dim=1).indices
         stays = stays & torch.zeros_like(stays).scatter(1, best, True)
     counts = stays.sum(1, keepdim=True)
-    length = longest(counts, patches) if most is None else min(most, patches)
+    if most is None:
+        length, valid = settled_rows(counts, tokens)  # the one look of the host at the data
+    else:
+        length = min(most, patches)
+        valid = real_rows(counts, length, prefix)
     slot = torch.where(stays, stays.long().cumsum(1) - 1, -1)
     slot = torch.where(verdict.taken > 0.5, slot.gather(1, verdict.into), slot)
     front = torch.arange(prefix, device=slot.device).expand(slot.shape[0], -1)
     assign = torch.cat([front, torch.where(slot >= 0, slot + prefix, -1)], dim=1)
     heads = F.pad(stays, (prefix, 0), value=True)
     weight = tokens.sizes() * (assign >= 0).unsqueeze(-1)
-    return group_map(assign, heads, prefix + length, weight, real_rows(counts, length, prefix))
+    return group_map(assign, heads, prefix + length, weight, valid)

@@ -13,12 +13,12 @@ from ..core.method import BlockShape, Method, Step
 from ..core.options import number
 from ..core.registry import register
 from ..core.schedule import Budget, open_counts
-from ..core.selection import keep_counts, longest
+from ..core.selection import keep_counts, real_rows, settled_rows
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import BEFORE, Traits
 from ..layers.interpreter import Interpreter
-from ..maps import TokenMap
+from ..maps import KeepMap, TokenMap
 
 
 def _thirds(depth: int) -> range:
@@ -90,13 +90,16 @@ class IARED2(Learned, Method):
                 gate = torch.where(safe, torch.ones_like(scores), self.draw(scores))
             else:
                 counts = (left & ((scores >= self.threshold) | safe)).sum(1, keepdim=True)
-                most = tokens.num_patches if step.strength is None else step.count(tokens.length, tokens.layout)
-                counts = counts.clamp(max=min(most, tokens.num_patches))
-                open_length = step.strength is None
-                length = longest(counts, tokens.num_patches) if open_length else min(most, tokens.num_patches)
+                if step.strength is None:
+                    length, valid = settled_rows(counts, tokens)  # the one look of the host at the data
+                else:
+                    length = min(step.count(tokens.length, tokens.layout), tokens.num_patches)
+                    counts = counts.clamp(max=length)
+                    valid = real_rows(counts, length, prefix)
         if signals.training:
             return self.gated(gate, tokens, step, scores=scores)
-        return keep_counts(F.pad(scores.detach(), (prefix, 0)), tokens, counts, length)
+        kept = keep_counts(F.pad(scores.detach(), (prefix, 0)), tokens, counts, length)
+        return KeepMap(kept.idx, tokens.length, valid)
 
     def losses(self, records: tuple[Decision, ...], teaching: Teaching) -> dict[str, Tensor]:
         if teaching.answers is None or teaching.target is None:
