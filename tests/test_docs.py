@@ -144,6 +144,7 @@ def _prompts(names: dict) -> None:
 
 def _tune(names: dict) -> None:
     assert names["share"] <= 0.7 and names["found"].recipe["method"] in ("tome", "topk", "uniform")
+    assert names["cost"] == names["rates"].share <= 0.7
 
 
 RESULTS = {
