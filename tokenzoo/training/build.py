@@ -17,6 +17,7 @@ from ..apply.patch import patch_model, recipe
 from ..core.learned import Learned
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import list_methods
+from ..core.safe_files import plain_weights
 from .seeds import METHOD, MODEL, seed_everything
 
 _log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def _load(model: nn.Module, path: str) -> None:
     from timm.models import load_state_dict
 
     try:
-        state = load_state_dict(path)
+        with plain_weights(path):
+            state = load_state_dict(path, weights_only=True)  # the oldest timm runs code unless it is told not to
     except FileNotFoundError as error:
         raise ValueError(f"--initial-checkpoint {path} does not exist") from error
     own = model.state_dict()
