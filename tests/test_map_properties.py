@@ -24,11 +24,6 @@ from tokenzoo.ops.matching.bipartite import Pairs
 
 FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_pairs", "merge_sum", "merge_assign", "merge_dropped",
          "fuse", "mix", "mix_prefix", "gate", "gated_merge", "note", "spread", "low_pass", "chain")  # fmt: skip
-from tokenzoo.maps import ChainMap, FuseMap, GateMap, KeepMap, MergeMap, MixMap, NoteMap, SpreadMap
-from tokenzoo.ops.matching.bipartite import Pairs
-
-FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_pairs", "merge_sum", "merge_assign", "merge_dropped",
-         "fuse", "mix", "mix_prefix", "gate", "note", "spread", "low_pass", "chain")  # fmt: skip
 SOFT = ("mix", "mix_prefix", "spread", "low_pass")
 
 
