@@ -383,7 +383,7 @@ def test_named_objects_exist(path):
 
 
 def test_the_accuracy_named_is_that_of_the_checkpoint():
-    with safe_open(ROOT / "examples" / "photos_vit.safetensors", framework="pt") as file:
+    with safe_open(ROOT / "tokenzoo" / "serve" / "demo_vit.safetensors", framework="pt") as file:
         about = json.loads(file.metadata()["about"])
     text = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
     assert f"{100 * about['test_accuracy']:.2f} % of 600 test crops" in text
