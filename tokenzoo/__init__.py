@@ -1,6 +1,6 @@
 """tokenzoo: token reduction for vision backbones, one call on the model you have."""
 
-from . import methods, models
+from . import methods, models, vlm
 from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
 from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
@@ -11,12 +11,14 @@ from .cost.report import Report, report
 from .cost.trace import MacReport, count_macs
 from .tuning import tune
 from .view.explain import Explanation, explain
+from .vlm import registry as _vlm
 
 __version__ = "0.1.0"
 __path__ += [f"{__path__[0]}/kept"]  # where modules stood that have moved
 
 # every registered class is a public name: tokenzoo.ToMe, tokenzoo.EViT, ...
 _CLASSES = {method_class(name).__name__: method_class(name) for name in list_methods()}
+_CLASSES |= {c.__name__: c for c in map(_vlm.find, (*_vlm.list_selectors(), *_vlm.list_droppers()))}
 globals().update(_CLASSES)
 
 __all__ = [
@@ -43,5 +45,6 @@ __all__ = [
     "tune",
     "unpatch_model",
     "update_method",
+    "vlm",
     *_CLASSES,
 ]

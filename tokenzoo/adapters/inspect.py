@@ -9,18 +9,21 @@ from ..core.recipe import Recipe
 from .backbone import BackboneInfo
 from .classes import unwrapped
 from .registry import families, find_family, load_installed
+from .wholes import whole_of, wholes
 from .wrappers import backbone_of, known_of
 
 
 def list_backbones() -> dict[str, list[str]]:
     """Served model classes by family, of all packages that are installed."""
     load_installed()
-    return {family.name: [cls.__name__ for cls in family.models] for family in families()}
+    found = {family.name: [cls.__name__ for cls in family.models] for family in families()}
+    return found | {name: classes for whole in wholes() for name, classes in whole.backbones().items()}
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether a model carries a recipe."""
-    return hasattr(backbone_of(model), "tokenzoo_recipe")
+    known = known_of(model)
+    return hasattr(known if whole_of(known) is not None else backbone_of(model), "tokenzoo_recipe")
 
 
 def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Recipe | None = None) -> BackboneInfo:

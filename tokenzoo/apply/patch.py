@@ -16,6 +16,7 @@ from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
 from ..adapters.inspect import block_names, blocks_of, describe, is_patched, total_blocks
 from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
+from ..adapters.wholes import whole_of
 from ..adapters.wrappers import backbone_of, backbone_to_patch, known_of
 from ..core.learned import Learned
 from ..core.method import Method
@@ -49,6 +50,10 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
+    whole = whole_of(known_of(model))
+    if whole is not None:
+        whole.patch(known_of(model), method, **options, **({} if flops is None else {"flops": flops}))
+        return model
     backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(
@@ -198,6 +203,10 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not patched, or a method was set on it since that would go on reducing tokens.
     """
+    whole = whole_of(known_of(model))
+    if whole is not None:
+        whole.unpatch(known_of(model))
+        return model
     backbone = _patched_backbone(model, "there is nothing to take off")
     family = find_family(backbone)
     refuse_leftovers(known_of(model), backbone, family)
@@ -231,6 +240,9 @@ def recipe(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model is not patched.
     """
+    known = known_of(model)
+    if whole_of(known) is not None and hasattr(known, "tokenzoo_recipe"):
+        return known.tokenzoo_recipe.to_dict()
     backbone = _patched_backbone(model, "it has no recipe")
     held, total = backbone.tokenzoo_recipe, total_blocks(backbone)
     left = len(blocks_of(backbone))

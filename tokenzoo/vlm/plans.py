@@ -1,0 +1,36 @@
+"""What every layer of the language model does, from a recipe."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .family import VLMFamily
+from .layer import LayerPlan
+from .passing import Stage
+from .recipe import VlmRecipe
+
+
+def layer_plans(family: VLMFamily, inner: nn.Module, recipe: VlmRecipe | None) -> list[LayerPlan]:
+    """What every layer of the language model does.
+
+    Raises:
+        ValueError: a layer that is not there, or that rows must not leave in front of.
+    """
+    depth = len(family.language_model(inner).layers)
+    stages: dict[int, list[Stage]] = {}
+    for dropper in () if recipe is None else recipe.droppers:
+        layers = dropper.default_layers(depth) if dropper.layers is None else dropper.layers
+        first = family.first_cut(inner)
+        for number, layer in enumerate(layers):
+            if not first <= layer < depth:
+                raise ValueError(
+                    f"{dropper.name}: layers={tuple(layers)}, but rows may leave in front of layers {first} to "
+                    f"{depth - 1} of this language model"
+                )
+            stages.setdefault(layer, []).append(Stage(dropper, number))
+    reads = {i - 1 for i, cuts in stages.items() if any(c.dropper.scored_by == "previous" for c in cuts)}
+    start = min([*stages, *reads], default=depth)
+    return [
+        LayerPlan(i, depth, start, tuple(stages.get(i, ())), i in reads, f"language_model.layers.{i}")
+        for i in range(depth)
+    ]
