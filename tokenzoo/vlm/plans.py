@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from .base import Dropper
 from .family import VLMFamily
 from .layer import LayerPlan
 from .passing import Stage
@@ -17,10 +20,23 @@ def layer_plans(family: VLMFamily, inner: nn.Module, recipe: VlmRecipe | None) -
         ValueError: a layer that is not there, or that rows must not leave in front of.
     """
     depth = len(family.language_model(inner).layers)
+    return plans_of(() if recipe is None else recipe.droppers, depth, family.first_cut(inner))
+
+
+def plans_of(droppers: Sequence[Dropper], depth: int, first: int = 1) -> list[LayerPlan]:
+    """The same for any language model.
+
+    Args:
+        droppers: in the order in which they act in front of the same layer.
+        depth: layers of the language model.
+        first: the first layer that rows may leave in front of.
+
+    Raises:
+        ValueError: a layer that is not there, or that rows must not leave in front of.
+    """
     stages: dict[int, list[Stage]] = {}
-    for dropper in () if recipe is None else recipe.droppers:
+    for dropper in droppers:
         layers = dropper.default_layers(depth) if dropper.layers is None else dropper.layers
-        first = family.first_cut(inner)
         for number, layer in enumerate(layers):
             if not first <= layer < depth:
                 raise ValueError(
