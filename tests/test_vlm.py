@@ -9,7 +9,19 @@ import pytest
 import torch
 import vlm_reference as reference
 from vlm_cases import (
-    DROPPERS, FAMILIES, IMAGE, NEEDS_CLASS, SELECTORS, Loudest, alone, build, handed, inner_of, lm_of, loudest, pixels,
+    DROPPERS,
+    FAMILIES,
+    IMAGE,
+    NEEDS_CLASS,
+    SELECTORS,
+    Loudest,
+    alone,
+    build,
+    handed,
+    inner_of,
+    lm_of,
+    loudest,
+    pixels,
     prompts,
 )  # fmt: skip
 
@@ -154,7 +166,8 @@ def test_dropped_rows_are_those_of_a_slow_reference(name):
         args = reference.grown(model, given, torch.full(one["input_ids"][0].shape, depth), [])
         rows = []
         hook = lm_of(model).layers[2].self_attn.register_forward_pre_hook(
-            lambda module, a, k, rows=rows: rows.append((k["hidden_states"], k["position_embeddings"])), with_kwargs=True
+            lambda module, a, k, rows=rows: rows.append((k["hidden_states"], k["position_embeddings"])),
+            with_kwargs=True,
         )
         with torch.no_grad():
             reference.run_layers(model, **args)

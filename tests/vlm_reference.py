@@ -29,8 +29,9 @@ def whole_mask(given: dict[str, Any], n: int) -> Tensor:
 
 
 def run_layers(
-    model: nn.Module, x: Tensor, positions: Tensor, gone: Tensor, mask: Tensor, deep: Any = None, contiguous: bool = False
-) -> Tensor:
+    model: nn.Module, x: Tensor, positions: Tensor, gone: Tensor, mask: Tensor, deep: Any = None,
+    contiguous: bool = False,
+) -> Tensor:  # fmt: skip
     """Logits of unpatched layers in which columns are closed from some layer on, rows being kept.
 
     Args:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from .counting import kept_rows, lm_rows
+from .counting import image_sizes, kept_rows, lm_rows
 from .family import VLMFamily
 from .plans import layer_plans
 from .recipe import VlmRecipe
@@ -12,15 +14,23 @@ from .recipe import VlmRecipe
 _STEPS = 40  # halvings of the strength: finer than one row of any image
 
 
-def solved(model: nn.Module, family: VLMFamily, recipe: VlmRecipe, prefill: float, text: int) -> VlmRecipe:
+def solved(
+    model: nn.Module,
+    family: VLMFamily,
+    recipe: VlmRecipe,
+    prefill: float,
+    text: int,
+    images: Sequence[int] | int | None = None,
+) -> VlmRecipe:
     """The recipe at the least strength whose multiply-adds in the language model are no more than a share.
 
     Args:
         model: unpatched.
         family: that serves it.
         recipe: whose selector and droppers are dialled together.
-        prefill: share of the unpatched layers' multiply-adds for one image at the tower's own size.
-        text: rows of text beside it.
+        prefill: share of the unpatched layers' multiply-adds.
+        text: rows of text beside the images.
+        images: see `counting.image_sizes`.
 
     Raises:
         ValueError: the share is not in (0, 1], or out of reach.
@@ -28,11 +38,11 @@ def solved(model: nn.Module, family: VLMFamily, recipe: VlmRecipe, prefill: floa
     if isinstance(prefill, bool) or not isinstance(prefill, (int, float)) or not 0 < prefill <= 1:
         raise ValueError(f"prefill={prefill!r}; give the share of multiply-adds to spend, in (0, 1]")
     inner = family.inner(model)
-    rows = family.image_rows(inner)
-    whole = sum(row.macs for row in lm_rows(family, inner, layer_plans(family, inner, None), rows, text))
+    sizes = image_sizes(family, inner, images)
+    whole = sum(row.macs for row in lm_rows(family, inner, layer_plans(family, inner, None), sum(sizes), text))
 
     def share(dialled: VlmRecipe) -> float:
-        kept = sum(kept_rows(dialled.selector, [rows]))
+        kept = sum(kept_rows(dialled.selector, sizes))
         return sum(r.macs for r in lm_rows(family, inner, layer_plans(family, inner, dialled), kept, text)) / whole
 
     least = share(recipe.dial(1.0))

@@ -160,16 +160,18 @@ def _pieces(
     pieces = []
     for image, (place, rows, budget) in enumerate(zip(places, free, budgets)):
         parts = place[rows, 0].round().long()
-        whole = selector.unit == "image"
+        whole = selector.unit == "image" and not family.tiles
         groups = [rows] if whole else [rows[parts == p] for p in parts.unique().tolist()]
-        for group, keep in zip(groups, spread(budget, [len(g) for g in groups])):
+        own = [len(group) for group in groups]
+        alone = family.tiles and selector.keep_total is None
+        for group, keep in zip(groups, [selector.count(n) for n in own] if alone else spread(budget, own)):
             if len(group) == 0:
                 continue
-            own, part = place[group, 1:], place[group, 0].round().long()
+            spot, part = place[group, 1:], place[group, 0].round().long()
             crop = int(part[0]) if bool((part == part[0]).all()) else None
             part = part - part[0] if whole else torch.zeros_like(part)
-            grid = None if crop is None else _grid(own)
-            pieces.append(Piece(image, group.to(device), keep, grid, part.to(device), own.to(device), crop))
+            grid = None if crop is None else _grid(spot)
+            pieces.append(Piece(image, group.to(device), keep, grid, part.to(device), spot.to(device), crop))
     return pieces
 
 
@@ -233,7 +235,7 @@ def _tower(
         lambda values: family.carry(inner, modality, values, given),
         lambda x: family.tower_tokens(inner, x),
         prompts,
-        lambda: family.tower_features(inner, seen),
+        lambda: family.row_features(inner, modality, seen, given),
         lambda: family.class_tokens(inner, seen),
     )
 

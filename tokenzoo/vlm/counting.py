@@ -41,6 +41,31 @@ class LmRow(NamedTuple):
     attention: str
 
 
+def image_sizes(family: VLMFamily, inner: nn.Module, images: Sequence[int] | int | None) -> list[int]:
+    """Rows of the images of a prompt that is counted.
+
+    Args:
+        family: that serves the model.
+        inner: the multimodal model.
+        images: rows of each image, or of one; None for one image at the tower's own size.
+
+    Raises:
+        ValueError: the tower has no size of its own, or a count is not positive.
+    """
+    if images is None:
+        own = family.image_rows(inner)
+        if own is None:
+            raise ValueError(
+                f"images of {type(inner).__name__} have any number of rows; give images=[...], the rows of each (as "
+                "many as placeholders)"
+            )
+        return [own]
+    sizes = [images] if isinstance(images, int) else list(images)
+    if not sizes or any(type(n) is not int or n < 1 for n in sizes):
+        raise ValueError(f"images={images!r}; give the number of rows of each image")
+    return sizes
+
+
 def kept_rows(selector: Selector | None, images: Sequence[int]) -> list[int]:
     """Rows of each image that the language model sees.
 

@@ -24,8 +24,9 @@ class VLMFamily:
         projector: path of the module that turns what the tower gives into rows, None where the tower does so itself.
         one_to_one: whether the projector makes one row of each patch.
         modalities: of "image", "video".
+        tiles: whether each crop counts as an image of its own, since nothing says which make one.
+        builds_masks: whether the multimodal model makes masks of four dimensions for its language model.
         position_axes: 1, or 3 for rotary positions by frame, row and column, which cannot be renumbered.
-        deep_layers: whether features join behind the first layers too (deepstack), see `first_cut`.
     """
 
     name: ClassVar[str] = ""
@@ -37,6 +38,8 @@ class VLMFamily:
     projector: ClassVar[str | None] = "multi_modal_projector"
     one_to_one: ClassVar[bool] = True
     modalities: ClassVar[tuple[str, ...]] = ("image",)
+    tiles: ClassVar[bool] = False
+    builds_masks: ClassVar[bool] = False
     position_axes: ClassVar[int] = 1
 
     # ---- where the parts are
@@ -76,9 +79,9 @@ class VLMFamily:
         """Id of the placeholder of "image" or "video"."""
         return getattr(config, f"{modality}_token_id")
 
-    def first_cut(self, inner: nn.Module) -> int:
-        """The first layer of the language model that a dropper may act in front of."""
-        return 1
+    def deep_layers(self, inner: nn.Module) -> int:
+        """First layers of the language model behind which features of images are added once more (deepstack)."""
+        return 0
 
     # ---- how rows come about
 
@@ -136,9 +139,14 @@ class VLMFamily:
         side = round(n**0.5)
         return (side, side) if side * side == n else (1, n)
 
-    def tower_features(self, inner: nn.Module, seen: dict[Any, Any]) -> Tensor | None:
-        """What the projector was given, one row per patch [crops, n, C]; None where there is no projector."""
-        return seen["projector"][1][0] if "projector" in seen else None
+    def row_features(
+        self, inner: nn.Module, modality: str, seen: dict[Any, Any], given: dict[str, Any]
+    ) -> list[Tensor] | None:
+        """What the projector was given, at the rows of each image [n, C]; None where that is not known."""
+        if "projector" not in seen:
+            return None
+        x = seen["projector"][1][0]
+        return self.carry(inner, modality, x if x.dim() == 3 else x.unsqueeze(0), given)
 
     def class_tokens(self, inner: nn.Module, seen: dict[Any, Any]) -> Tensor | None:
         """What the tower hands on for the class token [crops, 1, C]; None where it has none, or runs no further."""
@@ -159,8 +167,8 @@ class VLMFamily:
 
     # ---- what is counted and refused
 
-    def image_rows(self, inner: nn.Module) -> int:
-        """Rows of one image at the tower's own size, for reports."""
+    def image_rows(self, inner: nn.Module) -> int | None:
+        """Rows of one image at the tower's own size, for reports; None where towers take images of any size."""
         raise NotImplementedError(f"{type(self).__name__} counts no rows: define image_rows(inner)")
 
     def fixed_rows(self, inner: nn.Module) -> int | None:

@@ -22,10 +22,12 @@ class LmPlan(NamedTuple):
     Attributes:
         drops: whether some of its layers drop rows.
         positions: "original" or "contiguous".
+        masks_come: whether masks come as the multimodal model has built them, for the rows that are held.
     """
 
     drops: bool
     positions: str
+    masks_come: bool = False
 
 
 class ReducingLm:
@@ -83,10 +85,10 @@ class ReducingLm:
         order = valid = visual = real = None
         counts: list[int] = []
         mask = given.get("attention_mask")
+        if kept.length and not self.tokenzoo_plan.masks_come:
+            mask = translated(mask, kept, n)
         if drop is None:
             kept.append(n)
-            if mask is None and past_valid is not None:
-                mask = torch.cat([past_valid, past_valid.new_ones(batch, n)], 1).long()
         else:
             order, valid = compact(drop, note.right)
             x = take(x, order)
@@ -166,3 +168,28 @@ def _columns(mask: Any, batch: int) -> Tensor:
         return mask.bool()
     row = mask[:, 0, -1]
     return (row if row.dtype == torch.bool else row == 0).expand(batch, -1)
+
+
+def translated(mask: Any, kept: Kept, length: int) -> Any:
+    """A mask that counts every row ever put in, as one of the rows that are held, and of the new ones.
+
+    Args:
+        mask: the user's; those of four dimensions and None stay, unless padding was put in.
+        kept: what the cache holds.
+        length: new rows.
+
+    Raises:
+        ValueError: a mask of another length.
+    """
+    index, valid = kept.rows()
+    if mask is None:
+        return None if valid is None else torch.cat([valid, valid.new_ones(len(valid), length)], 1).long()
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return mask
+    if mask.shape[1] != kept.length + length:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, but {kept.length} rows were put in and {length} come: give "
+            f"{kept.length + length} columns, one per row ever put in (dropped ones too)"
+        )
+    past = mask[:, : kept.length].gather(1, index)
+    return torch.cat([past if valid is None else past * valid, mask[:, kept.length :]], 1)

@@ -11,6 +11,7 @@ from .base import Selector
 from .cache import CACHE
 from .choosing import choose
 from .family import VLMFamily
+from .lm import translated
 from .passing import KWARG, PROMPT, SEEN, Note, Prompt, during
 from .standing_in import named
 
@@ -44,7 +45,7 @@ class ReducingVlm:
         """What upstream gives, with rows that go marked."""
         given, plan = named(encode, args, kwargs), self.tokenzoo_plan
         given = {name: value for name, value in given.items() if name != KWARG}
-        if plan.selector is None:
+        if plan.selector is None or SEEN.get() is not None:  # frames may be encoded as images are
             return encode(**given)
         whole = given.pop("return_dict", None)
         with during(SEEN, {}) as seen:
@@ -65,9 +66,9 @@ class ReducingVlm:
             flat = isinstance(mask, Tensor) and mask.dim() == 2
             note.right = flat and bool((mask[:, -1] == 0).any())
         kept = getattr(given.get(CACHE), "kept", None)
-        if kept is not None:
+        if kept is not None and self.tokenzoo_plan.family.builds_masks:
             length = (ids if ids is not None else given["inputs_embeds"]).shape[1]
-            given["attention_mask"] = _translated(mask, kept, length)
+            given["attention_mask"] = translated(mask, kept, length)
         prompt = PROMPT.get() if ids is None else Prompt(ids, mask if isinstance(mask, Tensor) else None)
         with during(PROMPT, prompt if fed else None):
             return super().forward(**given, **{KWARG: note})
@@ -79,28 +80,3 @@ class ReducingVlm:
             return torch.isin(ids, torch.tensor(tokens, device=ids.device))
         own = self.get_input_embeddings()(torch.tensor(tokens, device=embeds.device))
         return (embeds.unsqueeze(2) == own).all(-1).any(-1)
-
-
-def _translated(mask: Any, kept: Any, length: int) -> Any:
-    """A mask that counts every row ever put in, as one of the rows that are held, and of the new ones.
-
-    Args:
-        mask: the user's; those of four dimensions and None stay, unless padding was put in.
-        kept: what the cache holds.
-        length: new rows.
-
-    Raises:
-        ValueError: a mask of another length.
-    """
-    index, valid = kept.rows()
-    if mask is None:
-        return None if valid is None else torch.cat([valid, valid.new_ones(len(valid), length)], 1).long()
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return mask
-    if mask.shape[1] != kept.length + length:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns, but {kept.length} rows were put in and {length} come: give "
-            f"{kept.length + length} columns, one per row ever put in (dropped ones too)"
-        )
-    past = mask[:, : kept.length].gather(1, index)
-    return torch.cat([past if valid is None else past * valid, mask[:, kept.length :]], 1)

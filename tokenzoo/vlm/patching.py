@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -22,15 +23,24 @@ from .recipe import VlmRecipe
 from .report import vlm_report
 
 
-def patch(model: nn.Module, method: Any, *, prefill: float | None = None, text: int = 64, **options: Any) -> nn.Module:
+def patch(
+    model: nn.Module,
+    method: Any,
+    *,
+    prefill: float | None = None,
+    text: int = 64,
+    images: Sequence[int] | int | None = None,
+    **options: Any,
+) -> nn.Module:
     """Makes a vision-language model show its language model fewer visual rows, in place.
 
     Args:
         model: of a served family.
         method: see `VlmRecipe.parse`.
-        prefill: share of the multiply-adds of reading the prompt (one image at the tower's own size, in the language
-            model) to land on; the strength of selector and droppers is solved for.
-        text: rows of text that count for `prefill`.
+        prefill: share of the language model's multiply-adds of reading a prompt to land on; the strength of selector
+            and droppers is solved for.
+        text: rows of text of the prompt that counts for `prefill`.
+        images: rows of each of its images; None for one image at the tower's own size.
         **options: of the method, and `positions`.
 
     Raises:
@@ -47,7 +57,7 @@ def patch(model: nn.Module, method: Any, *, prefill: float | None = None, text: 
     recipe = VlmRecipe.parse(method, **options)
     _check_recipe(model, family, recipe)
     if prefill is not None:
-        recipe = solved(model, family, recipe, prefill, text)
+        recipe = solved(model, family, recipe, prefill, text, images)
     inner = family.inner(model)
     lm = family.language_model(inner)
     plans = layer_plans(family, inner, recipe)
@@ -56,7 +66,7 @@ def patch(model: nn.Module, method: Any, *, prefill: float | None = None, text: 
         become(inner, family.models[type(inner)])
         inner.tokenzoo_plan = VlmPlan(family, recipe.selector)
         become(lm, LMS[type(lm)])
-        lm.tokenzoo_plan = LmPlan(bool(recipe.droppers), recipe.positions)
+        lm.tokenzoo_plan = LmPlan(bool(recipe.droppers), recipe.positions, family.builds_masks)
         for layer, plan in zip(lm.layers, plans):
             become(layer, LAYERS[type(layer)])
             layer.tokenzoo_plan = plan

@@ -20,16 +20,16 @@ def layer_plans(family: VLMFamily, inner: nn.Module, recipe: VlmRecipe | None) -
         ValueError: a layer that is not there, or that rows must not leave in front of.
     """
     depth = len(family.language_model(inner).layers)
-    return plans_of(() if recipe is None else recipe.droppers, depth, family.first_cut(inner))
+    return plans_of(() if recipe is None else recipe.droppers, depth, family.deep_layers(inner))
 
 
-def plans_of(droppers: Sequence[Dropper], depth: int, first: int = 1) -> list[LayerPlan]:
+def plans_of(droppers: Sequence[Dropper], depth: int, deep: int = 0) -> list[LayerPlan]:
     """The same for any language model.
 
     Args:
         droppers: in the order in which they act in front of the same layer.
         depth: layers of the language model.
-        first: the first layer that rows may leave in front of.
+        deep: first layers whose outputs have to hold all rows, see `VLMFamily.deep_layers`.
 
     Raises:
         ValueError: a layer that is not there, or that rows must not leave in front of.
@@ -37,6 +37,7 @@ def plans_of(droppers: Sequence[Dropper], depth: int, first: int = 1) -> list[La
     stages: dict[int, list[Stage]] = {}
     for dropper in droppers:
         layers = dropper.default_layers(depth) if dropper.layers is None else dropper.layers
+        first = max(1, deep + (dropper.scored_by == "previous"))
         for number, layer in enumerate(layers):
             if not first <= layer < depth:
                 raise ValueError(

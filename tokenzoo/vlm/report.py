@@ -11,7 +11,7 @@ from torch import nn
 from ..adapters.registry import family_of
 from ..cost.report import Report, report
 from ..ops.layer_macs import linear_macs
-from .counting import LmRow, kept_rows, lm_rows
+from .counting import LmRow, image_sizes, kept_rows, lm_rows
 from .family import VLMFamily, vlm_family_of
 from .plans import layer_plans
 
@@ -109,9 +109,9 @@ def vlm_report(model: nn.Module, text: int = 64, images: Sequence[int] | int | N
     """
     family = vlm_family_of(model)
     inner, recipe = family.inner(model), getattr(model, "tokenzoo_recipe", None)
-    sizes = [family.image_rows(inner)] if images is None else [images] if isinstance(images, int) else list(images)
-    if text < 0 or any(n < 1 for n in sizes):
-        raise ValueError(f"text={text}, images={sizes}: give numbers of rows")
+    sizes = image_sizes(family, inner, images)
+    if text < 0:
+        raise ValueError(f"text={text}; give the rows of the prompt that are no image's")
     selector = None if recipe is None else recipe.selector
     kept = kept_rows(selector, sizes)
     layers = lm_rows(family, inner, layer_plans(family, inner, recipe), sum(kept), text)

@@ -8,34 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.attention import Heads, attention_received, attention_rows
+from ..ops.attention import attention_received, attention_rows
+from .towers import Read
 
 
 class TowerSignals:
     """Signals of one pass of the tower over all images of a call, at the rows that the language model would see.
 
     Args:
-        heads: queries and keys of a layer [crops, H, N, d], given its index.
+        heads: queries and keys of a layer, given its index.
         has_class: token 0 is a class token.
         carry: values of tokens without prefix [crops, n, C] -> of each image [n_rows, C].
         strip: takes prefix tokens off [crops, N, C].
         prompts: words of the prompt around each image as rows of the language model's embedding, one [T, D] per image;
             a function, since they may not be known.
-        features: what is handed to the projector [crops, n, C]; None where the tower makes rows itself.
+        features: what is handed to the projector, at the rows of each image [n_rows, C]; None where unknown.
         class_tokens: what the tower gives for the class token [crops, 1, C], None without one.
     """
 
     def __init__(
         self,
-        heads: Callable[[int], Heads],
+        heads: Callable[[int], list[Read]],
         has_class: bool,
         carry: Callable[[Tensor], list[Tensor]],
         strip: Callable[[Tensor], Tensor],
         prompts: Callable[[], list[Tensor]],
-        features: Callable[[], Tensor | None],
+        features: Callable[[], list[Tensor] | None],
         class_tokens: Callable[[], Tensor | None],
     ) -> None:
-        self.heads, self.has_class, self._carry, self._strip = heads, has_class, carry, strip
+        self._heads, self.has_class, self._carry, self._strip = heads, has_class, carry, strip
         self._prompts, self._features, self._class_tokens = prompts, features, class_tokens
         self._known: dict[Any, Any] = {}
 
@@ -56,8 +57,7 @@ class TowerSignals:
         """What the tower gives at some rows of some images [B, N, C], with its gradient; means where a row is made of
         several patches."""
         if "features" not in self._known:
-            features = self._features()
-            self._known["features"] = None if features is None else self._carry(features)
+            self._known["features"] = self._features()
         found = self._known["features"]
         return None if found is None else torch.stack([found[i].index_select(0, rows) for i, rows in where])
 
@@ -66,34 +66,40 @@ class TowerSignals:
         found = self._class_tokens()
         return None if found is None else found[crops]
 
+    def _each(self, layer: int, read: Callable[[Read], Tensor]) -> Tensor:
+        """What is read of every crop [crops, N, C], without prefix; packed crops one behind the other [1, N, C]."""
+        found = [read(each) for each in self._heads(layer)]
+        return self._strip(found[0] if len(found) == 1 else torch.cat(found, 1))
+
     def _class_row(self, layer: int) -> Tensor:
         if not self.has_class:
             raise ValueError(
                 "attention of the class token was asked for, but this tower has none; use signals.importance(layer), "
                 "which is the mean attention that a token gets there"
             )
-        row = attention_rows(self.heads(layer), 0, 1).squeeze(2)  # [crops, H, N]
-        return self._strip(row.mean(1).unsqueeze(-1))
+        return self._each(layer, lambda r: attention_rows(r.heads, 0, 1, r.bias).mean(1).transpose(1, 2))
 
     def _class_logits(self, layer: int) -> Tensor:
-        heads = self.heads(layer)
-        logits = (heads.q[:, :, :1].float() * heads.scale) @ heads.k.float().transpose(-2, -1)
-        return self._strip(logits.squeeze(2).mean(1).unsqueeze(-1))
+        def logits(read: Read) -> Tensor:
+            q, k, scale = read.heads.q[:, :, :1].float(), read.heads.k.float(), read.heads.scale
+            return ((q * scale) @ k.transpose(-2, -1)).mean(1).transpose(1, 2)
+
+        return self._each(layer, logits)
 
     def _received(self, layer: int) -> Tensor:
-        return self._strip(attention_received(self.heads(layer)).unsqueeze(-1))
+        return self._each(layer, lambda r: attention_received(r.heads, r.bias, r.real).unsqueeze(-1))
 
     def _importance(self, layer: int) -> Tensor:
         return self._class_row(layer) if self.has_class else self._received(layer)
 
     def _mean_keys(self, layer: int) -> Tensor:
-        return self._strip(self.heads(layer).k.float().mean(1))
+        return self._each(layer, lambda r: r.heads.k.float().mean(1))
 
     def _keys(self, layer: int) -> Tensor:
-        return self._strip(self.heads(layer).k.float().transpose(1, 2).flatten(2))
+        return self._each(layer, lambda r: r.heads.k.float().transpose(1, 2).flatten(2))
 
     def _queries(self, layer: int) -> Tensor:
-        return self._strip(self.heads(layer).q.float().transpose(1, 2).flatten(2))
+        return self._each(layer, lambda r: r.heads.q.float().transpose(1, 2).flatten(2))
 
 
 class VisualSignals:
