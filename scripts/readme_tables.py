@@ -18,6 +18,8 @@ import tokenzoo
 from tokenzoo.adapters.backbone import Family
 from tokenzoo.adapters.registry import families, load_installed
 from tokenzoo.cli.list_command import describe_method
+from tokenzoo.vlm.family import vlm_families
+from tokenzoo.vlm.registry import find, list_droppers, list_selectors
 
 load_installed()  # the tables name families of packages that are no dependency too
 ROOT = Path(__file__).parents[1]
@@ -43,6 +45,27 @@ def methods_table() -> str:
             for r in rows
         ],
     )
+
+
+def vlm_methods_table() -> str:
+    """Every selector and dropper: what it does, what it reads, what its authors do with positions, and the source."""
+    rows = []
+    for name in (*list_selectors(), *list_droppers()):
+        cls = find(name)
+        summary = " ".join(inspect.cleandoc(cls.__doc__).split("\n\n")[0].split())
+        act = "dropper" if name in list_droppers() else "selector"
+        reads = f"{cls.scored_by} layer" if act == "dropper" else ", ".join(cls.reads)
+        rows.append((f"`{name}`", f"`{cls.__name__}`", act, summary, reads, cls.positions, cls.source))
+    return _table(("name", "class", "acts as", "what it does", "reads", "published positions", "source"), rows)
+
+
+def vlm_families_table() -> str:
+    """Every family of vision-language models."""
+    rows = []
+    for family in vlm_families():
+        classes = ", ".join(f"`{cls.__name__}`" for cls in family.heads)
+        rows.append((f"`{family.name}`", family.summary, classes, ", ".join(family.modalities), family.tried))
+    return _table(("family", "covers", "models", "takes", "tried on"), rows)
 
 
 def in_order() -> list[Family]:
@@ -136,6 +159,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": methods_in_short, "backbones": backbones_in_short},
     "docs/methods.md": {"methods": methods_table},
     "docs/backbones.md": {"backbones": backbones_table},
+    "docs/vlm.md": {"selectors": vlm_methods_table, "families": vlm_families_table},
     "docs/measuring.md": {"speed": speed_section},
 }
 

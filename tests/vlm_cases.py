@@ -79,10 +79,155 @@ def _vipllava() -> nn.Module:
     return transformers.VipLlavaForConditionalGeneration(config)
 
 
+SIGLIP = {**TOWER, "vision_use_head": False}
+GRID = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]], "image_token_id": IMAGE}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+GEMMA = {**LM, "head_dim": 8}
+PACKED = {
+    "depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2,
+    "in_channels": 3,
+}  # fmt: skip
+
+
+def _llava_next() -> nn.Module:
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER), text_config=transformers.LlamaConfig(**LM), **GRID
+    )
+    return transformers.LlavaNextForConditionalGeneration(config)
+
+
+def _onevision() -> nn.Module:
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER), text_config=transformers.Qwen2Config(**LM), **GRID,
+        vision_feature_select_strategy="full", vision_feature_layer=-1, video_token_id=VIDEO,
+    )  # fmt: skip
+    return transformers.LlavaOnevisionForConditionalGeneration(config)
+
+
+def crops(model: nn.Module, counts: Sequence[int], generator: torch.Generator) -> Any:
+    """Images of two shapes: a thumbnail and four crops, or two of them."""
+    sizes = torch.tensor([[60, 60] if i % 2 == 0 else [30, 62] for i in range(sum(counts))])
+    pixels = torch.zeros(len(sizes), 5, 3, 32, 32)
+    for i in range(len(sizes)):
+        own = 5 if i % 2 == 0 else 3
+        pixels[i, :own] = torch.randn(own, 3, 32, 32, generator=generator)
+    given = {"pixel_values": pixels, "image_sizes": sizes}
+    with torch.no_grad():
+        dtype = next(model.parameters()).dtype
+        rows = iter([len(f) for f in model.model.get_image_features(pixels.to(dtype), sizes).pooler_output])
+    return given, [[next(rows) for _ in range(count)] for count in counts]
+
+
+def _qwen(name: str, tower: dict[str, Any], text: dict[str, Any] | None = None) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        rope = ROPE if text is None else {**ROPE, "mrope_interleaved": True}
+        words = {**LM, "rope_parameters": rope, "tie_word_embeddings": False, **(text or {})}
+        config = getattr(transformers, f"{name}Config")(
+            vision_config={**PACKED, **tower}, text_config=words, image_token_id=IMAGE, video_token_id=VIDEO,
+            vision_start_token_id=START, vision_end_token_id=END,
+        )  # fmt: skip
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+    return make
+
+
+def packed(model: nn.Module, counts: Sequence[int], generator: torch.Generator) -> Any:
+    """Images of two sizes in one sequence of patches."""
+    grids = [(1, 8, 8) if i % 2 == 0 else (1, 4, 12) for i in range(sum(counts))]
+    pixels = [torch.randn(high * wide, 3 * 2 * 4 * 4, generator=generator) for _, high, wide in grids]
+    rows = iter([high * wide // 4 for _, high, wide in grids])
+    given = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
+    return given, [[next(rows) for _ in range(count)] for count in counts]
+
+
+def packed_alone(given: dict[str, Tensor], first: int, count: int, prompt: int) -> dict[str, Tensor]:
+    sizes = given["image_grid_thw"].prod(-1).tolist()
+    start = sum(sizes[:first])
+    patches = given["pixel_values"][start : start + sum(sizes[first : first + count])]
+    return {"pixel_values": patches, "image_grid_thw": given["image_grid_thw"][first : first + count]}
+
+
+def _internvl() -> nn.Module:
+    sizes = {**TOWER, "num_hidden_layers": 3, "image_size": [32, 32], "patch_size": [4, 4]}
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**sizes), text_config=transformers.Qwen2Config(**LM),
+        image_token_id=IMAGE, image_seq_length=16,
+    )  # fmt: skip
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def _smolvlm(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        config = getattr(transformers, f"{name}Config")(
+            vision_config={**TOWER, "num_hidden_layers": 3, "patch_size": 4}, scale_factor=2, pad_token_id=0,
+            text_config=transformers.LlamaConfig(**LM), image_token_id=IMAGE,
+        )  # fmt: skip
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+    return make
+
+
+def tiles(model: nn.Module, counts: Sequence[int], generator: torch.Generator) -> Any:
+    """Tiles of each prompt in a row of the batch, zeros behind them."""
+    pixels = torch.zeros(len(counts), max(counts), 3, 32, 32)
+    for prompt, count in enumerate(counts):
+        pixels[prompt, :count] = torch.randn(count, 3, 32, 32, generator=generator)
+    return {"pixel_values": pixels}, [[16] * count for count in counts]
+
+
+def tiles_alone(given: dict[str, Tensor], first: int, count: int, prompt: int) -> dict[str, Tensor]:
+    return {"pixel_values": given["pixel_values"][prompt : prompt + 1, :count]}
+
+
+def _paligemma(text: str = "Gemma") -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        config = transformers.PaliGemmaConfig(
+            vision_config=transformers.SiglipVisionConfig(**SIGLIP), projection_dim=32, image_token_id=IMAGE,
+            text_config=getattr(transformers, f"{text}Config")(**GEMMA),
+        )  # fmt: skip
+        return transformers.PaliGemmaForConditionalGeneration(config)
+
+    return make
+
+
+def _gemma3() -> nn.Module:
+    words = transformers.Gemma3TextConfig(
+        **GEMMA, sliding_window=1024, layer_types=["sliding_attention", "full_attention"] * 2
+    )
+    config = transformers.Gemma3Config(
+        vision_config=transformers.SiglipVisionConfig(**{**SIGLIP, "patch_size": 4}), text_config=words,
+        image_token_id=IMAGE, mm_tokens_per_image=16, boi_token_id=START, eoi_token_id=END,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(_llava, square(16), slices),
     "vipllava": Family(_vipllava, square(16), slices),
-}
+    "llava_next": Family(_llava_next, crops, slices),
+    "llava_onevision": Family(_onevision, crops, slices),
+    "qwen2_vl": Family(
+        _qwen("Qwen2VL", {"embed_dim": 32, "mlp_ratio": 2}), packed, packed_alone, "mm_token_type_ids"
+    ),
+    "qwen2_5_vl": Family(
+        _qwen("Qwen2_5_VL", {
+            "intermediate_size": 64, "window_size": 16, "fullatt_block_indexes": [1, 3], "out_hidden_size": 32,
+            "hidden_act": "silu",
+        }), packed, packed_alone, "mm_token_type_ids",
+    ),
+    "qwen3_vl": Family(
+        _qwen("Qwen3VL", {
+            "intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 2],
+        }, {"head_dim": 8}), packed, packed_alone, "mm_token_type_ids",
+    ),
+    "internvl": Family(_internvl, square(16), slices),
+    "smolvlm": Family(_smolvlm("SmolVLM"), tiles, tiles_alone),
+    "idefics3": Family(_smolvlm("Idefics3"), tiles, tiles_alone),
+    "paligemma": Family(_paligemma(), square(16), slices, "token_type_ids"),
+    "paligemma2": Family(_paligemma("Gemma2"), square(16), slices, "token_type_ids"),
+    "gemma3": Family(_gemma3, square(16), slices, "token_type_ids"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +254,7 @@ SELECTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     name: ({"keep": 1.0}, {"keep": 5}) for name in tokenzoo.vlm.list_selectors()
 }
 DROPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "fastv": ({"removed": 0.0}, {"removed": 0.5}),
+    "fastv": ({"removed": 0.0, "layers": 3}, {"removed": 0.5, "layers": 3}),
 }
 # selectors that need a tower with a class token
 NEEDS_CLASS: tuple[str, ...] = tuple(

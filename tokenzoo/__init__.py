@@ -12,6 +12,7 @@ from .cost.trace import MacReport, count_macs
 from .tuning import tune
 from .view.explain import Explanation, explain
 from .vlm import registry as _vlm
+from .vlm import visual_rows
 
 __version__ = "0.1.0"
 __path__ += [f"{__path__[0]}/kept"]  # where modules stood that have moved
@@ -45,6 +46,7 @@ __all__ = [
     "tune",
     "unpatch_model",
     "update_method",
+    "visual_rows",
     "vlm",
     *_CLASSES,
 ]

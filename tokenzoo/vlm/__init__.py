@@ -6,9 +6,11 @@ Importing this package imports no transformers; families are registered when suc
 from . import droppers, selectors
 from .base import Dropper, Selector
 from .registry import list_droppers, list_selectors, register_dropper, register_selector
+from .telling import ImageRows, visual_rows
 
 __all__ = [
     "Dropper",
+    "ImageRows",
     "Selector",
     "droppers",
     "list_droppers",
@@ -16,4 +18,5 @@ __all__ = [
     "register_dropper",
     "register_selector",
     "selectors",
+    "visual_rows",
 ]
