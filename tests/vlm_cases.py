@@ -237,15 +237,20 @@ class Loudest(Selector):
     name = "loudest"
     source = "a test"
     kind = "prune"
+    unit = "image"
 
     def map(self, rows: Any, signals: Any, keep: int) -> KeepMap:
         return KeepMap(rows.x.norm(dim=-1).topk(keep, dim=1).indices.sort(1).values, rows.length)
 
 
-def loudest(rows: Tensor, keep: int) -> Tensor:
-    """What `Loudest` keeps of one image's rows [n, D]."""
-    kept = torch.zeros(len(rows), dtype=torch.bool)
-    kept[rows.norm(dim=-1).topk(keep).indices] = True
+def loudest(model: nn.Module, rows: Tensor, keep: int) -> Tensor:
+    """What `Loudest` keeps of one entry of images [n, D]: new lines always, and some of each image, or of each tile."""
+    newline = getattr(inner_of(model), "image_newline", None)
+    kept = torch.zeros(len(rows), dtype=torch.bool) if newline is None else (rows == newline).all(-1)
+    free = (~kept).nonzero().flatten()
+    tile = 16 if hasattr(inner_of(model), "text_model") else max(1, len(free))
+    for part in free.split(tile):
+        kept[part[rows[part].norm(dim=-1).topk(keep).indices]] = True
     return kept
 
 

@@ -18,18 +18,18 @@ def features(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
         return list(inner_of(model).get_image_features(**pixels(batch)).pooler_output)
 
 
-def whole_mask(given: dict[str, Any], n: int) -> Tensor:
-    """Which row sees which [n, n] bool, as the unpatched model has it in layers of full attention."""
+def whole_mask(given: dict[str, Any], n: int, kind: str | None) -> Tensor:
+    """Which row sees which [n, n] bool, as the unpatched model has it in layers of some kind."""
     mask = given.get("attention_mask")
     if isinstance(mask, dict):
-        mask = mask["full_attention"]
+        mask = mask[kind]
     if mask is None or mask.dim() == 2:
         return torch.ones(n, n, dtype=torch.bool).tril()
     return mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
 
 
 def run_layers(
-    model: nn.Module, x: Tensor, positions: Tensor, gone: Tensor, mask: Tensor, deep: Any = None,
+    model: nn.Module, x: Tensor, positions: Tensor, gone: Tensor, masks: list[Tensor], deep: Any = None,
     contiguous: bool = False,
 ) -> Tensor:  # fmt: skip
     """Logits of unpatched layers in which columns are closed from some layer on, rows being kept.
@@ -39,7 +39,7 @@ def run_layers(
         x: [1, n, D].
         positions: [1, n] or [3 or 4, 1, n].
         gone: layer from which on a row is gone [n]; the depth for those that stay.
-        mask: which row sees which [n, n] bool.
+        masks: which row sees which [n, n] bool, of each layer.
         deep: rows that features join behind the first layers, and those features.
         contiguous: positions count the rows that are there.
     """
@@ -52,7 +52,7 @@ def run_layers(
         here = gone > i
         now = positions - (~here).long().cumsum(0) + (~here).long() if contiguous else positions
         rope = lm.rotary_emb(x, now, types[i]) if typed else lm.rotary_emb(x, now)
-        seen = (mask & here) | own
+        seen = (masks[i] & here) | own
         x = layer(x, attention_mask=seen[None, None], position_embeddings=rope, position_ids=None, **{CACHE: None})
         if deep is not None and i < len(deep[1]):
             x = lm._deepstack_process(x, deep[0], deep[1][i])
@@ -70,14 +70,16 @@ def grown(model: nn.Module, given: dict[str, Any], gone: Tensor, new: list[int])
         last = positions[..., -1:]
         positions = torch.cat([positions, *[last + 1 + j for j in range(more)]], -1)
     depth = len(lm_of(model).layers)
-    mask = torch.ones(n + more, n + more, dtype=torch.bool).tril()
-    mask[:n, :n] = whole_mask(given, n)
+    types = getattr(lm_of(model).config, "layer_types", None) or [None] * depth
+    masks = [torch.ones(n + more, n + more, dtype=torch.bool).tril() for _ in range(depth)]
+    for mask, kind in zip(masks, types):
+        mask[:n, :n] = whole_mask(given, n, kind)
     deep = None
     if given.get("visual_pos_masks") is not None:
         rows = torch.cat([given["visual_pos_masks"], torch.zeros(1, more, dtype=torch.bool)], 1)
         deep = (rows, given["deepstack_visual_embeds"])
     gone = torch.cat([gone, torch.full((more,), depth)])
-    return {"x": x, "positions": positions, "gone": gone, "mask": mask, "deep": deep}
+    return {"x": x, "positions": positions, "gone": gone, "masks": masks, "deep": deep}
 
 
 def at_entry(model: nn.Module, batch: dict[str, Tensor], kept: Tensor) -> Tensor:

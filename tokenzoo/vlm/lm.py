@@ -76,6 +76,8 @@ class ReducingLm:
             kept = Kept(batch, 0 if cache is None else cache.get_seq_length(), x.device)
         if cache is not None:
             cache.kept = kept
+        if cuts or kept.layers:
+            self._check_windows(kept.held + n)
         past, tail, past_valid, before = kept.held, kept.tail, kept.rows()[1], kept.layers
         positions = given.get("position_ids")
         if positions is None:
@@ -114,6 +116,19 @@ class ReducingLm:
             visual, real, valid, counts, asking, past, tail, past_valid, before, positions, rotary, right
         )
         return given, span, order
+
+    def _check_windows(self, rows: int) -> None:
+        """Refuses droppers where a layer's window is shorter than what it would hold.
+
+        Raises:
+            ValueError: with the window and the way out.
+        """
+        window = getattr(self.config, "sliding_window", None)
+        if window and "sliding_attention" in (getattr(self.config, "layer_types", None) or ()) and rows >= window:
+            raise ValueError(
+                f"{type(self).__name__} has layers with a window of {window} rows, and {rows} are held: rows that are "
+                "dropped between layers cannot be followed there; use a selector alone, or shorter prompts"
+            )
 
     def _cache(self, given: dict[str, Any]) -> ReducedCache | None:
         """The cache of the call, a new one where upstream would make one."""
