@@ -52,7 +52,8 @@ def run_layers(
         here = gone > i
         now = positions - (~here).long().cumsum(0) + (~here).long() if contiguous else positions
         rope = lm.rotary_emb(x, now, types[i]) if typed else lm.rotary_emb(x, now)
-        seen = (masks[i] & here) | own
+        # additive: models with capped logits attend eagerly, which takes no other masks
+        seen = torch.zeros(own.shape, dtype=x.dtype).masked_fill(~((masks[i] & here) | own), -1e30)
         x = layer(x, attention_mask=seen[None, None], position_embeddings=rope, position_ids=None, **{CACHE: None})
         if deep is not None and i < len(deep[1]):
             x = lm._deepstack_process(x, deep[0], deep[1][i])
