@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,9 +27,10 @@ from .install import Change, install, keep_modules, prepare, remove
 from .solve import solve_flops
 
 _log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 
 
-def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **options: Any) -> nn.Module:
+def patch_model(model: M, method: Any, *, flops: float | None = None, **options: Any) -> M:
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
@@ -52,7 +53,9 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     """
     whole = whole_of(known_of(model))
     if whole is not None:
-        whole.patch(known_of(model), method, **options, **({} if flops is None else {"flops": flops}))
+        if flops is not None:
+            raise ValueError(f"flops={flops}: a {whole.name} is dialled by prefill=, the share of reading a prompt")
+        whole.patch(known_of(model), method, **options)
         return model
     backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
@@ -197,7 +200,7 @@ def _check_branches(changes: list[Change]) -> None:
                 )
 
 
-def unpatch_model(model: nn.Module) -> nn.Module:
+def unpatch_model(model: M) -> M:
     """Takes the recipe off again, in place; outputs are bit-equal to those before patching.
 
     Raises:
@@ -224,7 +227,7 @@ def _patched_backbone(model: nn.Module, remedy: str) -> nn.Module:
 
 
 @contextmanager
-def patched(model: nn.Module, method: Any, **options: Any) -> Iterator[nn.Module]:
+def patched(model: M, method: Any, **options: Any) -> Iterator[M]:
     """Context in which a model is patched; arguments as for `patch_model`."""
     patch_model(model, method, **options)
     try:
@@ -249,7 +252,7 @@ def recipe(model: nn.Module) -> dict[str, Any]:
     return (held if left == total else held.cut(total, left)).to_dict()
 
 
-def update_method(model: nn.Module, method: str | None = None, **options: Any) -> nn.Module:
+def update_method(model: M, method: str | None = None, **options: Any) -> M:
     """Changes options of a patched model's method between two forward passes, for instance a keep rate during training.
 
     Learned modules stay in place, with their weights; options that would make others are refused.

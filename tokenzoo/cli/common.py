@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from ..adapters.wrappers import backbone_of
 from ..core.registry import list_methods
+from ..core.safe_files import parse_yaml
 from ..cost.report import report
 from ..evaluation.runs import Precision, Run, is_served
 
@@ -114,7 +114,7 @@ def key_values(pairs: list[str], what: str) -> dict[str, Any]:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise ValueError(f"{what} {pair!r} is not of the form KEY=VALUE")
-        out[key.replace("-", "_")] = yaml.safe_load(value)
+        out[key.replace("-", "_")] = parse_yaml(value, f"{what} {pair!r}")
     return out
 
 
