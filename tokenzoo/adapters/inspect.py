@@ -9,15 +9,14 @@ from ..core.recipe import Recipe
 from .backbone import BackboneInfo
 from .classes import unwrapped
 from .registry import families, find_family, load_installed
-from .wholes import whole_of, wholes
+from .wholes import whole_of
 from .wrappers import backbone_of, known_of
 
 
 def list_backbones() -> dict[str, list[str]]:
     """Served model classes by family, of all packages that are installed."""
     load_installed()
-    found = {family.name: [cls.__name__ for cls in family.models] for family in families()}
-    return found | {name: classes for whole in wholes() for name, classes in whole.backbones().items()}
+    return {family.name: [cls.__name__ for cls in family.models] for family in families()}
 
 
 def is_patched(model: nn.Module) -> bool:
