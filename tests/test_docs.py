@@ -134,6 +134,10 @@ def _backbones(names: dict) -> None:
     assert tuple(names["logits"].shape) == (2, 1000)
 
 
+def _serve(names: dict) -> None:
+    assert {route.path for route in names["app"].routes} >= {"/api/about", "/api/run"}
+
+
 def _export(names: dict) -> None:
     assert tuple(names["logits"].shape) == (5, 1000)
 
@@ -152,7 +156,7 @@ def _tune(names: dict) -> None:
 
 RESULTS = {
     "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
-    "segmentation": _segmentation, "tune": _tune, "usage": _usage, "vlm": _vlm,
+    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage, "vlm": _vlm,
 }  # fmt: skip
 
 
@@ -219,8 +223,9 @@ def test_commands_parse(command, monkeypatch):
         check_training(options_of(vars(args)))
     elif hasattr(args, "model"):
         assert timm.is_model(args.model)
-        assert hasattr(args, "method") or args.command == "tune"
-        if args.command != "tune":
+        alone = ("tune", "serve")  # choose methods themselves
+        assert hasattr(args, "method") or args.command in alone
+        if args.command not in alone:
             runs_of(args)  # names, options and recipe files of the methods
 
 
@@ -313,8 +318,9 @@ STALE = {  # something that stands in a table of the page
 @pytest.mark.parametrize("page", STALE)
 def test_stale_tables_are_noticed_and_mended(tables, page, monkeypatch, tmp_path, capsys):
     assert set(STALE) == set(tables.PAGES)
-    (tmp_path / "docs").mkdir()
-    for name in tables.PAGES:
+    for folder in ("docs", "tokenzoo"):
+        (tmp_path / folder).mkdir()
+    for name in (*tables.PAGES, "tokenzoo/__init__.py", "tokenzoo/__init__.pyi"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     text = (ROOT / page).read_text(encoding="utf-8")
     assert STALE[page][0] in text

@@ -118,7 +118,7 @@ def _check(model: nn.Module, backbone: nn.Module, family: Family, names: list[st
     """Refuses models whose parts are not exactly known, before anything is changed."""
     refuse_derived(model, "the model")
     refuse_derived(backbone, "the model")
-    blocks = family.view(backbone).blocks
+    blocks = family.view(backbone).served_blocks
     for name, block in zip(names, blocks):
         refuse_wrapped(block, name)
         refuse_derived(block, name)
