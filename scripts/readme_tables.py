@@ -19,6 +19,8 @@ import tokenzoo
 from tokenzoo.adapters.backbone import Family
 from tokenzoo.adapters.registry import families, load_installed
 from tokenzoo.cli.list_command import describe_method
+from tokenzoo.vlm.family import vlm_families
+from tokenzoo.vlm.registry import find, list_droppers, list_selectors
 
 load_installed()  # the tables name families of packages that are no dependency too
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,27 @@ def methods_table() -> str:
             for r in rows
         ],
     )
+
+
+def vlm_methods_table() -> str:
+    """Every selector and dropper: what it does, what it reads, what its authors do with positions, and the source."""
+    rows = []
+    for name in (*list_selectors(), *list_droppers()):
+        cls = find(name)
+        summary = " ".join(inspect.cleandoc(cls.__doc__).split("\n\n")[0].split())
+        act = "dropper" if name in list_droppers() else "selector"
+        reads = f"{cls.scored_by} layer" if act == "dropper" else ", ".join(cls.reads)
+        rows.append((f"`{name}`", f"`{cls.__name__}`", act, summary, reads, cls.positions, cls.source))
+    return _table(("name", "class", "acts as", "what it does", "reads", "published positions", "source"), rows)
+
+
+def vlm_families_table() -> str:
+    """Every family of vision-language models."""
+    rows = []
+    for family in sorted(vlm_families(), key=lambda family: family.name):
+        classes = ", ".join(f"`{cls.__name__}`" for cls in family.heads)
+        rows.append((f"`{family.name}`", family.summary, classes, ", ".join(family.modalities), family.tried))
+    return _table(("family", "covers", "models", "takes", "tried on"), rows)
 
 
 def in_order() -> list[Family]:
@@ -135,8 +158,9 @@ def stub() -> str:
         if isinstance(node, ast.ImportFrom) and node.level:
             names = (alias.name for alias in node.names if alias.name in tokenzoo.__all__)
             lines += [f"from .{node.module or ''} import {name} as {name}" for name in names]
-    for name in tokenzoo.list_methods():
-        cls = tokenzoo.method_class(name)
+    found = [tokenzoo.method_class(name) for name in tokenzoo.list_methods()]
+    found += [find(name) for name in (*list_selectors(), *list_droppers())]
+    for cls in found:
         lines.append(f"from {cls.__module__.removeprefix('tokenzoo')} import {cls.__name__} as {cls.__name__}")
     head = "# written by scripts/readme_tables.py: type checkers do not see what the registry exports\n"
     return head + "\n".join(lines) + "\n\n__version__: str\n"
@@ -153,6 +177,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": methods_in_short, "backbones": backbones_in_short},
     "docs/methods.md": {"methods": methods_table},
     "docs/backbones.md": {"backbones": backbones_table},
+    "docs/vlm.md": {"selectors": vlm_methods_table, "families": vlm_families_table},
     "docs/measuring.md": {"speed": speed_section},
 }
 

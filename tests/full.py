@@ -55,6 +55,16 @@ TAKEN = {
     "test_token_distillation.py::test_compiled_in_one_graph": 1,
     "test_vim.py::test_export_with_any_batch": 0,
     "test_vim.py::test_onnx": 0,
+    # vision-language models: families x recipes
+    "test_vlm.py::test_keeping_all_changes_nothing": 5,
+    "test_vlm.py::test_a_selection_is_the_language_model_on_fewer_rows": 13,
+    "test_vlm.py::test_a_batch_is_each_prompt_alone": 13,
+    "test_vlm.py::test_cached_steps_are_those_without_a_cache": 13,
+    "test_vlm.py::test_dropped_rows_are_those_of_a_slow_reference": 4,
+    "test_vlm.py::test_beams_prompt_lookup_and_continuation": 4,
+    "test_vlm.py::test_training_follows_labels": 6,
+    "test_vlm.py::test_copies_and_pickles": 3,
+    "test_vlm.py::test_eager_is_sdpa": 4,
     # several processes, long training
     "test_accuracy_scripts.py::test_fine_tuned": 0,
     "test_scan_graphs.py::test_gradients_of_two_processes": 0,

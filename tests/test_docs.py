@@ -28,8 +28,9 @@ from torch.distributed.run import get_args_parser
 import tokenzoo
 from tokenzoo.cli import build_parser
 from tokenzoo.cli.common import runs_of
-from tokenzoo.core import registry
+from tokenzoo.core import handover, registry
 from tokenzoo.training.options import options_of, parse_options
+from tokenzoo.vlm import registry as vlm_registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md"))
@@ -69,11 +70,13 @@ def skeleton(name: str) -> nn.Module:
 @pytest.fixture
 def namespace(monkeypatch) -> Iterator[dict]:
     """Names that code of a document defines; methods it registers are gone afterwards."""
-    before = dict(registry._METHODS)
+    tables = (registry._METHODS, vlm_registry._SELECTORS, vlm_registry._DROPPERS, handover._BEYOND)
+    before = [dict(table) for table in tables]
     monkeypatch.chdir(ROOT)
     yield {"__name__": "document"}
-    registry._METHODS.clear()
-    registry._METHODS.update(before)
+    for table, old in zip(tables, before):
+        table.clear()
+        table.update(old)
 
 
 def run_code(text: str, names: dict) -> None:
@@ -118,6 +121,11 @@ def _usage(names: dict) -> None:
     assert [part["method"] for part in names["recipe"]["method"]] == ["evit", "tome"]
 
 
+def _vlm(names: dict) -> None:
+    assert names["answer"].shape[1] > names["ids"].shape[1] and not tokenzoo.is_patched(names["model"])
+    assert names["Loud"](keep=4).count(9) == 4 and names["Half"]().count(9, 0) == 4
+
+
 def _segmentation(names: dict) -> None:
     assert tuple(names["scores"].shape) == (1, 11, 240, 320)
 
@@ -149,7 +157,7 @@ def _tune(names: dict) -> None:
 
 RESULTS = {
     "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
-    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage,
+    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage, "vlm": _vlm,
 }  # fmt: skip
 
 
@@ -304,6 +312,7 @@ STALE = {  # something that stands in a table of the page
     "README.md": ("ICLR 2023", "ICLR 1923"),
     "docs/methods.md": ("ICLR 2023", "ICLR 1923"),
     "docs/backbones.md": ("`VimBlock`", "`VamBlock`"),
+    "docs/vlm.md": ("ECCV 2024", "ECCV 1924"),
     "docs/measuring.md": ("| r=13 | 2.71 |", "| r=13 | 1.71 |"),
 }
 
@@ -312,8 +321,9 @@ STALE = {  # something that stands in a table of the page
 @pytest.mark.parametrize("page", STALE)
 def test_stale_tables_are_noticed_and_mended(tables, page, monkeypatch, tmp_path, capsys):
     assert set(STALE) == set(tables.PAGES)
-    (tmp_path / "docs").mkdir()
-    for name in tables.PAGES:
+    for folder in ("docs", "tokenzoo"):
+        (tmp_path / folder).mkdir()
+    for name in (*tables.PAGES, "tokenzoo/__init__.py", "tokenzoo/__init__.pyi"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     text = (ROOT / page).read_text(encoding="utf-8")
     assert STALE[page][0] in text

@@ -16,6 +16,7 @@ from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
 from ..adapters.inspect import block_names, blocks_of, describe, is_patched, total_blocks
 from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
+from ..adapters.wholes import whole_of
 from ..adapters.wrappers import backbone_of, backbone_to_patch, known_of
 from ..core.learned import Learned
 from ..core.method import Method
@@ -50,6 +51,12 @@ def patch_model(model: M, method: Any, *, flops: float | None = None, **options:
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
+    whole = whole_of(known_of(model))
+    if whole is not None:
+        if flops is not None:
+            raise ValueError(f"flops={flops}: a {whole.name} is dialled by prefill=, the share of reading a prompt")
+        whole.patch(known_of(model), method, **options)
+        return model
     new = put_on(model, method, flops, **options)
     if new:
         _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
@@ -204,6 +211,10 @@ def unpatch_model(model: M) -> M:
     Raises:
         ValueError: the model is not patched, or a method was set on it since that would go on reducing tokens.
     """
+    whole = whole_of(known_of(model))
+    if whole is not None:
+        whole.unpatch(known_of(model))
+        return model
     backbone = _patched_backbone(model, "there is nothing to take off")
     family = find_family(backbone)
     refuse_leftovers(known_of(model), backbone, family)
@@ -237,6 +248,9 @@ def recipe(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model is not patched.
     """
+    known = known_of(model)
+    if whole_of(known) is not None and hasattr(known, "tokenzoo_recipe"):
+        return known.tokenzoo_recipe.to_dict()
     backbone = _patched_backbone(model, "it has no recipe")
     held, total = backbone.tokenzoo_recipe, total_blocks(backbone)
     left = len(blocks_of(backbone))

@@ -10,11 +10,12 @@ from typing import Any
 
 from .cutting import cannot_cut, pinned
 from .dial import dial_in_parts
+from .handover import refuse_beyond
 from .lift import Fill
 from .method import PLACES, Method, Step
 from .mixins import Restoring
 from .recipe_files import read_yaml, take_flops
-from .registry import create_method
+from .registry import create_method, list_methods
 from .tokens import Layout, TraceStep
 
 __all__ = ["MERGED_POSITIONS", "Placed", "Recipe", "take_flops"]
@@ -232,6 +233,8 @@ class Recipe:
         if isinstance(method, Method):
             _no_options(options, f"the method object {method.name}")
             return cls((method,), **common)
+        if not isinstance(method, str) or method not in list_methods():
+            refuse_beyond(method)
         if isinstance(method, str):
             return cls((create_method(method, **options),), **common)
         if isinstance(method, Sequence):
