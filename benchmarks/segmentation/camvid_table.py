@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,11 +191,13 @@ def main() -> None:
     parser.add_argument("--sharpness", type=float, default=None, help="of clustering; chosen if not given")
     parser.add_argument("--val-every", type=int, default=4, help="every which validation image it is chosen on")
     parser.add_argument("--count", type=int, default=61)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="take no image after that many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    start = time.monotonic()
     card, size = CARDS[args.card], tuple(args.size)
     model = load_backbone(args.weights, card, size)
     heads = trained_heads(model, args.heads, read_frames(args.data / "train"), card, args.work, args.start)
@@ -212,6 +215,8 @@ def main() -> None:
     work("unpatched", test[0].name)
     for image in take_turns([frame.name for frame in test], names, state, work):
         print(image, flush=True)
+        if time.monotonic() - start > 60 * args.minutes:
+            break
     chosen = {frame.name for frame in test}
     lines = [line for line in read_state(state, names) if line["image"] in chosen]
     crops, rows = torch.cat([read_image(frame.image, size, card) for frame in test[:4]]), []

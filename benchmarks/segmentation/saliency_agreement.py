@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,11 +147,13 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6])
     parser.add_argument("--sweep", type=float, nargs="+", default=None, help="of clustering: only try these")
     parser.add_argument("--sweep-count", type=int, default=4, help="images for it, which the table does not use")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="take no image after that many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=Path("agreement.jsonl"))
     parser.add_argument("--output", type=Path, default=Path("agreement.csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    start = time.monotonic()
     card, size = CARDS["vit_small14_saliency"], (args.size, args.size)
     model = load_backbone(args.weights, card, size)
     decoder = load_decoder(args.weights / card.folder / "decoder.safetensors")
@@ -181,6 +184,8 @@ def main() -> None:
     names = [setting.name for setting in settings]
     for image in take_turns(chosen, names, args.state, work):
         print(image, flush=True)
+        if time.monotonic() - start > 60 * args.minutes:
+            break
     lines = [line for line in read_state(args.state, names) if line["image"] in chosen]
     full = tokenzoo.report(model, size)
     rows = [{"setting": "unpatched", "method": "unpatched", "share": 1.0, "gmacs": round(full.total / 1e9, 3),
