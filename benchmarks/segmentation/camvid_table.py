@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=None, help="folder of heads to start from, for a third as long")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--sharpness", type=float, default=None, help="of clustering; chosen if not given")
+    parser.add_argument("--train-every", type=int, default=1, help="every which training image heads learn from")
     parser.add_argument("--val-every", type=int, default=4, help="every which validation image it is chosen on")
     parser.add_argument("--count", type=int, default=61)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="take no image after that many")
@@ -200,7 +201,8 @@ def main() -> None:
     start = time.monotonic()
     card, size = CARDS[args.card], tuple(args.size)
     model = load_backbone(args.weights, card, size)
-    heads = trained_heads(model, args.heads, read_frames(args.data / "train"), card, args.work, args.start)
+    train = read_frames(args.data / "train")[:: args.train_every]
+    heads = trained_heads(model, args.heads, train, card, args.work, args.start)
     kept = args.work / "sharpness.txt"
     if args.sharpness is None and not kept.is_file():
         val = read_frames(args.data / "val")[:: args.val_every]

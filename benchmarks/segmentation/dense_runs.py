@@ -49,12 +49,14 @@ CARDS = {
 
 
 class Setting(NamedTuple):
-    """One row of a table: its name, the methods' names, what `patch_model` takes, and the share asked for."""
+    """One row of a table: its name, the methods' names, what `patch_model` takes, the share asked for, and the recipe
+    that was found for it, so that it is solved once."""
 
     name: str
     method: str
     run: Run
     share: float | None = None
+    solved: Any = None
 
 
 def load_backbone(weights: Path, card: Card, size: tuple[int, int]) -> nn.Module:
@@ -110,8 +112,9 @@ def at_shares(
                 if "cannot be reached" not in str(error):
                     break
                 continue
-            setting = Setting(" ".join([name, *(f"{k}={v}" for k, v in given.items())]), name, Run(name, given), share)
-            own.setdefault(int(tokenzoo.report(trial, model.patch_embed.img_size).total), setting)
+            text, solved = " ".join([name, *(f"{k}={v}" for k, v in given.items())]), tokenzoo.recipe(trial)
+            total = int(tokenzoo.report(trial, model.patch_embed.img_size).total)
+            own.setdefault(total, Setting(text, name, Run(name, given), share, solved))
         found += [own[total] for total in sorted(own, reverse=True)]
     return found
 
@@ -121,7 +124,10 @@ def patched_copies(model: nn.Module, settings: Sequence[Setting]) -> dict[str, n
     models = {"unpatched": model}
     for setting in settings:
         own = shared_copy(model)
-        tokenzoo.patch_model(own, setting.run.recipe(), flops=setting.run.flops)
+        if setting.solved is not None:
+            tokenzoo.patch_model(own, setting.solved)
+        else:
+            tokenzoo.patch_model(own, setting.run.recipe(), flops=setting.run.flops)
         models[setting.name] = own
     return models
 
