@@ -2,9 +2,10 @@
 
     python benchmarks/segmentation/plot_dense.py benchmarks/segmentation/camvid_tiny.csv \
         benchmarks/segmentation/camvid_small14.csv benchmarks/segmentation/agreement_small14.csv
+    python benchmarks/segmentation/plot_dense.py --markdown benchmarks/segmentation/camvid_tiny.csv
 
-Two panels with ranges of their own: methods that stay close to the unpatched model, and the others. Lines and points
-carry their names, so that no legend has to be read.
+The second form prints the tables of the pages. Two panels with ranges of their own: methods that stay close to the
+unpatched model, and the others. Lines and points carry their names, so that no legend has to be read.
 """
 
 from __future__ import annotations
@@ -133,10 +134,69 @@ def points(rows: list[Row], path: Path, limit: float) -> None:
     figure.savefig(path, dpi=110)
 
 
+def markdown(rows: list[Row]) -> str:
+    """The tables of a page: methods by share and head, then the settings in one place; or agreement, best first."""
+    if "head" not in rows[0]:
+        return _table(
+            ("setting", "GMACs", "CPU time (quartiles)", "cosine", "worst tenth", "saliency: mean difference",
+             "IoU", "correlation"),
+            [(f"`{r['setting'].replace(' flops=0.6', '')}`", r["gmacs"], _time(r), _pm(r, "cosine", 3),
+              f"{float(r['cosine_worst_tenth']):.3f}", _pm(r, "saliency_mae", 3), _pm(r, "saliency_iou", 3),
+              _pm(r, "saliency_corr", 3)) for r in rows],
+        )  # fmt: skip
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    by_key = {(row["head"], row["setting"]): row for row in rows}
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        if row["head"] == heads[0] and row["method"] != "unpatched" and not row["setting"].startswith("one third"):
+            named.setdefault(row["setting"].split(" flops=")[0], []).append(row["setting"])
+    shares = sorted({round(row["share"], 1) for row in rows if "flops=" in row["setting"]}, reverse=True)
+    shares = [share for share in shares if share in (0.8, 0.6, 0.4)]
+    lines = []
+    for name, settings in named.items():
+        at = {share: [s for s in settings if abs(by_key[heads[0], s]["share"] - share) < 0.03] for share in shares}
+        cells = [
+            _pm(by_key[head, at[share][0]], "diff", 1, sign=True) if at[share] else ""
+            for head in heads for share in shares
+        ]  # fmt: skip
+        time = _time(by_key[heads[0], at[0.6][0]]) if at.get(0.6) else ""
+        best = by_key[heads[0], at[0.6][0]]["diff"] if at.get(0.6) else -100
+        lines.append((best, (f"`{name}`", *cells, time)))
+    lines.sort(key=lambda line: -line[0])
+    first = _table(
+        ("", *(f"{head}, {share:.0%}" for head in heads for share in shares), "CPU time at 60 %"), [r for _, r in lines]
+    )
+    place = [r for r in rows if r["setting"].startswith("one third") and r["head"] == heads[0]]
+    second = _table(
+        ("after one third", "share", *(f"{head}: points" for head in heads), *(f"{head}: agreement" for head in heads),
+         "CPU time"),
+        [(r["setting"].removeprefix("one third: "), f"{100 * r['share']:.1f} %",
+          *(_pm(by_key[head, r["setting"]], "diff", 1, sign=True) for head in heads),
+          *(f"{float(by_key[head, r['setting']]['agreement']):.1f} %" for head in heads), _time(r)) for r in place],
+    )  # fmt: skip
+    return f"{first}\n\n{second}"
+
+
+def _pm(row: Row, key: str, digits: int, sign: bool = False) -> str:
+    return f"{float(row[key]):{'+' if sign else ''}.{digits}f} ± {float(row[key + '_se']):.{digits}f}"
+
+
+def _time(row: Row) -> str:
+    return f"{row['time_ratio']:.2f} ({float(row['time_q1']):.2f} to {float(row['time_q3']):.2f})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def main() -> None:
-    for name in sys.argv[1:]:
-        path = Path(name)
+    printing = "--markdown" in sys.argv
+    for path in (Path(name) for name in sys.argv[1:] if name != "--markdown"):
         rows = read(path)
+        if printing:
+            print(markdown(rows))
+            continue
         if "head" not in rows[0]:
             cosines = sorted(row["cosine"] for row in rows if row["method"] != "unpatched")
             points(rows, path.with_suffix(".png"), float(np.median(cosines)))
