@@ -2,15 +2,17 @@
 
     python benchmarks/segmentation/plot_dense.py benchmarks/segmentation/camvid_tiny.csv \
         benchmarks/segmentation/camvid_small14.csv benchmarks/segmentation/agreement_small14.csv
-    python benchmarks/segmentation/plot_dense.py --markdown benchmarks/segmentation/camvid_tiny.csv
+    python benchmarks/segmentation/plot_dense.py --page benchmarks/segmentation/camvid.md
 
-The second form prints the tables of the pages. Two panels with ranges of their own: methods that stay close to the
-unpatched model, and the others. Lines and points carry their names, so that no legend has to be read.
+The second form writes the tables of a page anew, between its lines "begin FILE" and "end". Two panels with ranges of
+their own: methods that stay close to the unpatched model, and the others. Lines and points carry their names, so that
+no legend has to be read.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,6 +179,14 @@ def markdown(rows: list[Row]) -> str:
     return f"{first}\n\n{second}"
 
 
+def with_tables(text: str, folder: Path) -> str:
+    """A page with the tables between its markers written anew from the CSV files beside it."""
+    return re.sub(
+        r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{markdown(read(folder / found[2]))}\n{found[3]}", text, flags=re.DOTALL,
+    )  # fmt: skip
+
+
 def _pm(row: Row, key: str, digits: int, sign: bool = False) -> str:
     return f"{float(row[key]):{'+' if sign else ''}.{digits}f} ± {float(row[key + '_se']):.{digits}f}"
 
@@ -191,12 +201,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def main() -> None:
-    printing = "--markdown" in sys.argv
-    for path in (Path(name) for name in sys.argv[1:] if name != "--markdown"):
+    if sys.argv[1] == "--page":
+        page = Path(sys.argv[2])
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
+        return
+    for path in map(Path, sys.argv[1:]):
         rows = read(path)
-        if printing:
-            print(markdown(rows))
-            continue
         if "head" not in rows[0]:
             cosines = sorted(row["cosine"] for row in rows if row["method"] != "unpatched")
             points(rows, path.with_suffix(".png"), float(np.median(cosines)))
