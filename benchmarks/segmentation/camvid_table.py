@@ -49,7 +49,8 @@ from tokenzoo.evaluation.segmentation.paired import bootstrap_miou, standard_err
 
 COLUMNS = (
     "head", "setting", "method", "method_kwargs", "share", "gmacs", "gmacs_decoder", "tokens_out", "time_ratio",
-    "time_q1", "time_q3", "miou", "miou_se", "diff", "diff_se", "pixel_acc", "diff_pixel_acc", "agreement", "iou",
+    "time_q1", "time_q3", "miou", "miou_se", "diff", "diff_se", "pixel_acc", "diff_pixel_acc", "agreement",
+    "agreement_se", "iou",
     "images", "weights", "size", "sharpness",
 )  # fmt: skip
 SHOWN = ("head", "setting", "share", "time_ratio", "miou", "diff", "diff_se", "agreement", "tokens_out")
@@ -166,7 +167,7 @@ def summarize(lines: list[dict[str, Any]], name: str, head: str) -> dict[str, An
     q1, median, q3 = np.percentile(ratio, (25, 50, 75)).round(3)
     total, unpatched = scores(own.sum(0)), scores(base.sum(0))
     draws, base_draws = 100 * bootstrap_miou(own), 100 * bootstrap_miou(base)
-    labelled = own[:, 2].sum()
+    same, labelled = np.array([ours[head]["same"] for ours, _ in pairs]), own[:, 2].sum(1)
     return {
         "time_ratio": median, "time_q1": q1, "time_q3": q3, "images": len(pairs),
         "miou": round(100 * float(total.miou), 2), "miou_se": round(standard_error(draws), 2),
@@ -174,7 +175,8 @@ def summarize(lines: list[dict[str, Any]], name: str, head: str) -> dict[str, An
         "diff_se": round(standard_error(draws - base_draws), 2),
         "pixel_acc": round(100 * float(total.aacc), 2),
         "diff_pixel_acc": round(100 * float(total.aacc - unpatched.aacc), 2),
-        "agreement": round(100 * sum(ours[head]["same"] for ours, _ in pairs) / labelled, 2),
+        "agreement": round(100 * same.sum() / labelled.sum(), 2),
+        "agreement_se": round(100 * float(np.std(same / labelled, ddof=1)) / len(pairs) ** 0.5, 2),
         "iou": {k: round(100 * float(v), 1) for k, v in zip(CLASSES, total.iou)},
     }  # fmt: skip
 

@@ -53,6 +53,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float]], texts: Sequence[s
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     ats = spread([y for _, y in ends], (high - low) / 26)
+    axes.set(xlim=(left, right), ylim=(low, high))  # names outside must not widen the axes
     at_x = right + 0.05 * (right - left)
     for (x, y), at, text, colour in zip(ends, ats, texts, colours):
         axes.plot([x, at_x], [y, at], color=colour, linewidth=0.6, alpha=0.6, clip_on=False)
@@ -154,27 +155,34 @@ def markdown(rows: list[Row]) -> str:
             named.setdefault(row["setting"].split(" flops=")[0], []).append(row["setting"])
     shares = sorted({round(row["share"], 1) for row in rows if "flops=" in row["setting"]}, reverse=True)
     shares = [share for share in shares if share in (0.8, 0.6, 0.4)]
-    lines = []
+    lines: list[tuple[float, Sequence[str]]] = []
     for name, settings in named.items():
         at = {share: [s for s in settings if abs(by_key[heads[0], s]["share"] - share) < 0.03] for share in shares}
         cells = [
-            _pm(by_key[head, at[share][0]], "diff", 1, sign=True) if at[share] else ""
-            for head in heads for share in shares
+            _pm(by_key[head, at[share][0]], column, 1, sign=column == "diff") if at[share] else ""
+            for head in heads for column in ("diff", "agreement") for share in shares
         ]  # fmt: skip
-        time = _time(by_key[heads[0], at[0.6][0]]) if at.get(0.6) else ""
-        best = by_key[heads[0], at[0.6][0]]["diff"] if at.get(0.6) else -100
-        lines.append((best, (f"`{name}`", *cells, time)))
+        middle = by_key[heads[0], at[0.6][0]] if at.get(0.6) else None
+        last, rank = (_time(middle), float(middle["agreement"])) if middle else ("", 0.0)
+        lines.append((rank, (f"`{name}`", *cells, last)))
     lines.sort(key=lambda line: -line[0])
-    first = _table(
-        ("", *(f"{head}, {share:.0%}" for head in heads for share in shares), "CPU time at 60 %"), [r for _, r in lines]
-    )
+    width = len(shares) * 2
+    tables = [
+        f"{head} head, {by_key[head, 'unpatched']['miou']:.1f} % mIoU unpatched:\n\n" + _table(
+            ("", *(f"points at {share:.0%}" for share in shares), *(f"agreement at {share:.0%}" for share in shares),
+             "CPU time at 60 %"),
+            [(cells[0], *cells[1 + width * i : 1 + width * (i + 1)], cells[-1]) for _, cells in lines],
+        )
+        for i, head in enumerate(heads)
+    ]  # fmt: skip
+    first = "\n\n".join(tables)
     place = [r for r in rows if r["setting"].startswith("one third") and r["head"] == heads[0]]
     second = _table(
         ("after one third", "share", *(f"{head}: points" for head in heads), *(f"{head}: agreement" for head in heads),
          "CPU time"),
         [(r["setting"].removeprefix("one third: "), f"{100 * r['share']:.1f} %",
           *(_pm(by_key[head, r["setting"]], "diff", 1, sign=True) for head in heads),
-          *(f"{float(by_key[head, r['setting']]['agreement']):.1f} %" for head in heads), _time(r)) for r in place],
+          *(_pm(by_key[head, r["setting"]], "agreement", 1) for head in heads), _time(r)) for r in place],
     )  # fmt: skip
     return f"{first}\n\n{second}"
 
