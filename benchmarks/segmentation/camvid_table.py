@@ -238,7 +238,11 @@ def main() -> None:
             })  # fmt: skip
     rows.sort(key=lambda row: (list(heads).index(row["head"]), row["method"] != "unpatched", -row["miou"]))
     print(table([[str(row.get(column, "")) for column in SHOWN] for row in rows], SHOWN))
-    write_results(args.output, [dict.fromkeys(COLUMNS, "") | row for row in rows], COLUMNS, environment("cpu", None))
+    record = environment("cpu", None) | {
+        "command": f"python benchmarks/segmentation/camvid_table.py --card {args.card} "
+        f"--size {size[0]} {size[1]} --count {args.count}"
+    }
+    write_results(args.output, [dict.fromkeys(COLUMNS, "") | row for row in rows], COLUMNS, record)
 
 
 if __name__ == "__main__":

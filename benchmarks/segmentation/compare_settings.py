@@ -1,9 +1,10 @@
-"""Two settings of camvid_table.py on the same images: pixels answered as by the unpatched model, paired.
+"""Two settings of camvid_table.py, or of saliency_agreement.py, on the same images: what stays as unpatched, paired.
 
     python benchmarks/segmentation/compare_settings.py runs/tiny/images.jsonl "tome flops=0.6" "random flops=0.6"
 
-Prints, for each head, the mean difference of the shares in points, its standard error over images, and on how many
-images the first one is ahead. More settings follow as further pairs.
+Prints the mean difference in points, its standard error over images, and on how many images the first one is ahead:
+for each head of the pixels answered as by the unpatched model, or of the cosine of features (1 is 100 points). More
+settings follow as further pairs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import numpy as np
 
 
 def shares(lines: list[dict[str, Any]], name: str, head: str) -> np.ndarray:
-    """Percent of the labelled pixels that a setting answers as the unpatched model does, one number per image."""
+    """Percent of a setting's answers that are the unpatched model's, or 100 times the cosine, one number per image."""
     found = [next(row[2] for row in line["rows"] if row[0] == name)[head] for line in lines]
+    if head == "cosine":
+        return 100 * np.array(found)
     return np.array([100 * values["same"] / sum(values["area"][2]) for values in found])
 
 
@@ -30,7 +33,8 @@ def compare(lines: list[dict[str, Any]], first: str, second: str, head: str) -> 
 
 def main() -> None:
     lines = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    heads = list(lines[0]["rows"][0][2])
+    values = lines[0]["rows"][0][2]
+    heads = ["cosine"] if "cosine" in values else list(values)
     for first, second in zip(sys.argv[2::2], sys.argv[3::2]):
         print(f"{first} against {second}, {len(lines)} images")
         for head in heads:

@@ -118,6 +118,13 @@ def curves(rows: list[Row], path: Path, limit: float) -> None:
     figure.savefig(path, dpi=110)
 
 
+def short(setting: str) -> str:
+    """A setting as it fits beside a panel."""
+    for long, brief in ((" flops=0.6", ""), (", reconstruct norm=", ", "), (" temperature=", " T=")):
+        setting = setting.replace(long, brief)
+    return setting
+
+
 def points(rows: list[Row], path: Path, limit: float) -> None:
     """Cosine over time: settings above `limit`, and the others."""
     base = next(row for row in rows if row["method"] == "unpatched")
@@ -132,7 +139,7 @@ def points(rows: list[Row], path: Path, limit: float) -> None:
         axes.axvline(1, color="0.5", linewidth=0.9, linestyle="--")
         axes.set_xlabel("CPU time, unpatched = 1")
         axes.set_ylabel("cosine of lifted features to the unpatched ones")
-        names = [row["setting"].replace(" flops=0.6", "") for row in group]
+        names = [short(row["setting"]) for row in group]
         label_ends(axes, [(r["time_ratio"], r["cosine"]) for r in group], names, [colour(i) for i in range(len(group))])
     figure.savefig(path, dpi=110)
 

@@ -201,7 +201,10 @@ def main() -> None:
         row.update(weights="vit_small14_saliency", size=f"{size[0]}x{size[1]}")
     rows[1:] = sorted(rows[1:], key=lambda row: -row["cosine"])
     print(table([[str(row.get(column, "")) for column in SHOWN] for row in rows], SHOWN))
-    write_results(args.output, [dict.fromkeys(COLUMNS, "") | row for row in rows], COLUMNS, environment("cpu", None))
+    record = environment("cpu", None) | {
+        "command": f"python benchmarks/segmentation/saliency_agreement.py --count {args.count} --size {args.size}"
+    }
+    write_results(args.output, [dict.fromkeys(COLUMNS, "") | row for row in rows], COLUMNS, record)
 
 
 if __name__ == "__main__":
