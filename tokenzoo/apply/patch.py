@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,9 +26,10 @@ from .install import Change, install, keep_modules, prepare, remove
 from .solve import solve_flops
 
 _log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 
 
-def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **options: Any) -> nn.Module:
+def patch_model(model: M, method: Any, *, flops: float | None = None, **options: Any) -> M:
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
@@ -49,6 +50,14 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
+    new = put_on(model, method, flops, **options)
+    if new:
+        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
+    return model
+
+
+def put_on(model: nn.Module, method: Any, flops: float | None = None, **options: Any) -> list[str]:
+    """What `patch_model` does; returns the names of new parameters, without a word about them."""
     backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(
@@ -63,10 +72,7 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     info = describe(backbone, recipe=recipe)
     if flops is not None:
         recipe = _solved(backbone, family, recipe, info, flops)
-    new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
-    if new:
-        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
-    return model
+    return install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
 
 
 def solve(model: nn.Module, recipe: Recipe, flops: float, img_size: tuple[int, int] | None = None) -> Recipe:
@@ -110,7 +116,7 @@ def _check(model: nn.Module, backbone: nn.Module, family: Family, names: list[st
     """Refuses models whose parts are not exactly known, before anything is changed."""
     refuse_derived(model, "the model")
     refuse_derived(backbone, "the model")
-    blocks = family.view(backbone).blocks
+    blocks = family.view(backbone).served_blocks
     for name, block in zip(names, blocks):
         refuse_wrapped(block, name)
         refuse_derived(block, name)
@@ -192,7 +198,7 @@ def _check_branches(changes: list[Change]) -> None:
                 )
 
 
-def unpatch_model(model: nn.Module) -> nn.Module:
+def unpatch_model(model: M) -> M:
     """Takes the recipe off again, in place; outputs are bit-equal to those before patching.
 
     Raises:
@@ -215,7 +221,7 @@ def _patched_backbone(model: nn.Module, remedy: str) -> nn.Module:
 
 
 @contextmanager
-def patched(model: nn.Module, method: Any, **options: Any) -> Iterator[nn.Module]:
+def patched(model: M, method: Any, **options: Any) -> Iterator[M]:
     """Context in which a model is patched; arguments as for `patch_model`."""
     patch_model(model, method, **options)
     try:
@@ -237,7 +243,7 @@ def recipe(model: nn.Module) -> dict[str, Any]:
     return (held if left == total else held.cut(total, left)).to_dict()
 
 
-def update_method(model: nn.Module, method: str | None = None, **options: Any) -> nn.Module:
+def update_method(model: M, method: str | None = None, **options: Any) -> M:
     """Changes options of a patched model's method between two forward passes, for instance a keep rate during training.
 
     Learned modules stay in place, with their weights; options that would make others are refused.
