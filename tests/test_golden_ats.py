@@ -39,7 +39,7 @@ def test_block(case: Case):
     )
     layout = Layout(1, True, (1, s["n_ref_tokens"] - 1))
     # the budget spreads as many heights as the network had patches; storage is cut or not
-    method = ATS(batch_invariant=False, max_tokens=None if s["drop_tokens"] else s["n_tokens"])
+    method = ATS(batch_invariant=False, fill=False, max_tokens=None if s["drop_tokens"] else s["n_tokens"])
     strength = method.max_tokens
     block = small_block(case.part("weights"), s["heads"], method, layout, strength)
     block.tokenzoo = block.tokenzoo._replace(steps=(tokenzoo.core.method.Step(method, 0, strength),))
