@@ -238,7 +238,8 @@ def test_nothing_costs_more_than_was_asked():
     assert [row.budget for row in found.winners] == ["flops=0.8", "flops=0.55"]
     for row in found.rows[1:]:
         with tokenzoo.patched(model, row.recipe):
-            assert tokenzoo.report(model).ratio == pytest.approx(row.share)
+            costs = tokenzoo.report(model)
+            assert costs.data_dependent or costs.ratio == pytest.approx(row.share)
         assert row.share <= float(row.budget.removeprefix("flops="))
     assert all(a.cost >= b.cost for a, b in zip(found.rows, found.rows[1:]))
 
@@ -308,7 +309,8 @@ def test_schedules():
     assert set(tome) == {"default", "early", "late"}
     assert tome["early"].weights == tome["late"].weights[::-1] and tome["early"].weights[0] == 1
     topk = {c.schedule: c.parts[0] for c in seeds("topk", info)}
-    assert set(topk) == {"default", "early", "late"}  # every block but the first is its default in a model of four
+    # every block but the first is its default in a model of four
+    assert set(topk) == {"default", "by image", "early", "late"}
     assert (topk["early"].layers, topk["late"].layers) == ((0, 1, 2), (2, 3))
     pool = {c.schedule for c in seeds("pool", info)}
     assert pool == {"default", "late"} or pool == {"default", "early", "late"}

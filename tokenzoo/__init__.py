@@ -3,6 +3,7 @@
 from . import methods, models
 from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
+from .apply.expected import expected_share
 from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
 from .core.method import Method
 from .core.recipe import Recipe
@@ -27,6 +28,7 @@ __all__ = [
     "Report",
     "count_macs",
     "create_method",
+    "expected_share",
     "explain",
     "is_patched",
     "list_backbones",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.backbone import BackboneInfo, Family
 from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
@@ -22,13 +22,16 @@ from ..core.method import Method
 from ..core.mixins import Companion
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import check_options, declaring
+from .expected import solve_expected
 from .install import Change, install, keep_modules, prepare, remove
-from .solve import solve_flops
+from .solve import check_share, solve_flops
 
 _log = logging.getLogger(__name__)
 
 
-def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **options: Any) -> nn.Module:
+def patch_model(
+    model: nn.Module, method: Any, *, flops: float | None = None, images: Tensor | None = None, **options: Any
+) -> nn.Module:
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
@@ -37,6 +40,8 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
+        images: normalised images [B, C, H, W], some dozens. The method is put on in the form in which the images decide
+            how many tokens stay, and `flops` is what these images cost on average (`tokenzoo.expected_share`).
         **options: options of the method, and `merged_positions`, `dense` (forward_features gives all tokens back),
             `fill` (what dropped tokens get then), `protect` (tokens added behind the prefix, such as prompts) and
             `order` ("raster": patches stand row by row after every reduction), see `tokenzoo.core.recipe.Recipe`.
@@ -61,8 +66,10 @@ def patch_model(model: nn.Module, method: Any, *, flops: float | None = None, **
     method, flops = take_flops(method, flops)
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
-    if flops is not None:
+    if flops is not None and images is None:
         recipe = _solved(backbone, family, recipe, info, flops)
+    elif images is not None:
+        recipe = _solved_on(model, backbone, family, recipe, info, flops, images)
     new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
     if new:
         _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
@@ -93,6 +100,27 @@ def _solved(
 ) -> Recipe:
     _check_recipe(backbone, family, recipe, info, info.depth)
     return solve_flops(backbone, family, recipe, info, flops, at_most)
+
+
+def _solved_on(
+    model: nn.Module,
+    backbone: nn.Module,
+    family: Family,
+    recipe: Recipe,
+    info: BackboneInfo,
+    flops: float | None,
+    images: Tensor,
+) -> Recipe:
+    """The recipe in its image-dependent form, solved for what images cost on average."""
+    if flops is None:
+        raise ValueError("images are what flops=... is measured on; give both, or leave images out")
+    check_share(flops)
+    _check_recipe(backbone, family, recipe, info, info.depth)
+    training = model.training
+    try:
+        return solve_expected(model.eval(), recipe, flops, images, patched)[1]
+    finally:
+        model.train(training)
 
 
 def _prepared(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..core.method import BlockShape, Method, Step
 from ..core.options import number
@@ -36,8 +37,8 @@ class ATS(Method):
         max_tokens: places that are kept and paid for, the class token included, an int or one entry per layer; where
             the heights pick more, the most significant of these stay. None lets the image decide.
         heights: where the cumulative significance is read; None for as many as the model had patches.
-        fill: places that the heights leave empty go to the most significant of the other patches, so that nothing is
-            padded; False leaves them empty. Says nothing without `max_tokens`.
+        padded: places of `max_tokens` that the heights leave empty stay so, as released; by default they go to the most
+            significant of the other patches.
         batch_invariant: see above.
 
     Source: Fayyaz, Abbasi Koohpayegani, Rezaei Jafari et al., "Adaptive Token Sampling for Efficient Vision
@@ -46,7 +47,7 @@ class ATS(Method):
 
     max_tokens: int | tuple[int | None, ...] | None = None
     heights: int | None = number(None, "give a number of heights, or None", least=2, whole=True, none=True)
-    fill: bool = True
+    padded: bool = False
     batch_invariant: bool = True
 
     name = "ats"
@@ -54,7 +55,7 @@ class ATS(Method):
     kind = "sample"
     schedule = Budget(layers=lambda depth: range(depth // 4, depth))
     traits = Traits(
-        place=QUERIES, reads_maps=True, pads=lambda m: open_counts(m.max_tokens) or not m.fill,
+        place=QUERIES, reads_maps=True, pads=lambda m: open_counts(m.max_tokens) or m.padded,
         static="max_tokens=128", data_dependent=lambda m: open_counts(m.max_tokens),
     )  # fmt: skip
 
@@ -89,12 +90,12 @@ class ATS(Method):
             length = min(tokens.num_patches, places)
             if step.strength is None:
                 length = longest(picked.sum(1, keepdim=True), tokens.num_patches)  # the one look of the host
-            elif self.fill:
+            elif not self.padded:
                 picked = _filled(picked, order, tokens, length)
             else:
                 picked = picked & (picked.flip(1).cumsum(1).flip(1) <= length)  # the most significant ones
             counts = None
-            if step.strength is None or not self.fill or tokens.valid is not None:
+            if step.strength is None or self.padded or tokens.valid is not None:
                 counts = picked.sum(1, keepdim=True)
             front = stable_order(~picked)[:, :length]
         idx = with_prefix(order.gather(1, front), prefix)

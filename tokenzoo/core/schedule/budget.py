@@ -44,3 +44,6 @@ class Budget(Schedule):
         rate = 1 - t * (1 - (2 / layout.num_patches) ** (1 / max(1, len(layers))))
         counts = (layout.num_patches * rate ** (i + 1) for i in range(len(layers)))
         return {"max_tokens": tuple(max(3, 1 + round(count)) for count in counts)}
+
+    def image_dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
+        return {"max_tokens": None, "heights": max(2, round((1 - t) * layout.num_patches))}
