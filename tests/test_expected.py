@@ -46,9 +46,9 @@ def test_formula_is_what_tracing_counts(name):
 @pytest.mark.parametrize("method", ["ats", "topk"])
 def test_a_budget_that_is_held_on_average(method):
     model, x = build("deit").eval(), images(12)
-    tokenzoo.patch_model(model, method, flops=0.8, images=x)
+    tokenzoo.patch_model(model, method, flops=0.75, images=x)
     assert tokenzoo.report(model).data_dependent
-    assert tokenzoo.expected_share(model, x) == pytest.approx(0.8, abs=0.03)
+    assert tokenzoo.expected_share(model, x) == pytest.approx(0.75, abs=0.03)
     held = tokenzoo.recipe(model)
     tokenzoo.patch_model(tokenzoo.unpatch_model(model), held)  # the recipe stands without the images
     assert tokenzoo.recipe(model) == held

@@ -49,8 +49,8 @@ from tokenzoo.tuning.images import fingerprint
 from tokenzoo.tuning.state import State
 
 SHARES = (0.6, 0.7, 0.85, 0.5)  # in the order in which they are measured
-FREE = ("setting", "method", "asked", "share", "top1", "top1_se", "diff", "diff_se", "time_ratio", "time_q1", "time_q3",
-        "tokens_out", "gmacs", "images", "note")  # fmt: skip
+FREE = ("setting", "method", "asked", "share", "top1", "top1_se", "diff", "diff_se", "diff_random", "diff_random_se",
+        "time_ratio", "time_q1", "time_q3", "tokens_out", "gmacs", "images", "note")  # fmt: skip
 BATCH = 50
 TIMED = 4  # every how many batches the unpatched model runs too
 TUNED = ("setting", "method", "share", "top1", "top1_se", "diff", "diff_se", "free_top1", "diff_free", "diff_free_se",
@@ -162,10 +162,11 @@ def free(args: argparse.Namespace) -> None:
     names = [f"part {i} of {args.passes}" for i in range(args.passes)]
     bases = [state.value(name, None, partial(measure, model, plain, part)) for name, part in zip(names, parts)]
     rows: dict[tuple[str, float], dict[str, Any]] = {}
+    answers: dict[tuple[str, float], Result] = {}
     for through in range(1, args.passes + 1):
         base = joined(bases[:through], 1.0)
         first = {**row("unpatched", "unpatched", 1.0, base, base), "asked": 1.0, "note": ""}
-        first |= {"time_ratio": 1.0, "time_q1": "", "time_q3": "", "command": evaluation(args, given, None, 0)}
+        first |= {"diff_random": "", "diff_random_se": "", "time_ratio": 1.0, "time_q1": "", "time_q3": "", "command": evaluation(args, given, None, 0)}
         for share, (name, recipe) in itertools.product(args.shares, recipes(model)):
             if args.methods and name not in args.methods:
                 continue
@@ -187,14 +188,26 @@ def free(args: argparse.Namespace) -> None:
             finally:
                 tokenzoo.unpatch_model(model)
             base = joined(bases[:through], gmacs(model, pictures))
+            answers[name, share] = found
             quarters = statistics.quantiles([ratio for k in kept for ratio in k["ratios"]], n=4)
             rows[name, share] = row(line["setting"], name, found.gmacs / base.gmacs, found, base) | line | {"note": ""}
             rows[name, share] |= dict(zip(("time_q1", "time_ratio", "time_q3"), (round(q, 3) for q in quarters)))
             rows[name, share]["command"] = evaluation(args, given, recipe, share)
+            to_random(rows, answers)
             print("  ".join(str(rows[name, share][column]) for column in FREE), flush=True)
             write_table(args, [first, *ordered(rows)], FREE)
     state.close()
     write(args, [first | {"gmacs": round(base.gmacs, 4)}, *ordered(rows)], FREE)
+
+
+def to_random(rows: dict[tuple[str, float], dict[str, Any]], answers: dict[tuple[str, float], Result]) -> None:
+    """Notes the paired difference to patches drawn at random at the same share, over the images that both saw."""
+    for (name, share), found in answers.items():
+        rows[name, share] |= {"diff_random": "", "diff_random_se": ""}
+        other = answers.get(("random", share))
+        if other is not None and name != "random" and len(other.hits) == len(found.hits):
+            diff = estimate(found.hits.double() - other.hits.double())
+            rows[name, share] |= {"diff_random": round(diff.mean, 2), "diff_random_se": round(diff.se, 2)}
 
 
 def ordered(rows: dict[tuple[str, float], dict[str, Any]]) -> list[dict[str, Any]]:

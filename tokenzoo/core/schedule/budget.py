@@ -46,4 +46,5 @@ class Budget(Schedule):
         return {"max_tokens": tuple(max(3, 1 + round(count)) for count in counts)}
 
     def image_dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
-        return {"max_tokens": None, "heights": max(2, round((1 - t) * layout.num_patches))}
+        # as many as patches, as published, in the middle; more of them pick more tokens
+        return {"max_tokens": None, "heights": max(2, round(8 * (1 - t) ** 3 * layout.num_patches))}
