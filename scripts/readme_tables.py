@@ -153,7 +153,9 @@ def accuracy_free() -> str:
         return ""
     names = _by_value(rows)
     head = ("", *(f"{share:.0%}" for share in SHARES))
-    differences = [(f"`{n}`", *(_of(rows.get((n, s))) for s in SHARES), _of(rows.get((n, 0.6)), "diff_random")) for n in names]
+    differences = [
+        (f"`{n}`", *(_of(rows.get((n, s))) for s in SHARES), _of(rows.get((n, 0.6)), "diff_random")) for n in names
+    ]  # fmt: skip
     times = [(f"`{n}`", *(_time(rows.get((n, s))) for s in SHARES)) for n in names]
     missing = [f"- `{r['method']}` at {float(r['asked']):.0%}: {r['note']}" for r in rows.values() if r["note"]]
     return "\n\n".join([
@@ -204,8 +206,8 @@ def _setting(base: dict[str, str], rows: dict[tuple[str, float], dict[str, str]]
     counts = sorted({int(r["images"]) for r in rows.values() if r["images"]})
     count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"ViT-Ti/16 at 224 pixels (`benchmarks/models/vit_tiny_tin200.md`), {float(base['top1']):.1f} % of 200 classes of "
-        f"Tiny-ImageNet; {count} images, paired, with standard errors; float32, one thread, {base['device']}."
+        f"ViT-Ti/16 at 224 pixels (`benchmarks/models/vit_tiny_tin200.md`), {float(base['top1']):.1f} % of 200 classes "
+        f"of Tiny-ImageNet; {count} images, paired, with standard errors; float32, one thread, {base['device']}."
     )
 
 

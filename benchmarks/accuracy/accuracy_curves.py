@@ -166,7 +166,8 @@ def free(args: argparse.Namespace) -> None:
     for through in range(1, args.passes + 1):
         base = joined(bases[:through], 1.0)
         first = {**row("unpatched", "unpatched", 1.0, base, base), "asked": 1.0, "note": ""}
-        first |= {"diff_random": "", "diff_random_se": "", "time_ratio": 1.0, "time_q1": "", "time_q3": "", "command": evaluation(args, given, None, 0)}
+        first |= dict.fromkeys(("diff_random", "diff_random_se", "time_q1", "time_q3"), "") | {"time_ratio": 1.0}
+        first["command"] = evaluation(args, given, None, 0)
         for share, (name, recipe) in itertools.product(args.shares, recipes(model)):
             if args.methods and name not in args.methods:
                 continue
