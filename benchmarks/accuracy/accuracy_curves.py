@@ -190,7 +190,8 @@ def free(args: argparse.Namespace) -> None:
                 tokenzoo.unpatch_model(model)
             base = joined(bases[:through], gmacs(model, pictures))
             answers[name, share] = found
-            quarters = statistics.quantiles([ratio for k in kept for ratio in k["ratios"]], n=4)
+            ratios = [ratio for k in kept for ratio in k["ratios"]]
+            quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
             rows[name, share] = row(line["setting"], name, found.gmacs / base.gmacs, found, base) | line | {"note": ""}
             rows[name, share] |= dict(zip(("time_q1", "time_ratio", "time_q3"), (round(q, 3) for q in quarters)))
             rows[name, share]["command"] = evaluation(args, given, recipe, share)
