@@ -141,8 +141,8 @@ def accuracy_in_short() -> str:
          _of(tuned.get(name), "diff_control")) for name in names
     ]  # fmt: skip
     head = ("", "85 % of the GMACs", "70 %", "60 %", "50 %", "60 %, fine-tuned")
-    said = "Difference in points of top-1; fine-tuned: to the unpatched model fine-tuned likewise."
-    return f"{_setting(base, rows)}\n{said}\n\n{_table(head, body)}"
+    setting = _setting(base, rows, "benchmarks/models/vit_tiny_tin200.md")
+    return f"{setting}. Fine-tuned likewise, both.\n\n{_table(head, body)}"
 
 
 def accuracy_free() -> str:
@@ -158,8 +158,8 @@ def accuracy_free() -> str:
     times = [(f"`{n}`", *(_time(rows.get((n, s))) for s in SHARES)) for n in names]
     missing = [f"- `{r['method']}` at {100 * float(r['asked']):.0f} %: {r['note']}" for r in rows.values() if r["note"]]
     return "\n\n".join([
-        _setting(base, rows),
-        "Difference to the unpatched model in points of top-1, and at 60 % to patches dropped at random.",
+        f"{_setting(base, rows, '../models/vit_tiny_tin200.md')}, {base['device']}.\n"
+        "The last column: to patches dropped at random, at the same share.",
         _table((*head, "60 %, to `random`"), differences),
         "Time of the processor over that of the unpatched model, batches of 50 in turn: median (quartiles).",
         _table(head, times),
@@ -201,12 +201,12 @@ def _by_value(rows: dict[tuple[str, float], dict[str, str]]) -> list[str]:
     return sorted(names, key=lambda name: -reached.get(name, float("-inf")))
 
 
-def _setting(base: dict[str, str], rows: dict[tuple[str, float], dict[str, str]]) -> str:
+def _setting(base: dict[str, str], rows: dict[tuple[str, float], dict[str, str]], card: str) -> str:
     counts = sorted({int(r["images"]) for r in rows.values() if r["images"]})
     count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"ViT-Ti/16 at 224 pixels (`benchmarks/models/vit_tiny_tin200.md`), {float(base['top1']):.1f} % of 200 classes\n"
-        f"of Tiny-ImageNet; {count} images, paired, ± standard errors; float32, one thread, {base['device']}."
+        f"ViT-Ti/16 ([card]({card}), {float(base['top1']):.1f} % of 200 classes of Tiny-ImageNet): difference in points\n"
+        f"of top-1 to the unpatched model, paired, ± standard error; {count} images, float32, one thread"
     )
 
 
