@@ -205,8 +205,8 @@ def _setting(base: dict[str, str], rows: dict[tuple[str, float], dict[str, str]]
     counts = sorted({int(r["images"]) for r in rows.values() if r["images"]})
     count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"ViT-Ti/16 ([card]({card}), {float(base['top1']):.1f} % of 200 classes of Tiny-ImageNet): difference in points\n"
-        f"of top-1 to the unpatched model, paired, ± standard error; {count} images, float32, one thread"
+        f"ViT-Ti/16 ([card]({card}), {float(base['top1']):.1f} % of 200 classes of Tiny-ImageNet): difference in\n"
+        f"points of top-1 to the unpatched model, paired, ± standard error; {count} images, float32, one thread"
     )
 
 

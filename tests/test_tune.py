@@ -336,7 +336,7 @@ def test_profiles_say_how_strong_each_block_is(method):
 def test_every_block_in_deeper_models():
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=8, num_heads=2, num_classes=3)
     found = {c.schedule: c.parts[0] for c in seeds("evit", describe(model))}
-    assert set(found) == {"default", "every block", "early", "late"}
+    assert set(found) == {"default", "by image", "every block", "early", "late"}
     assert found["every block"].layers == tuple(range(1, 8)) and found["early"].layers == (1, 3, 5)
     assert [c.parts[0].layers for c in seeds("cluster", describe(model))] == [None, (2,), (4,)]
 
