@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-oldest clean
+.PHONY: demo test types test-all test-oldest clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# users' code that calls every public name, and the stub of the package, under the strictest rules
+types: $(STAMP)
+	$(BIN)/mypy --strict tokenzoo/__init__.pyi tests/typed_api.py
 
 # every case of every test
 test-all: $(STAMP)

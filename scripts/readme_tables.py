@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of docs/ from the registries and from benchmarks/.
+"""Writes the tables of the README and of docs/, and the stub of the package, from the registries and from benchmarks/.
 
     python scripts/readme_tables.py [--check]
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import inspect
 import json
@@ -220,6 +221,22 @@ def _time(row: dict[str, str] | None) -> str:
     return f"{float(row['time_ratio']):.2f} ({float(row['time_q1']):.2f} to {float(row['time_q3']):.2f})"
 
 
+def stub() -> str:
+    """`tokenzoo/__init__.pyi`: the package's own imports, and the classes of methods, which the registry exports."""
+    tree = ast.parse((ROOT / "tokenzoo" / "__init__.py").read_text(encoding="utf-8"))
+    hidden = [node for part in tree.body if isinstance(part, ast.If) for node in part.body]  # for type checkers alone
+    lines = []
+    for node in (*tree.body, *hidden):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = (alias.name for alias in node.names if alias.name in tokenzoo.__all__)
+            lines += [f"from .{node.module or ''} import {name} as {name}" for name in names]
+    for name in tokenzoo.list_methods():
+        cls = tokenzoo.method_class(name)
+        lines.append(f"from {cls.__module__.removeprefix('tokenzoo')} import {cls.__name__} as {cls.__name__}")
+    head = "# written by scripts/readme_tables.py: type checkers do not see what the registry exports\n"
+    return head + "\n".join(lines) + "\n\n__version__: str\n"
+
+
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = tuple(head)
     lines = [head, ("---",) * len(head), *rows]
@@ -271,6 +288,13 @@ def main() -> int:
             stale = 1
         elif new != old:
             file.write_text(new, encoding="utf-8")
+    file = ROOT / "tokenzoo" / "__init__.pyi"
+    if not file.is_file() or file.read_text(encoding="utf-8") != stub():
+        if args.check:
+            sys.stderr.write("tokenzoo/__init__.pyi is stale; run python scripts/readme_tables.py\n")
+            stale = 1
+        else:
+            file.write_text(stub(), encoding="utf-8")
     return stale
 
 

@@ -197,7 +197,7 @@ def test_official_errors(tmp_path):
     broken = variant_of("linear", False)
     broken["dataset_kwargs"]["normalization"] = "clip"
     refuses("normalization 'clip' is unknown", variant=yaml.dump(broken))
-    refuses("not plain YAML", variant=f"net_kwargs: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']")
+    refuses("not valid YAML", variant=f"net_kwargs: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']")
     assert not (tmp_path / "made").exists(), "code in the YAML ran"
     refuses("holds list", variant="- 1")
     (folder / "variant.yml").write_text(text)

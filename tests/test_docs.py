@@ -126,6 +126,10 @@ def _backbones(names: dict) -> None:
     assert tuple(names["logits"].shape) == (2, 1000)
 
 
+def _serve(names: dict) -> None:
+    assert {route.path for route in names["app"].routes} >= {"/api/about", "/api/run"}
+
+
 def _export(names: dict) -> None:
     assert tuple(names["logits"].shape) == (5, 1000)
 
@@ -144,7 +148,7 @@ def _tune(names: dict) -> None:
 
 RESULTS = {
     "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
-    "segmentation": _segmentation, "tune": _tune, "usage": _usage,
+    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage,
 }  # fmt: skip
 
 
@@ -211,8 +215,9 @@ def test_commands_parse(command, monkeypatch):
         check_training(options_of(vars(args)))
     elif hasattr(args, "model"):
         assert timm.is_model(args.model)
-        assert hasattr(args, "method") or args.command == "tune"
-        if args.command != "tune":
+        alone = ("tune", "serve")  # choose methods themselves
+        assert hasattr(args, "method") or args.command in alone
+        if args.command not in alone:
             runs_of(args)  # names, options and recipe files of the methods
 
 

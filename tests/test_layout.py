@@ -36,7 +36,7 @@ def files() -> dict[str, Path]:
 def test_top_level():
     """Folders, and nothing beside them but what makes a typed package."""
     loose = {p.name for p in PACKAGE.iterdir() if p.is_file()}
-    assert loose == {"__init__.py", "py.typed"}
+    assert loose == {"__init__.py", "__init__.pyi", "py.typed"}
 
 
 def test_no_circle_between_files():

@@ -9,9 +9,10 @@ from tokenzoo.core.filtering import filtered
 from tokenzoo.core.lift import lift
 from tokenzoo.core.tokens import Layout, Tokens, trace_assign
 from tokenzoo.maps import ChainMap, FuseMap, GateMap, KeepMap, MergeMap, MixMap, SpreadMap
+from tokenzoo.ops.matching.bipartite import Pairs
 
-FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_sum", "merge_assign", "merge_dropped", "fuse", "mix",
-         "gate", "spread", "low_pass", "chain")  # fmt: skip
+FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_pairs", "merge_sum", "merge_assign", "merge_dropped",
+         "fuse", "mix", "gate", "spread", "low_pass", "chain")  # fmt: skip
 SOFT = ("mix", "spread", "low_pass")
 
 
@@ -35,6 +36,8 @@ def make(form, n, seed, batch=2):
         return MergeMap(heads, src, slot, n)
     if form == "merge_weighted":
         return MergeMap(heads, src, slot, n, weight)
+    if form == "merge_pairs":  # no slot is looked at
+        return MergeMap.of_pairs(Pairs(heads, src, slot), n, weight)
     if form == "merge_sum":
         return MergeMap(heads, src, slot, n, reduce="sum")
     if form == "merge_assign":
@@ -178,3 +181,15 @@ def test_sums_and_maxima_know_no_weights(reduce):
     together = x[:, [1, 3]]
     wanted = together.sum(1) if reduce == "sum" else together.amax(1)
     torch.testing.assert_close(weighted.masked(visible).apply(x)[:, 1], wanted, atol=1e-12, rtol=0)
+
+
+def test_sums_of_the_weights_are_used_again():
+    """Sizes are summed before values are merged: the same numbers as alone, and other weights are not mistaken."""
+    merge, x = make("merge_pairs", 9, 3), torch.randn(2, 9, 4, dtype=torch.float64)
+    alone = merge.apply(x)
+    for size in (merge.weight, merge.weight * 2):
+        again = make("merge_pairs", 9, 3)
+        again.weight = merge.weight
+        torch.testing.assert_close(again.mass(size, 2, x.device), merge.pool(size))
+        torch.testing.assert_close(again.apply(x), alone)
+        torch.testing.assert_close(again.apply(x.float()), alone.float())

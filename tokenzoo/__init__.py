@@ -1,5 +1,7 @@
 """tokenzoo: token reduction for vision backbones, one call on the model you have."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import methods, models
 from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
@@ -10,8 +12,10 @@ from .core.recipe import Recipe
 from .core.registry import create_method, list_methods, method_class, register
 from .cost.report import Report, report
 from .cost.trace import MacReport, count_macs
-from .tuning import tune
 from .view.explain import Explanation, explain
+
+if TYPE_CHECKING:
+    from .tuning import tune
 
 __version__ = "0.1.0"
 __path__ += [f"{__path__[0]}/kept"]  # where modules stood that have moved
@@ -19,6 +23,21 @@ __path__ += [f"{__path__[0]}/kept"]  # where modules stood that have moved
 # every registered class is a public name: tokenzoo.ToMe, tokenzoo.EViT, ...
 _CLASSES = {method_class(name).__name__: method_class(name) for name in list_methods()}
 globals().update(_CLASSES)
+
+
+def __getattr__(name: str) -> Any:
+    # what brings evaluation along is loaded when it is asked for
+    if name == "tune":
+        from .tuning import tune
+
+        globals()["tune"] = tune
+        return tune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "tune"})
+
 
 __all__ = [
     "Explanation",

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,12 @@ from .install import Change, install, keep_modules, prepare, remove
 from .solve import check_share, solve_flops
 
 _log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 
 
 def patch_model(
-    model: nn.Module, method: Any, *, flops: float | None = None, images: Tensor | None = None, **options: Any
-) -> nn.Module:
+    model: M, method: Any, *, flops: float | None = None, images: Tensor | None = None, **options: Any
+) -> M:
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
@@ -138,7 +139,7 @@ def _check(model: nn.Module, backbone: nn.Module, family: Family, names: list[st
     """Refuses models whose parts are not exactly known, before anything is changed."""
     refuse_derived(model, "the model")
     refuse_derived(backbone, "the model")
-    blocks = family.view(backbone).blocks
+    blocks = family.view(backbone).served_blocks
     for name, block in zip(names, blocks):
         refuse_wrapped(block, name)
         refuse_derived(block, name)
@@ -220,7 +221,7 @@ def _check_branches(changes: list[Change]) -> None:
                 )
 
 
-def unpatch_model(model: nn.Module) -> nn.Module:
+def unpatch_model(model: M) -> M:
     """Takes the recipe off again, in place; outputs are bit-equal to those before patching.
 
     Raises:
@@ -243,7 +244,7 @@ def _patched_backbone(model: nn.Module, remedy: str) -> nn.Module:
 
 
 @contextmanager
-def patched(model: nn.Module, method: Any, **options: Any) -> Iterator[nn.Module]:
+def patched(model: M, method: Any, **options: Any) -> Iterator[M]:
     """Context in which a model is patched; arguments as for `patch_model`."""
     patch_model(model, method, **options)
     try:
@@ -265,7 +266,7 @@ def recipe(model: nn.Module) -> dict[str, Any]:
     return (held if left == total else held.cut(total, left)).to_dict()
 
 
-def update_method(model: nn.Module, method: str | None = None, **options: Any) -> nn.Module:
+def update_method(model: M, method: str | None = None, **options: Any) -> M:
     """Changes options of a patched model's method between two forward passes, for instance a keep rate during training.
 
     Learned modules stay in place, with their weights; options that would make others are refused.

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .. import __version__
 from ..core.plugins import import_plugins
 from .common import add_import
 
-COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "tune", "export")
+COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "tune", "export", "serve", "completion")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenzoo", description="Token reduction for vision backbones: measure, train, look, and export."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f"{__name__}.{name}_command")

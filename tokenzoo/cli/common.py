@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from ..adapters.wrappers import backbone_of
 from ..core.registry import list_methods
+from ..core.safe_files import parse_yaml, plain_weights
 from ..cost.report import report
 from ..evaluation.runs import Precision, Run, is_served
 
@@ -114,7 +115,7 @@ def key_values(pairs: list[str], what: str) -> dict[str, Any]:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise ValueError(f"{what} {pair!r} is not of the form KEY=VALUE")
-        out[key.replace("-", "_")] = yaml.safe_load(value)
+        out[key.replace("-", "_")] = parse_yaml(value, f"{what} {pair!r}")
     return out
 
 
@@ -136,6 +137,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
         ValueError: unknown model name.
     """
     import timm
+    from timm.models import load_checkpoint
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -150,5 +152,10 @@ def load_model(args: argparse.Namespace) -> nn.Module:
         kwargs["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
     if args.num_classes is not None:
         kwargs["num_classes"] = args.num_classes
-    model = timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint, **kwargs)
+    model = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
+    if args.checkpoint:
+        if not Path(args.checkpoint).is_file():
+            raise ValueError(f"--checkpoint {args.checkpoint} does not exist")
+        with plain_weights(args.checkpoint):  # the oldest timm runs code unless it is told not to
+            load_checkpoint(model, args.checkpoint, weights_only=True)
     return model.to(args.device).eval()

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from ..apply.patch import patch_model
+from ..core.safe_files import parse_yaml
 from ..dense import HEADS, create_segmenter, load_segmenter
 from ..dense.checkpoints import load_state
 from ..evaluation.segmentation.data import open_dataset
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_same(kept: dict, path: Path) -> None:
     """Refuses to go on with a run under arguments that change the weights."""
-    before = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    before = parse_yaml(path.read_bytes(), str(path)) if path.is_file() else {}
     free = ("resume", "output", "device", "threads", "eval_every", "data", "val")  # folders may have moved
     changed = sorted(key for key in kept if key not in free and key in before and before[key] != kept[key])
     if changed:

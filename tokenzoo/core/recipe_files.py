@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from .safe_files import parse_yaml
 
 
 def take_flops(method: Any, flops: float | None) -> tuple[Any, float | None]:
@@ -36,10 +36,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"recipe file {path} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    data = parse_yaml(path.read_bytes(), f"recipe file {path}")
     if not isinstance(data, Mapping):
         raise ValueError(f"recipe file {path} holds {type(data).__name__}, not a mapping with the key 'method'")
     return data

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
+
+from ..core.safe_files import read_torch
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -21,14 +21,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {path} does not exist")
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"checkpoint {path} cannot be read as plain weights ({text}); if you trust the file, load it yourself and "
-            "save its state dict alone"
-        ) from error
+    saved = read_torch(path)
     for key in ("model", "state_dict"):
         if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
             saved = saved[key]

@@ -14,6 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..core.safe_files import parse_yaml
 from .checkpoints import load_state, read_checkpoint
 from .heads import LinearHead, MaskTransformer
 from .segmenter import Segmenter
@@ -133,10 +134,7 @@ def _normalization(variant: Mapping[str, Any]) -> str:
 def _read_variant(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; it says how the checkpoint beside it is built")
-    try:
-        variant = yaml.load(path.read_text(), _TupleLoader)  # noqa: S506 (a safe loader with one tag more)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
+    variant = parse_yaml(path.read_bytes(), str(path), _TupleLoader)  # a safe loader with one tag more
     if not isinstance(variant, Mapping):
         raise ValueError(f"{path} holds {type(variant).__name__}, not a mapping with net_kwargs")
     return variant

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.safe_files import parse_json
 from .checkpoints import load_state, read_safetensors
 from .create import create_segmenter
 from .segmenter import Segmenter
@@ -76,8 +77,11 @@ def load_segmenter(path: str | Path) -> Segmenter:
             f"checkpoint {path} was not written by save_segmenter (format {about.get('format')!r}); official Segmenter "
             "folders: load_official_segmenter"
         )
-    built = json.loads(about["model"])
-    encoder = built.pop("encoder")
-    model = create_segmenter(encoder["name"], encoder_kwargs=encoder["kwargs"], **built)
+    built = parse_json(about.get("model", ""), f"checkpoint {path}: what it says of its model")
+    try:
+        encoder = built.pop("encoder")
+        model = create_segmenter(encoder["name"], encoder_kwargs=encoder["kwargs"], **built)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path} does not say which model it holds ({error})") from error
     load_state(model, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, str(path))
     return model.eval()

@@ -11,7 +11,7 @@ from ..core.method import BlockShape, Method, Step
 from ..core.options import number
 from ..core.registry import register
 from ..core.schedule import Budget, open_counts
-from ..core.selection import longest, real_rows, with_prefix
+from ..core.selection import real_rows, settled_rows, with_prefix
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import QUERIES, Traits
@@ -87,19 +87,19 @@ class ATS(Method):
                 scores = scores * tokens.valid[:, prefix:]
                 whole = tokens.valid_patches.unsqueeze(1) == full
             picked, order = sample_heights(scores, self.heights or tokens.layout.num_patches, whole)
-            length = min(tokens.num_patches, places)
             if step.strength is None:
-                length = longest(picked.sum(1, keepdim=True), tokens.num_patches)  # the one look of the host
-            elif not self.padded:
-                picked = _filled(picked, order, tokens, length)
+                length, valid = settled_rows(picked.sum(1, keepdim=True), tokens)  # the one look of the host
             else:
-                picked = picked & (picked.flip(1).cumsum(1).flip(1) <= length)  # the most significant ones
-            counts = None
-            if step.strength is None or self.padded or tokens.valid is not None:
-                counts = picked.sum(1, keepdim=True)
+                length = min(tokens.num_patches, places)
+                if self.padded:
+                    picked = picked & (picked.flip(1).cumsum(1).flip(1) <= length)  # the most significant ones
+                else:
+                    picked = _filled(picked, order, tokens, length)
+                full_rows = not self.padded and tokens.valid is None
+                valid = None if full_rows else real_rows(picked.sum(1, keepdim=True), length, prefix)
             front = stable_order(~picked)[:, :length]
         idx = with_prefix(order.gather(1, front), prefix)
-        return KeepMap(idx, tokens.length, real_rows(counts, length, prefix))
+        return KeepMap(idx, tokens.length, valid)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return n * shape.num_heads * shape.head_dim * 2

@@ -16,6 +16,7 @@ from ..adapters.inspect import is_patched
 from ..apply.patch import patch_model, recipe
 from ..core.recipe import Recipe
 from ..core.registry import list_methods
+from ..core.safe_files import plain_weights
 from .seeds import METHOD, MODEL, seed_everything
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ def _load(model: nn.Module, path: str) -> None:
     from timm.models import load_state_dict
 
     try:
-        state = load_state_dict(path)
+        with plain_weights(path):
+            state = load_state_dict(path, weights_only=True)  # the oldest timm runs code unless it is told not to
     except FileNotFoundError as error:
         raise ValueError(f"--initial-checkpoint {path} does not exist") from error
     own = model.state_dict()

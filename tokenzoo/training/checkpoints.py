@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..core.safe_files import read_torch
+
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
 FORMAT = 1
@@ -74,7 +76,7 @@ class Checkpoints:
         for place, path in self.list():
             damage = damage_of(path)
             if damage is None:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = read_torch(path)
                 if state.get("format") != FORMAT:
                     raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}")
                 if torn:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..core.safe_files import parse_yaml
 from .flags import add_flags
 
 DESCRIPTION = "Fine-tunes a timm model with any token reduction method, on one processor or many GPUs."
@@ -89,10 +88,7 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Values of a YAML file, checked against the flags of a parser."""
     if not path.is_file():
         raise ValueError(f"--config {path} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    data = parse_yaml(path.read_bytes(), f"--config {path}")
     if not isinstance(data, Mapping):
         raise ValueError(f"--config {path} holds {type(data).__name__}, not a mapping of flags")
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -150,7 +146,7 @@ def pairs(words: Sequence[str] | Mapping[str, Any], what: str) -> dict[str, Any]
         key, sep, value = word.partition("=")
         if not sep or not key:
             raise ValueError(f"{what} {word!r} is not of the form KEY=VALUE")
-        found[key.replace("-", "_")] = yaml.safe_load(value)
+        found[key.replace("-", "_")] = parse_yaml(value, f"{what} {word!r}")
     return found
 
 

@@ -95,5 +95,6 @@ def check_tokens(model: nn.Module, who: str) -> None:
         served = family.model_kind(model)
     if not served.gives_tokens:
         raise ValueError(
-            f"{remedy}: a neck mixes its tokens behind the last norm; give another model, or --kd-token-weight 0"
+            f"{remedy}: a neck mixes its tokens behind the last norm, or two branches have tokens of their own; "
+            "give another model, or --kd-token-weight 0"
         )

@@ -82,7 +82,7 @@ class State:
             for line in lines[1:]:
                 self._found[line["what"], json.dumps(line["recipe"], sort_keys=True)] = line["value"]
                 self.seconds += line["seconds"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"state={self.path} is not a state of `tune`; name another file") from error
 
     def _differs(self, first: Any) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from ...core.safe_files import parse_json
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -103,7 +104,7 @@ def read_classes(classes: Sequence[str] | str | Path | None) -> tuple[str, ...] 
         if not Path(classes).is_file():
             raise ValueError(f"{source} does not exist; give a text file with one class name a line")
         text = Path(classes).read_text(encoding="utf-8")
-        classes = json.loads(text) if Path(classes).suffix == ".json" else text.rstrip().splitlines()
+        classes = parse_json(text, source) if Path(classes).suffix == ".json" else text.rstrip().splitlines()
     if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{source} is not a list of names; give one name a class, in the order of their indices")
     names = tuple(name.strip() for name in classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 class Folder:
@@ -39,6 +39,9 @@ class Folder:
         return (self.root / name).read_bytes()
 
 
+LARGEST = 1 << 28  # bytes of a member
+
+
 class Zip:
     """Files of a zip archive; safe to send to other processes, each of which opens the archive anew.
 
@@ -50,6 +53,9 @@ class Zip:
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         self._sizes = {info.filename: info.file_size for info in self._archive().infolist() if not info.is_dir()}
+        outside = [name for name in self._sizes if ".." in PurePosixPath(name).parts or name[:1] in "/\\"]
+        if outside:
+            raise ValueError(f"{self.path} holds {outside[0]!r}, which leaves its own folder; do not trust it")
 
     def __str__(self) -> str:
         return str(self.path)
@@ -83,7 +89,13 @@ class Zip:
         return self._sizes[name]
 
     def read(self, name: str) -> bytes:
-        """Content of a file."""
+        """Content of a file.
+
+        Raises:
+            ValueError: more than 256 MiB, which no image has; an archive of a few bytes can claim any size.
+        """
+        if self._sizes[name] > LARGEST:
+            raise ValueError(f"{self._sizes[name]} bytes unpacked; more than {LARGEST} are not read")
         return self._archive().read(name)
 
 

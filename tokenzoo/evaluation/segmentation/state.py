@@ -90,7 +90,7 @@ class StateFile:
                 for index, *values in counts:
                     area[:, index] = values
                 self.rows[name] = Row(area, agreeing, finite)
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(
                 f"state file {self.path} is damaged ({error}); delete it to start this run anew"
             ) from error

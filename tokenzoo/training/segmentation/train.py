@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...core.safe_files import read_torch
 from ...dense.checkpoints import load_state
 from ...dense.storage import save_segmenter
 from ...evaluation.runs import Precision
@@ -239,7 +240,7 @@ class _State:
         if not self.path.is_file():
             _log.warning("there is no %s to resume from; starting from the beginning", self.path)
             return []
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        saved = read_torch(self.path)
         if saved["options"] != self.options:
             changed = sorted(k for k in self.options if saved["options"].get(k) != self.options[k])
             raise ValueError(f"{self.path} was written with other options ({', '.join(changed)}); give the same ones")
