@@ -142,8 +142,11 @@ def accuracy_in_short() -> str:
          _of(tuned.get(name), "diff_control")) for name in names
     ]  # fmt: skip
     head = ("", "85 % of the GMACs", "70 %", "60 %", "50 %", "60 %, fine-tuned")
-    setting = _setting(base, rows, "benchmarks/models/vit_tiny_tin200.md")
-    return f"{setting}. Fine-tuned likewise, both.\n\n{_table(head, body)}"
+    setting = (
+        f"[ViT-Ti/16](benchmarks/models/vit_tiny_tin200.md), {float(base['top1']):.1f} % of 200 classes: difference to "
+        f"unpatched in points, paired; {_count(rows)} images."
+    )
+    return f"{setting}\n\n{_table(head, body)}"
 
 
 def accuracy_free() -> str:
@@ -202,12 +205,15 @@ def _by_value(rows: dict[tuple[str, float], dict[str, str]]) -> list[str]:
     return sorted(names, key=lambda name: -reached.get(name, float("-inf")))
 
 
-def _setting(base: dict[str, str], rows: dict[tuple[str, float], dict[str, str]], card: str) -> str:
+def _count(rows: dict[tuple[str, float], dict[str, str]]) -> str:
     counts = sorted({int(r["images"]) for r in rows.values() if r["images"]})
-    count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _setting(base: dict[str, str], rows: dict[tuple[str, float], dict[str, str]], card: str) -> str:
     return (
         f"ViT-Ti/16 ([card]({card}), {float(base['top1']):.1f} % of 200 classes of Tiny-ImageNet): difference in\n"
-        f"points of top-1 to the unpatched model, paired, ± standard error; {count} images, float32, one thread"
+        f"points of top-1 to the unpatched model, paired, ± standard error; {_count(rows)} images, float32, one thread"
     )
 
 
