@@ -5,6 +5,7 @@ from . import vlm as vlm
 from .adapters import register_family as register_family
 from .adapters.inspect import is_patched as is_patched
 from .adapters.inspect import list_backbones as list_backbones
+from .apply.expected import expected_share as expected_share
 from .apply.patch import patch_model as patch_model
 from .apply.patch import patched as patched
 from .apply.patch import recipe as recipe

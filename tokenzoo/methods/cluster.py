@@ -47,7 +47,7 @@ class Cluster(Method):
     scale: float = number(0.7, "give a share of the patches per axis", above=0, most=1)
     iterations: int = number(5, "give a number of steps, 0 for average pooling", least=0, whole=True)
     window: int = option(5, odd)
-    sharpness: float = number(20.0, "give what the usual squared distance of neighbours counts", above=0)
+    sharpness: float = number(10.0, "give what the usual squared distance of neighbours counts", above=0)
     temperature: float | None = number(None, "weights are exp(-temperature * squared distance)", above=0, none=True)
     where: str = choice("after", ("after", "before"))
     prop_attn: bool = False
