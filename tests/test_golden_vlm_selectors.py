@@ -218,3 +218,98 @@ def test_cdpruner_weighs_each_image_alone():
         alone = tokenzoo.CDPruner(keep=4).map(VisualRows(x[b : b + 1]), Recorded(text=words[b : b + 1]), 4)
         assert torch.equal(found.heads[b], alone.heads[0])
     assert pytest.approx(float(functional.relevance(x, words[0]).amax(1)[0]), abs=1e-4) == 1
+
+
+def valid_cells(side: int, crops: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Places of the image that crops make which are no padding [high, wide] bool."""
+    (high, wide), (w, h) = (side * crops[0], side * crops[1]), size
+    valid = torch.ones(high, wide, dtype=torch.bool)
+    if w / h > wide / high:
+        pad = (high - int(h * wide / w)) // 2
+        valid[:pad], valid[high - pad :] = False, False
+    else:
+        pad = (wide - int(w * high / h)) // 2
+        valid[:, :pad], valid[:, wide - pad :] = False, False
+    return valid
+
+
+@cases("vlm", lambda c: c.has("in/base_scores"))
+def test_globalcom2_rows(case: Case):
+    s, g, own = case.settings, case["in/base_scores"], case["in/crop_scores"]
+    check_settings(s, "grid_h_w", "side", "C", "image_size_w_h", "retention")
+    side, (down, across) = s["side"], s["grid_h_w"]
+    valid = valid_cells(side, (down, across), s["image_size_w_h"])
+
+    def canvas(values: torch.Tensor) -> torch.Tensor:
+        """[crops, side * side, ...] -> [high, wide, ...]."""
+        found = values.unflatten(1, (side, side)).unflatten(0, (down, across))
+        return found.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    inner = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+    part = torch.cat([torch.zeros(side * side), canvas(
+        torch.arange(1.0, len(own) + 1)[:, None].expand(-1, side * side))[valid]]).long()  # fmt: skip
+    place = torch.cat([inner, canvas(inner.expand(len(own), -1, -1))[valid]])
+    score = torch.cat([g, canvas(own)[valid]])
+    shares = functional.crop_shares(g.view(side, side), (down, across), s["retention"])
+    close(shares, case["out/scales"], 1e-6)
+    kept = functional.globalcom2(score, part, place, s["retention"])
+    assert torch.equal(kept[: side * side].nonzero().flatten(), case["out/thumbnail_indices"].sort().values)
+    # the released code puts a row at its rank among those that are no padding, as if there were none
+    packed = torch.zeros(len(own), side * side, dtype=torch.bool)
+    values = torch.zeros_like(case["in/crop_features"])
+    numbers = canvas(torch.arange(side * side).expand(len(own), -1))[valid]
+    for c in range(len(own)):
+        here = part[side * side :] == c + 1
+        real, stay = numbers[here], kept[side * side :][here]
+        packed[c, : len(stay)] = stay
+        values[c, : len(stay)][stay] = case["in/crop_features"][c, real[stay]]
+    lines = [torch.cat([v[k], case["in/newline"][None]]) for v, k in zip(canvas(values), canvas(packed))]
+    close(torch.cat(lines), case["out/crops_packed"], 1e-3)  # recorded in half precision
+
+
+@cases("vlm", lambda c: c.has("out/tokens_fp32") and c.has("in/features"))
+def test_fourier_rows(case: Case):
+    s, x = case.settings, case["in/features"]
+    check_settings(s, "B", "H", "W", "C", "h", "w", "norm")
+    grid, cells = (s["H"], s["W"]), (s["h"], s["w"])
+    gain = 1.0 if s["norm"] else (s["H"] * s["W"] / (s["h"] * s["w"])) ** 0.5
+    close(functional.fourier(x, grid, cells, rescale=False) * gain, case["out/tokens_fp32"], 1e-4)
+    ones = torch.ones_like(x)
+    close(functional.fourier(ones, grid, cells), ones[:, : s["h"] * s["w"]], 1e-5)
+
+
+@cases("vlm", lambda c: "window" in c.asks and c.has("in/tokens") and c.has("out/size"))
+def test_mustdrop_windows(case: Case):
+    s, x = case.settings, case["in/tokens"][:, 1:]
+    check_settings(s, "B", "grid", "C", "window", "threshold", "out_tokens")
+    grid, window = (s["grid"], s["grid"]), tuple(s["window"])
+    likeness = functional.window_likeness(x, grid, window)
+    count = int((likeness >= s["threshold"]).sum(1).min())  # the released code lets a batch merge alike
+    for b in range(len(x)):
+        assign = functional.merge_windows(likeness[b], grid, window, count)
+        belongs = (assign == torch.arange(s["out_tokens"] - 1)[:, None]).float()
+        size = belongs.sum(1, keepdim=True)
+        close(size, case["out/size"][b, 1:], 0)
+        close(belongs @ x[b] / size, case["out/tokens"][b, 1:], 1e-5)
+
+
+@cases("vlm", lambda c: "tau" in c.asks and c.has("in/attention"))
+def test_holitom_rows(case: Case):
+    s, x, attention = case.settings, case["in/features"], case["in/attention"]
+    check_settings(s, "T", "N", "C", "tau", "retain_ratio", "effective_ratio", "beta", "D", "K")
+    likeness = functional.frame_likeness(x)
+    close(likeness, case["out/similarity"], 1e-5)
+    windows, spared = functional.frame_windows(likeness > s["tau"])
+    assert windows == [tuple(pair) for pair in case["out/segments"].tolist()]
+    assert spared == int(case["out/total_reduced"])
+    lengths = case["out/segment_lengths"].cumsum(0).tolist()
+    for beta, key in ((None, "out/tokens_nobeta1"), (s["beta"], "out/tokens_nobeta0")):
+        found = functional.holitom(x, attention, s["retain_ratio"], s["tau"], float(s["D"]), beta, s["K"])
+        close(found.x, case[key], 1e-5)
+        last = [int((found.slots // s["N"] <= stop).sum()) for _, stop in windows]
+        assert last == lengths and len(set(found.slots.tolist())) == len(found.slots)
+    n = s["T"] * s["N"]
+    made = tokenzoo.HoliTomTower(keep=round(s["retain_ratio"] * n), tau=s["tau"], clustered=float(s["D"]))
+    rows = VisualRows(x.flatten(0, 1)[None], part=torch.arange(s["T"]).repeat_interleave(s["N"])[None])
+    new = made.map(rows, Recorded(importance=attention.reshape(1, -1)), round(s["retain_ratio"] * n))
+    assert abs(len(new.slots[0]) - len(found.slots)) <= len(x)

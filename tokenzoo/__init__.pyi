@@ -63,9 +63,13 @@ from .vlm.selectors.cdpruner import CDPruner as CDPruner
 from .vlm.selectors.divprune import DivPrune as DivPrune
 from .vlm.selectors.fastervlm import FasterVLM as FasterVLM
 from .vlm.selectors.fopru import FoPru as FoPru
+from .vlm.selectors.fourier import FourierRows as FourierRows
+from .vlm.selectors.globalcom2 import GlobalCom2 as GlobalCom2
 from .vlm.selectors.hiprune import HiPrune as HiPrune
 from .vlm.selectors.hired import HiRED as HiRED
+from .vlm.selectors.holitom_tower import HoliTomTower as HoliTomTower
 from .vlm.selectors.mmtok import MMTok as MMTok
+from .vlm.selectors.mustdrop_tower import MustDropTower as MustDropTower
 from .vlm.selectors.pool import PoolRows as PoolRows
 from .vlm.selectors.prumerge import PruMerge as PruMerge
 from .vlm.selectors.random import RandomRows as RandomRows

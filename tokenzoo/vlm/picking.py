@@ -40,3 +40,9 @@ def kept_rows(mask: Tensor) -> KeepMap:
     order = stable_order(~mask)
     at = torch.arange(int(counts.max()), device=mask.device).expand(mask.shape[0], -1)
     return KeepMap(order.gather(1, torch.minimum(at, counts - 1)), mask.shape[1])
+
+
+def middles(n: int, cells: int) -> Tensor:
+    """The middle one of the rows that go into each of as many equal cells [cells]."""
+    starts = [-(-cell * n // cells) for cell in range(cells + 1)]
+    return torch.tensor([(first + last - 1) // 2 for first, last in zip(starts, starts[1:])])

@@ -6,19 +6,32 @@ float32; of equal scores the first row counts as higher.
 """
 
 from .coverage import catp, mmtok
+from .crops import crop_shares, globalcom2
 from .deciding import ranked, top
 from .diversity import cdpruner, divprune, relevance, todre, vispruner
+from .frequency import fourier
 from .merging import Contextual, outliers, prumerge_rows, prumerge_weights, visionzip
 from .ranking import fopru, hiprune, hired
+from .video import Merged, density_peaks, frame_likeness, frame_windows, holitom
+from .windows import merge_windows, window_likeness
 
 __all__ = [
     "Contextual",
+    "Merged",
     "catp",
     "cdpruner",
+    "crop_shares",
+    "density_peaks",
     "divprune",
     "fopru",
+    "fourier",
+    "frame_likeness",
+    "frame_windows",
+    "globalcom2",
     "hiprune",
     "hired",
+    "holitom",
+    "merge_windows",
     "mmtok",
     "outliers",
     "prumerge_rows",
@@ -29,4 +42,5 @@ __all__ = [
     "top",
     "visionzip",
     "vispruner",
+    "window_likeness",
 ]

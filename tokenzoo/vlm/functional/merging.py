@@ -18,7 +18,7 @@ class Contextual(NamedTuple):
         dominant: rows that stay as they are, rising [B, D] int64.
         targets: rows that others are added to, rising [B, M] int64.
         sources: the others [B, S] int64.
-        slot: target that each of them goes to, 0 .. M - 1 [B, S] int64.
+        slot: target that each of them goes to, 0 .. M - 1 [B, S] int64; -1 where there are no targets.
     """
 
     dominant: Tensor
@@ -58,7 +58,7 @@ def visionzip(score: Tensor, metric: Tensor, dominant: int, contextual: int) -> 
     other[at] = False
     targets, sources = rest[:, at], rest[:, other]
     if contextual == 0:
-        return Contextual(best, targets, sources[:, :0], sources[:, :0])
+        return Contextual(best, targets, sources, torch.full_like(sources, -1))
     keys = unit(metric)
     slot = torch.bmm(take_rows(keys, sources), take_rows(keys, targets).transpose(1, 2)).argmax(-1)
     return Contextual(best, targets, sources, slot)
