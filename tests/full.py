@@ -65,6 +65,7 @@ TAKEN = {
     "test_vlm.py::test_training_follows_labels": 6,
     "test_vlm.py::test_copies_and_pickles": 3,
     "test_vlm.py::test_eager_is_sdpa": 4,
+    "test_vlm.py::test_a_selector_does_not_see_batch_mates": 6,
     # several processes, long training
     "test_accuracy_scripts.py::test_fine_tuned": 0,
     "test_scan_graphs.py::test_gradients_of_two_processes": 0,

@@ -76,6 +76,27 @@ from .vlm.selectors.fastervlm import FasterVLM as FasterVLM
 from .vlm.selectors.pool import PoolRows as PoolRows
 from .vlm.selectors.random import RandomRows as RandomRows
 from .vlm.selectors.uniform import UniformRows as UniformRows
+from .vlm.selectors.catp import CATP as CATP
+from .vlm.selectors.cdpruner import CDPruner as CDPruner
+from .vlm.selectors.divprune import DivPrune as DivPrune
+from .vlm.selectors.fastervlm import FasterVLM as FasterVLM
+from .vlm.selectors.fopru import FoPru as FoPru
+from .vlm.selectors.fourier import FourierRows as FourierRows
+from .vlm.selectors.globalcom2 import GlobalCom2 as GlobalCom2
+from .vlm.selectors.hiprune import HiPrune as HiPrune
+from .vlm.selectors.hired import HiRED as HiRED
+from .vlm.selectors.holitom_tower import HoliTomTower as HoliTomTower
+from .vlm.selectors.mmtok import MMTok as MMTok
+from .vlm.selectors.mustdrop_tower import MustDropTower as MustDropTower
+from .vlm.selectors.pool import PoolRows as PoolRows
+from .vlm.selectors.prumerge import PruMerge as PruMerge
+from .vlm.selectors.random import RandomRows as RandomRows
+from .vlm.selectors.todre_tower import ToDRETower as ToDRETower
+from .vlm.selectors.uniform import UniformRows as UniformRows
+from .vlm.selectors.visiondrop_tower import VisionDropTower as VisionDropTower
+from .vlm.selectors.visionzip import VisionZip as VisionZip
+from .vlm.selectors.vispruner import VisPruner as VisPruner
+from .vlm.selectors.vtc_cls import VTCCLS as VTCCLS
 from .vlm.droppers.fastv import FastV as FastV
 
 __version__: str
