@@ -63,5 +63,11 @@ from .vlm.selectors.pool import PoolRows as PoolRows
 from .vlm.selectors.random import RandomRows as RandomRows
 from .vlm.selectors.uniform import UniformRows as UniformRows
 from .vlm.droppers.fastv import FastV as FastV
+from .vlm.droppers.holitom import HoliTom as HoliTom
+from .vlm.droppers.llavolta import LLaVolta as LLaVolta
+from .vlm.droppers.mustdrop import MustDrop as MustDrop
+from .vlm.droppers.pyramiddrop import PyramidDrop as PyramidDrop
+from .vlm.droppers.todre import ToDRE as ToDRE
+from .vlm.droppers.visiondrop import VisionDrop as VisionDrop
 
 __version__: str
