@@ -59,7 +59,7 @@ def vlm_methods_table() -> str:
         cls = find(name)
         summary = " ".join(inspect.cleandoc(cls.__doc__).split("\n\n")[0].split())
         act = "dropper" if name in list_droppers() else "selector"
-        reads = f"{cls.scored_by} layer" if act == "dropper" else ", ".join(cls.reads)
+        reads = ", ".join(cls.reads) if act == "selector" else f"{cls.scored_by} layer".removeprefix("none layer")
         rows.append((f"`{name}`", f"`{cls.__name__}`", act, summary, reads, cls.positions, cls.source))
     return _table(("name", "class", "acts as", "what it does", "reads", "published positions", "source"), rows)
 

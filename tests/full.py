@@ -56,6 +56,8 @@ TAKEN = {
     "test_vim.py::test_export_with_any_batch": 0,
     "test_vim.py::test_onnx": 0,
     # vision-language models: families x recipes
+    "test_vlm_droppers.py::test_a_batch_is_each_prompt_alone": 8,
+    "test_vlm_droppers.py::test_merging_in_every_family": 3,
     "test_vlm.py::test_keeping_all_changes_nothing": 5,
     "test_vlm.py::test_a_selection_is_the_language_model_on_fewer_rows": 13,
     "test_vlm.py::test_a_batch_is_each_prompt_alone": 13,

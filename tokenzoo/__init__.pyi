@@ -98,5 +98,11 @@ from .vlm.selectors.visionzip import VisionZip as VisionZip
 from .vlm.selectors.vispruner import VisPruner as VisPruner
 from .vlm.selectors.vtc_cls import VTCCLS as VTCCLS
 from .vlm.droppers.fastv import FastV as FastV
+from .vlm.droppers.holitom import HoliTom as HoliTom
+from .vlm.droppers.llavolta import LLaVolta as LLaVolta
+from .vlm.droppers.mustdrop import MustDrop as MustDrop
+from .vlm.droppers.pyramiddrop import PyramidDrop as PyramidDrop
+from .vlm.droppers.todre import ToDRE as ToDRE
+from .vlm.droppers.visiondrop import VisionDrop as VisionDrop
 
 __version__: str
