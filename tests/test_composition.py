@@ -76,6 +76,7 @@ def test_two_methods(first, second, tmp_path):
             other = build("deit")
             tokenzoo.patch_model(other, again)
             assert tokenzoo.recipe(other) == saved
+            other.load_state_dict(model.state_dict())  # recipes hold no weights of learned modules
             assert torch.equal(other(x), out)
 
 
