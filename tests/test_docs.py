@@ -29,7 +29,6 @@ import tokenzoo
 from tokenzoo.cli import build_parser
 from tokenzoo.cli.common import runs_of
 from tokenzoo.core import handover, registry
-from tokenzoo.core import registry
 from tokenzoo.core.mixins import OwnAttention
 from tokenzoo.training.options import options_of, parse_options
 from tokenzoo.vlm import registry as vlm_registry
@@ -329,9 +328,6 @@ def test_stale_tables_are_noticed_and_mended(tables, page, monkeypatch, tmp_path
     assert set(STALE) == set(tables.PAGES)
     for folder in ("docs", "tokenzoo"):
         (tmp_path / folder).mkdir()
-    for name in (*tables.PAGES, "tokenzoo/__init__.py", "tokenzoo/__init__.pyi"):
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "tokenzoo").mkdir()
     for name in (*tables.PAGES, "tokenzoo/__init__.py", STUB):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     text = (ROOT / page).read_text(encoding="utf-8")
