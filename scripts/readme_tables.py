@@ -63,7 +63,7 @@ def vlm_methods_table() -> str:
 def vlm_families_table() -> str:
     """Every family of vision-language models."""
     rows = []
-    for family in vlm_families():
+    for family in sorted(vlm_families(), key=lambda family: family.name):
         classes = ", ".join(f"`{cls.__name__}`" for cls in family.heads)
         rows.append((f"`{family.name}`", family.summary, classes, ", ".join(family.modalities), family.tried))
     return _table(("family", "covers", "models", "takes", "tried on"), rows)

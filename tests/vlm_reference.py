@@ -57,7 +57,8 @@ def run_layers(
         x = layer(x, attention_mask=seen[None, None], position_embeddings=rope, position_ids=None, **{CACHE: None})
         if deep is not None and i < len(deep[1]):
             x = lm._deepstack_process(x, deep[0], deep[1][i])
-    return model.lm_head(lm.norm(x))
+    found, cap = model.lm_head(lm.norm(x)), getattr(lm.config, "final_logit_softcapping", None)
+    return found if cap is None else torch.tanh(found / cap) * cap
 
 
 def grown(model: nn.Module, given: dict[str, Any], gone: Tensor, new: list[int]) -> dict[str, Any]:

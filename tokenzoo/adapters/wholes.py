@@ -39,19 +39,10 @@ class Whole(ABC):
     def report(self, model: nn.Module, **options: Any) -> Any:
         """What the model costs, part by part."""
 
-    @abstractmethod
-    def backbones(self) -> dict[str, list[str]]:
-        """Served classes by family."""
-
 
 def register_whole(whole: Whole) -> None:
     """Adds a kind of model."""
     _WHOLES.append(whole)
-
-
-def wholes() -> tuple[Whole, ...]:
-    """All kinds."""
-    return tuple(_WHOLES)
 
 
 def whole_of(model: nn.Module) -> Whole | None:

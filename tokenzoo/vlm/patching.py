@@ -14,7 +14,7 @@ from ..apply.install import all_or_nothing
 from .budget_solving import solved
 from .choosing import read_layers
 from .families.language_models import LAYERS, LMS, check_language_model
-from .family import VLMFamily, vlm_families, vlm_family_of
+from .family import VLMFamily, vlm_family_of
 from .lm import LmPlan
 from .model import VlmPlan
 from .plans import layer_plans
@@ -171,9 +171,6 @@ class _Vlm(Whole):
 
     def report(self, model: nn.Module, **options: Any) -> Any:
         return vlm_report(model, **options)
-
-    def backbones(self) -> dict[str, list[str]]:
-        return {family.name: [cls.__name__ for cls in family.heads] for family in vlm_families()}
 
 
 register_whole(_Vlm())
