@@ -36,7 +36,8 @@ LANDED = (
     "tome", "evit", "ats", "mctf", "algm", "tomesd", "cts", "expedit", "expedit_sam", "dense_unmerge",
     "segmentation_eval", "super_token_attention", "t2t_vit", "lv_vit", "dtop",
     "plain_mamba", "vision_mamba", "uniformer_light", "r_meeto", "famba_v", "ssm_token_pruning", "pitome", "ppt",
-    "gtp", "diffrate",
+    "gtp", "diffrate", "dynamicvit", "sit",
+    "sparsifiner", "catanet_aggregation",
 )  # fmt: skip
 # folders with cases of several methods, not all of which are in the library
 PARTLY = ("tokenreduction_zoo", "vlm")

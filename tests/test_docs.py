@@ -134,6 +134,10 @@ def _backbones(names: dict) -> None:
     assert tuple(names["logits"].shape) == (2, 1000)
 
 
+def _serve(names: dict) -> None:
+    assert {route.path for route in names["app"].routes} >= {"/api/about", "/api/run"}
+
+
 def _export(names: dict) -> None:
     assert tuple(names["logits"].shape) == (5, 1000)
 
@@ -148,11 +152,12 @@ def _prompts(names: dict) -> None:
 
 def _tune(names: dict) -> None:
     assert names["share"] <= 0.7 and names["found"].recipe["method"] in ("tome", "topk", "uniform")
+    assert names["cost"] == names["rates"].share <= 0.7
 
 
 RESULTS = {
     "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
-    "segmentation": _segmentation, "tune": _tune, "usage": _usage, "vlm": _vlm,
+    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage, "vlm": _vlm,
 }  # fmt: skip
 
 
@@ -208,7 +213,9 @@ def lines() -> list[str]:
 
 
 def commands() -> list[str]:
-    return [line for line in lines() if line.startswith("tokenzoo ")]
+    """Under torchrun too."""
+    found = [line.partition(" tokenzoo ")[2] for line in lines() if line.startswith("torchrun --no-python ")]
+    return [*(line for line in lines() if line.startswith("tokenzoo ")), *(f"tokenzoo {words}" for words in found)]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -219,8 +226,9 @@ def test_commands_parse(command, monkeypatch):
         check_training(options_of(vars(args)))
     elif hasattr(args, "model"):
         assert timm.is_model(args.model)
-        assert hasattr(args, "method") or args.command == "tune"
-        if args.command != "tune":
+        alone = ("tune", "serve")  # choose methods themselves
+        assert hasattr(args, "method") or args.command in alone
+        if args.command not in alone:
             runs_of(args)  # names, options and recipe files of the methods
 
 
@@ -313,8 +321,9 @@ STALE = {  # something that stands in a table of the page
 @pytest.mark.parametrize("page", STALE)
 def test_stale_tables_are_noticed_and_mended(tables, page, monkeypatch, tmp_path, capsys):
     assert set(STALE) == set(tables.PAGES)
-    (tmp_path / "docs").mkdir()
-    for name in tables.PAGES:
+    for folder in ("docs", "tokenzoo"):
+        (tmp_path / folder).mkdir()
+    for name in (*tables.PAGES, "tokenzoo/__init__.py", "tokenzoo/__init__.pyi"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     text = (ROOT / page).read_text(encoding="utf-8")
     assert STALE[page][0] in text
@@ -384,11 +393,11 @@ def test_named_objects_exist(path):
 
 
 def test_the_accuracy_named_is_that_of_the_checkpoint():
-    with safe_open(ROOT / "examples" / "digits_vit.safetensors", framework="pt") as file:
+    with safe_open(ROOT / "examples" / "photos_vit.safetensors", framework="pt") as file:
         about = json.loads(file.metadata()["about"])
     text = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
-    assert f"{100 * about['test_accuracy']:.2f} % of the {about['split']['test_images']} test digits" in text
-    assert about["recipe"]["patch_drop_rate"] == 0.5 and "random half of the patches" in text
+    assert f"{100 * about['test_accuracy']:.2f} % of 600 test crops" in text
+    assert all(f"| {name} |" in text for name in about["classes"]), "a photograph without its licence"
 
 
 def test_every_page_and_note_can_be_reached():

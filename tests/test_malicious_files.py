@@ -103,7 +103,7 @@ def test_json(text, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "noise", "empty"])
-def test_weights(kind, tmp_path):
+def test_weights(kind, tmp_path, capsys):
     made, path = tmp_path / "made", tmp_path / "harm.pth"
     if kind == "pickle":
         path.write_bytes(pickle.dumps({"weight": Harm(made)}))
@@ -114,6 +114,16 @@ def test_weights(kind, tmp_path):
     for read in (read_checkpoint, read_torch):
         with pytest.raises(ValueError, match="harm.pth"):
             read(path)
+    model = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "depth=1", "--num-classes", "2"]
+    assert main(["bench", *model, "--checkpoint", str(path)]) == 2
+    assert "harm.pth" in capsys.readouterr().err
+    training = ["train", *model, "--initial-checkpoint", str(path), "--data-dir", str(tmp_path)]
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / label / "a.png")
+    assert main([*training, "--output", str(tmp_path / "out"), "--batch-size", "1", "--workers", "0"]) == 2
+    assert "harm.pth" in capsys.readouterr().err
     save = tmp_path / "run"
     save.mkdir()
     (save / "checkpoint-00001-0000000.pt").write_bytes(path.read_bytes())

@@ -7,7 +7,9 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
+import hf_cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +30,8 @@ from tokenzoo.view.maps import token_maps
 methods = pytest.mark.parametrize("method", METHODS)
 towers = pytest.mark.parametrize("name", TOWERS)
 TWINS = ("torchvision", "open_clip", "open_clip_avg", "open_clip_avg_last_norm")
+# in two processes: libraries, a tower of transformers in a classifier, and timm's models of several sequences
+TRAINED = ("torchvision", "open_clip", "hf_vit_classes", "hiera", "crossvit")
 # one of each class of block and attention layer
 LAYERS = {"torchvision": "self_attention", "open_clip": "attn", "open_clip_custom": "attn"}
 
@@ -178,12 +182,24 @@ def test_threads_share_one_model(name, method):
             assert all(torch.equal(out, expected) for out in outs)
 
 
+def _trained(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A patched model of a row of this file, of transformers' or of timm's models in stages or branches, and images."""
+    if name in TOWERS:
+        return tokenzoo.patch_model(build(name), "tome", r=2), images(4)
+    if name.startswith("hf_"):
+        return tokenzoo.patch_model(hf_cases.build(name[3:]), "tome", r=2), hf_cases.images(None, 4)
+    file = import_module({"hiera": "test_stages", "crossvit": "test_crossvit"}[name])
+    x = file.images(name, 4) if name == "hiera" else file.images(4)
+    return tokenzoo.patch_model(file.micro(name), "tome", r=2), x
+
+
 def _gradients(name: str, rank: int | None = None) -> dict[str, torch.Tensor]:
     """Of four images in one process, or of two in each of two."""
-    model, x = tokenzoo.patch_model(build(name), "tome", r=2), images(4)
+    model, x = _trained(name)
     if rank is not None:
         model, x = DistributedDataParallel(model), x[2 * rank : 2 * rank + 2]
-    pooled(model(x)).square().mean().backward()
+    out = model(x)
+    (out.logits if hasattr(out, "logits") else pooled(out)).square().mean().backward()
     return {key.removeprefix("module."): p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
@@ -191,7 +207,7 @@ def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     try:
-        torch.save({name: _gradients(name, rank) for name in ("torchvision", "open_clip")}, f"{folder}/{rank}.pt")
+        torch.save({name: _gradients(name, rank) for name in TRAINED}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -199,7 +215,7 @@ def _worker(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)
-    for name in ("torchvision", "open_clip"):
+    for name in TRAINED:
         expected = _gradients(name)
         for rank in range(2):
             found = torch.load(tmp_path / f"{rank}.pt")[name]

@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tokenzoo
+from tokenzoo.core.selection import groups_with_prefix
 from tokenzoo.core.tokens import Layout, Tokens
-from tokenzoo.maps import group_map
+from tokenzoo.maps import MergeMap, group_map
 from tokenzoo.ops.matching import energy as ops
 
 
@@ -161,3 +162,18 @@ def test_bad_options(options, error, words):
         tokenzoo.patch_model(model, "pitome", **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not tokenzoo.is_patched(model)
+
+
+@pytest.mark.parametrize("split", ops.SPLITS)
+def test_pairs_are_the_groups(split):
+    """Without padding and masks the map is read off the order; it is that of the general rule, behind a prefix too."""
+    g = torch.Generator().manual_seed(1)
+    units = F.normalize(torch.randn(3, 17, 5, generator=g), dim=-1)
+    x, weight = torch.randn(3, 19, 4, generator=g), torch.rand(3, 19, 1, generator=g) + 0.5
+    energy = ops.cluster_energy(units, 0.2)
+    assign, head = groups_with_prefix(*ops.energy_groups(units, energy, 6, split), 2)
+    expected = group_map(assign, head, 13, weight, None)
+    found = MergeMap.of_pairs(ops.energy_pairs(units, energy, 6, split, 2), 19, weight)
+    assert torch.equal(found.assign, expected.assign) and torch.equal(found.heads, expected.heads)
+    torch.testing.assert_close(found.apply(x), expected.apply(x))
+    torch.testing.assert_close(found.lift(found.apply(x)), expected.lift(expected.apply(x)))

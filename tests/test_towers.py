@@ -175,8 +175,13 @@ def test_gemma(name):
             whole = tower.pooler(model.lift_features(tokens), places, None)[0]
             whole = whole if tower.std_bias is None else (whole - tower.std_bias) * tower.std_scale
             torch.testing.assert_close(model.forward_features(x) if name == "gemma4_soft" else model(x), whole)
-        with pytest.raises(ValueError, match="a batch of patches.*give images"):
-            model({"patches": x})
+        packed = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(len(x), 16, -1)
+        for call in (model, model.forward_features, model.forward_intermediates, model.forward_tokens):
+            for given in ({"patches": packed}, packed):
+                with pytest.raises(ValueError, match="a batch of packed patches.*give images"):
+                    call(given)
+        with pytest.raises(ValueError, match="a batch of packed patches"):
+            model(x, patch_coord=places)
     if name == "gemma4_enc":
         with tokenzoo.patched(model, "tome", r=2), pytest.raises(ValueError, match="do not tell the grid"):
             model.forward_head(model.forward_features(x))

@@ -6,6 +6,8 @@ from . import methods, models, vlm
 from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
 from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
+from .apply.released import rename_released
+from .apply.saving import load, save
 from .core.method import Method
 from .core.recipe import Recipe
 from .core.registry import create_method, list_methods, method_class, register
@@ -16,7 +18,7 @@ from .vlm import registry as _vlm
 from .vlm import visual_rows
 
 if TYPE_CHECKING:
-    from .tuning import tune
+    from .tuning import learn_rates, tune
 
 __version__ = "0.1.0"
 __path__ += [f"{__path__[0]}/kept"]  # where modules stood that have moved
@@ -27,18 +29,20 @@ _CLASSES |= {c.__name__: c for c in map(_vlm.find, (*_vlm.list_selectors(), *_vl
 globals().update(_CLASSES)
 
 
-def __getattr__(name: str) -> Any:
-    # what brings evaluation along is loaded when it is asked for
-    if name == "tune":
-        from .tuning import tune
+_LATER = ("learn_rates", "tune")  # what brings evaluation along is loaded when it is asked for
 
-        globals()["tune"] = tune
-        return tune
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        from . import tuning
+
+        globals()[name] = getattr(tuning, name)
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "tune"})
+    return sorted({*globals(), *_LATER})
 
 
 __all__ = [
@@ -51,8 +55,10 @@ __all__ = [
     "create_method",
     "explain",
     "is_patched",
+    "learn_rates",
     "list_backbones",
     "list_methods",
+    "load",
     "method_class",
     "methods",
     "models",
@@ -61,7 +67,9 @@ __all__ = [
     "recipe",
     "register",
     "register_family",
+    "rename_released",
     "report",
+    "save",
     "tune",
     "unpatch_model",
     "update_method",

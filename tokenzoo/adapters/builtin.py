@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from .beit import FAMILY as BEIT
 from .cait.model import FAMILY as CAIT
 from .convit.model import FAMILY as CONVIT
+from .crossvit.model import FAMILY as CROSSVIT
 from .eva.model import FAMILY as EVA
+from .hiera.model import FAMILY as HIERA
 from .levit.model import FAMILY as LEVIT
 from .naflex.model import FAMILY as NAFLEX
 from .pit.model import FAMILY as PIT
@@ -25,8 +27,8 @@ from .volo.model import FAMILY as VOLO
 from .xcit.model import FAMILY as XCIT
 
 _FAMILIES = (
-    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, SAM, STEMS, SVIT, VIM, PLAIN_MAMBA,
-    TORCHVISION,
+    VIT, EVA, BEIT, RELPOS, NAFLEX, CAIT, XCIT, CONVIT, PIT, LEVIT, VOLO, HIERA, CROSSVIT, SAM, STEMS, SVIT, VIM,
+    PLAIN_MAMBA, TORCHVISION,
 )  # fmt: skip
 for _family in _FAMILIES:
     register_family(_family)

@@ -36,7 +36,7 @@ def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Reci
     view = find_family(model).view(model)
     grid = view.own_grid if grid is None else tuple(grid)
     layouts = view.sequences(grid, recipe)
-    return BackboneInfo(len(view.blocks), layouts[0], {i: layouts[i] for i in layouts if i > 0}, grid)
+    return BackboneInfo(len(view.served_blocks), layouts[0], {i: layouts[i] for i in layouts if i > 0}, grid)
 
 
 def total_blocks(backbone: nn.Module) -> int:
@@ -61,10 +61,10 @@ def block_names(model: nn.Module) -> list[str]:
         model: patched or not; names begin at the backbone inside it, unless a family serves what is around that too.
     """
     names = {module: name for name, module in known_of(model).named_modules()}
-    blocks = find_family(backbone_of(model)).view(backbone_of(model)).blocks
+    blocks = find_family(backbone_of(model)).view(backbone_of(model)).served_blocks
     return [names.get(block, f"blocks.{index}") for index, block in enumerate(blocks)]
 
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
     """The blocks of a model that run, without what is wrapped around them."""
-    return [unwrapped(block) for block in find_family(backbone).view(backbone).blocks]
+    return [unwrapped(block) for block in find_family(backbone).view(backbone).served_blocks]

@@ -53,7 +53,7 @@ class Intermediates(Walk):
             raise ValueError(f"output_fmt={output_fmt!r}; use 'NCHW' or 'NLC'")
         refuse_symbols(self, x)
         refuse_causal(self, is_causal)
-        take, max_index = feature_take_indices(len(self.blocks), indices)
+        take, max_index = feature_take_indices(len(self.served_blocks), indices)
         dense = output_fmt == "NCHW"
         spatial: list[Tensor] = []
         prefixes: list[Tensor] = []

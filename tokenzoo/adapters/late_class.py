@@ -70,7 +70,7 @@ class LateClassModel(ReducingModel):
 
     def beside(self, index: int, flow: Flow) -> list[Beside]:
         blocks = getattr(self, self.class_blocks)
-        if index + 1 < len(self.blocks) or blocks is None:
+        if index + 1 < len(self.served_blocks) or blocks is None:
             return []
         n, rows = flow.left, []
         for order, block in enumerate(blocks):

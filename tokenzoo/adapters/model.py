@@ -114,7 +114,7 @@ class ReducingModel(Intermediates):
         """The model's own `set_input_size`; blocks that are called without the model follow."""
         super().set_input_size(*args, **kwargs)
         layouts = self.sequences(self.own_grid, self.tokenzoo_recipe)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.served_blocks):
             layout = layouts[max(first for first in layouts if first <= index)]
             own = block.tokenzoo.layout._replace(grid=layout.grid, scan_rows=layout.scan_rows)
             block.tokenzoo = block.tokenzoo._replace(layout=own)
@@ -145,7 +145,8 @@ class ReducingModel(Intermediates):
         recipe = self.tokenzoo_recipe
         dense = dense or self.pools_all or recipe.keeps_trace
         # whoever watches the blocks has to know what happened in front of them
-        trace = trace or dense or (len(self.blocks[0].tokenzoo.at("embed")) > 0 and hooked(self.blocks[0]))
+        first = self.served_blocks[0]
+        trace = trace or dense or (len(first.tokenzoo.at("embed")) > 0 and hooked(first))
         grid = self.grid_of(images.shape[-2:])
         if torch.jit.is_tracing():  # the tracer hands sizes out as tensors
             grid = tuple(int(side) for side in grid)
@@ -156,14 +157,14 @@ class ReducingModel(Intermediates):
             layout = layout._replace(track_positions=True)
             mask = four_dims(mask, x.shape[1])
             visible = visible_tokens(mask, x.shape[0], layout.num_prefix)
-            steps = [step for block in self.blocks for step in block.tokenzoo.steps]
+            steps = [step for block in self.served_blocks for step in block.tokenzoo.steps]
             refuse_uneven(mask, visible, layout.num_prefix, steps, self)
         coords = None
         if rope is not None and recipe.merged_positions == "mean":
             coords = _patch_coords(layout, x)
         tokens = Tokens(x, layout, coords=coords, trace=() if trace else None, visible=visible)
-        for step in self.blocks[0].tokenzoo.at("embed"):
-            signals = EmbedSignals(self, images, getattr(self.blocks[0], step.key) if step.key else None)
+        for step in first.tokenzoo.at("embed"):
+            signals = EmbedSignals(self, images, getattr(first, step.key) if step.key else None)
             token_map = step.decide(tokens, signals)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)
@@ -198,7 +199,7 @@ class ReducingModel(Intermediates):
     def _finish(self, tokens: Tokens) -> Tokens:
         tokens = self.behind_blocks(tokens)
         tokens = tokens._replace(x=self.final_norm(tokens.x))
-        for step in self.blocks[-1].tokenzoo.at("norm"):
+        for step in self.served_blocks[-1].tokenzoo.at("norm"):
             token_map = step.decide(tokens, None)
             if token_map is not None:
                 tokens = tokens.reduce(token_map, step.block, step.method.name)

@@ -30,7 +30,7 @@ def reducing_modules(
     top = names.get(backbone, "")
     inner = {**family.blocks, **family.attentions}
     named = [(top, backbone, family.models)]
-    for index, block in enumerate(family.view(backbone).blocks):
+    for index, block in enumerate(family.view(backbone).served_blocks):
         own = names.get(block, f"blocks.{index}")
         named += [(f"{own}.{name}".rstrip("."), module, inner) for name, module in block.named_modules()]
     around = family.around_of(model)

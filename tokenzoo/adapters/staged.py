@@ -57,10 +57,14 @@ class StagedModel(ReducingModel):
 
     between_name: str  # name of the layer in front of stage i, with {}
 
+    def between_label(self, stage: int) -> str:
+        """Name of the layer in front of a stage, for a report."""
+        return self.between_name.format(stage)
+
     # ---- the sequences
 
     @property
-    def blocks(self) -> tuple[nn.Module, ...]:
+    def served_blocks(self) -> tuple[nn.Module, ...]:
         """The blocks of all stages in order."""
         return tuple(block for blocks in self.stages_of_blocks() for block in blocks)
 
@@ -112,7 +116,7 @@ class StagedModel(ReducingModel):
         back = way_back(flow.held_behind, dim, dim, flow)
         smaller = halved(grid)
         macs = self.between_macs(stage, grid) + back
-        return [Beside(self.between_name.format(stage), flow.left, prefix + smaller[0] * smaller[1], macs, back)]
+        return [Beside(self.between_label(stage), flow.left, prefix + smaller[0] * smaller[1], macs, back)]
 
     # ---- outputs
 
@@ -142,9 +146,9 @@ class StagedModel(ReducingModel):
 
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: {type(self).__name__} hands out maps; leave it at 'NCHW'")
-        firsts = [*self.firsts(), len(self.blocks)]
+        firsts = [*self.firsts(), len(self.served_blocks)]
         wanted, last = feature_take_indices(len(firsts) - 1, indices)
-        stop = firsts[last + 1] - 1 if stop_early else len(self.blocks) - 1
+        stop = firsts[last + 1] - 1 if stop_early else len(self.served_blocks) - 1
         maps = []
         for index, tokens in self._left(self.walk(x, last=stop)):
             if index + 1 in firsts[1:] and firsts.index(index + 1) - 1 in wanted:
@@ -152,7 +156,7 @@ class StagedModel(ReducingModel):
                 maps.append(to_map(patches, tokens.layout.grid).contiguous())
         if intermediates_only:
             return maps
-        whole = stop == len(self.blocks) - 1
+        whole = stop == len(self.served_blocks) - 1
         return self.features(self._finish(tokens) if whole else tokens), maps
 
 

@@ -23,7 +23,7 @@ class Unserved(NamedTuple):
 
 _VIT = "timm's vit_small_patch16_224, or another plain ViT of its size"
 _MAPS = "timm's samvit_base_patch16 under 'cluster', or a plain ViT in tokenzoo.dense, which restores the grid"
-_STAGES = "timm's pit_s_224 or levit_256, whose stages attend globally, or vit_small_patch16_224"
+_STAGES = "timm's pit_s_224, levit_256 or (at its end) hiera_small_224, whose stages attend globally, or a plain ViT"
 _SMALL = "timm's vit_tiny_patch16_224 or deit_tiny_patch16_224"
 
 WINDOWS = Unserved("attends inside windows of a fixed size, cut from the whole map: no token can leave one", _VIT)
@@ -42,7 +42,7 @@ _MODULES: tuple[tuple[str, Unserved, str], ...] = (
     ("timm.models.{}", WINDOWS, "davit efficientvit_msra gcvit nest swin_transformer swin_transformer_v2"),
     ("timm.models.{}", WINDOWS, "swin_transformer_v2_cr tiny_vit"),
     ("timm.models.{}", MAPS, "hieradet_sam2"),
-    ("timm.models.{}", POOLED, "coat hiera mvitv2 nextvit pvt_v2 twins visformer"),
+    ("timm.models.{}", POOLED, "coat mvitv2 nextvit pvt_v2 twins visformer"),
     ("timm.models.{}", CONVOLVED, "byobnet cpubone csatv2 edgenext efficientformer efficientformer_v2"),
     ("timm.models.{}", CONVOLVED, "efficientvit_mit fastvit iformer lowformer maxxvit metaformer mobilenetv5 shvit"),
     ("timm.models.{}", CONVOLVED, "swiftformer"),
@@ -71,7 +71,6 @@ _ROWS: dict[str, Unserved] = {
         "timm's vit_small_patch16_dinov3 or transformers' DINOv3ViTModel with the same weights, or register_family",
     ),
     "models_mae": Unserved("drops patches at random by itself, for pre-training", "timm's vit_base_patch16_224.mae"),
-    "timm.models.crossvit": Unserved("runs two branches that exchange their class tokens between blocks", _VIT),
     "timm.models.efficientvim": Unserved("convolves the grid around a state space", "vim_tiny of tokenzoo.models"),
     "timm.models.sequencer": Unserved("runs recurrent layers along rows and columns of the grid", _VIT),
     "timm.models.tnt": Unserved("runs the pixels of every patch through a transformer beside that of patches", _VIT),

@@ -55,6 +55,11 @@ class Walk(Unscriptable):
 
     # ---- spelled by the family; those without a pass are asked of unpatched models too
 
+    @property
+    def served_blocks(self) -> Any:
+        """The blocks that methods act in, in order; `blocks`, where it is a part of the model, may hold others too."""
+        return self.blocks
+
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """Patches (high, wide) of an image of that size; by default as `patch_embed` cuts it."""
         if is_conv(self.patch_embed):
@@ -162,7 +167,7 @@ class Walk(Unscriptable):
     def follow(self, tokens: Any, context: Any, mask: Tensor | None = None, last: int | None = None) -> Iterator[Any]:
         """`walk`, from what `start` gave."""
         yield tokens
-        for index, block in enumerate(self.blocks if last is None else self.blocks[: last + 1]):
+        for index, block in enumerate(self.served_blocks if last is None else self.served_blocks[: last + 1]):
             entering = tokens if index == 0 else self.restart(tokens, index, context)
             if entering is not tokens:
                 yield entering

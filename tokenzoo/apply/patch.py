@@ -57,6 +57,14 @@ def patch_model(model: M, method: Any, *, flops: float | None = None, **options:
             raise ValueError(f"flops={flops}: a {whole.name} is dialled by prefill=, the share of reading a prompt")
         whole.patch(known_of(model), method, **options)
         return model
+    new = put_on(model, method, flops, **options)
+    if new:
+        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
+    return model
+
+
+def put_on(model: nn.Module, method: Any, flops: float | None = None, **options: Any) -> list[str]:
+    """What `patch_model` does; returns the names of new parameters, without a word about them."""
     backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
         raise ValueError(
@@ -71,10 +79,7 @@ def patch_model(model: M, method: Any, *, flops: float | None = None, **options:
     info = describe(backbone, recipe=recipe)
     if flops is not None:
         recipe = _solved(backbone, family, recipe, info, flops)
-    new = install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
-    if new:
-        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
-    return model
+    return install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
 
 
 def solve(model: nn.Module, recipe: Recipe, flops: float, img_size: tuple[int, int] | None = None) -> Recipe:
@@ -118,7 +123,7 @@ def _check(model: nn.Module, backbone: nn.Module, family: Family, names: list[st
     """Refuses models whose parts are not exactly known, before anything is changed."""
     refuse_derived(model, "the model")
     refuse_derived(backbone, "the model")
-    blocks = family.view(backbone).blocks
+    blocks = family.view(backbone).served_blocks
     for name, block in zip(names, blocks):
         refuse_wrapped(block, name)
         refuse_derived(block, name)

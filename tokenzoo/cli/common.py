@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..adapters.wrappers import backbone_of
 from ..core.registry import list_methods
-from ..core.safe_files import parse_yaml
+from ..core.safe_files import parse_yaml, plain_weights
 from ..cost.report import report
 from ..evaluation.runs import Precision, Run, is_served
 
@@ -136,6 +137,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
         ValueError: unknown model name.
     """
     import timm
+    from timm.models import load_checkpoint
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -150,5 +152,10 @@ def load_model(args: argparse.Namespace) -> nn.Module:
         kwargs["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
     if args.num_classes is not None:
         kwargs["num_classes"] = args.num_classes
-    model = timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint, **kwargs)
+    model = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
+    if args.checkpoint:
+        if not Path(args.checkpoint).is_file():
+            raise ValueError(f"--checkpoint {args.checkpoint} does not exist")
+        with plain_weights(args.checkpoint):  # the oldest timm runs code unless it is told not to
+            load_checkpoint(model, args.checkpoint, weights_only=True)
     return model.to(args.device).eval()

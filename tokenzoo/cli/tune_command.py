@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..evaluation.data import Pictures, open_pictures
+from ..evaluation.distributed import World, join
 from ..evaluation.environment import environment
 from ..evaluation.loading import data_config
 from ..evaluation.runs import gives_map
@@ -42,7 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pairs", action="store_true", help="also pairs of the best methods")
     group.add_argument("--refine", type=int, default=24, help="changes of single blocks to try on the best recipes")
     group.add_argument("--budget-minutes", type=float, default=None, help="report the best so far after this time")
+    group.add_argument("--held-out", type=float, default=0.5, help="share of the images that only the report looks at")
     group.add_argument("--output", required=True, help="folder for recipes, table, plot and the state to resume from")
+    add_image_arguments(parser)
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none without a terminal)")
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images, and how they become tensors."""
     data = parser.add_argument_group("images")
     data.add_argument(
         "--data-dir", default=None, help="folder with one subfolder per class, or a tar file of such ones"
@@ -54,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-labels", action="store_true", help="any folder of images, by agreement with the model as is"
     )
     data.add_argument("--max-images", type=int, default=512, help="draw this many of them")
-    data.add_argument("--held-out", type=float, default=0.5, help="share of them that only the report looks at")
     data.add_argument("--skip-broken", action="store_true", help="leave unreadable images out")
     data.add_argument("--batch-size", "-b", type=int, default=64, help="halved when memory runs out")
     data.add_argument("--workers", "-j", type=int, default=2, help="processes that decode, 0 for none")
@@ -63,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--interpolation", choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"))
     data.add_argument("--mean", type=float, nargs="+", default=None)
     data.add_argument("--std", type=float, nargs="+", default=None)
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none without a terminal)")
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor | None]:
@@ -88,9 +94,16 @@ def run(args: argparse.Namespace) -> int:
     """Searches, prints the table, writes recipes, results and the plot."""
     methods = None if args.methods is None else chosen_methods(args.methods)
     read_budgets(args.flops, args.latency)
+    with join(args.device) as world:
+        args.device = str(world.device)
+        return _search(args, methods, world)
+
+
+def _search(args: argparse.Namespace, methods: list[str] | None, world: World) -> int:
     model, images, labels = load(args)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    if world.main:
+        output.mkdir(parents=True, exist_ok=True)
     found = tune(
         model,
         images,
@@ -108,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
         latency_batch=args.latency_batch,
         precision=precision_of(args),
         progress=False if args.no_progress else None,
+        world=world,
     )
+    if not world.main:
+        return 0
     say(str(found))
     files = found.save(output, environment(args.device, argv_of(args)))
     if find_spec("matplotlib") is None:

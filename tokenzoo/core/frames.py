@@ -44,7 +44,7 @@ def merge_frames(tokens: Tokens, metric: Tensor, found: FrameCounts, step: Step)
     by_place = raster_order(tokens)
     src, dst, kept = (prefix + (part.unsqueeze(0) if by_place is None else by_place[:, part]) for part in parts)
     pairs = split_pairs(metric, src, dst, found.merged, prefix, tokens.visible)
-    merge = MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length)
+    merge = MergeMap.of_pairs(pairs, tokens.length)
     return merge if kept.shape[1] == 0 else BesideMap(merge, kept.expand(tokens.x.shape[0], -1))
 
 

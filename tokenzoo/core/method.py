@@ -131,8 +131,24 @@ class Method(Declared):
         """
 
     def module(self, dim: int, step: Step) -> nn.Module | None:
-        """The learned module of one block, None for methods without parameters."""
+        """The learned module of one block, None for methods without parameters.
+
+        Args:
+            dim: channels of the residual stream.
+            step: this method in this block; `step.known` holds the tokens that enter and leave it at the model's own
+                image size, for modules with a row per token.
+        """
         return None
+
+    def module_of(self, shape: BlockShape, layout: Layout, step: Step) -> nn.Module | None:
+        """The same, for modules that need more than channels; those do not define `module`.
+
+        Args:
+            shape: channels, heads and their width.
+            layout: the sequence that the block belongs to, at the model's own image size.
+            step: see `module`.
+        """
+        return self.module(shape.dim, step)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         """Multiply-adds of deciding and applying the map, for one image."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,20 @@ def read_torch(path: Path, what: str = "checkpoint") -> Any:
     Raises:
         ValueError: a file that cannot be read, or one that would run code.
     """
-    try:
+    with plain_weights(path, what):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def plain_weights(path: str | Path, what: str = "checkpoint") -> Iterator[None]:
+    """Around a loader that runs no code: what it raises becomes a ValueError that names the file.
+
+    Args:
+        path: the file that is being read.
+        what: what it is, for messages.
+    """
+    try:
+        yield
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         text = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -46,10 +46,19 @@ def host_ranges(*counts: Tensor) -> list[tuple[int, int]] | None:
     return list(zip(ends[::2], ends[1::2]))
 
 
-def longest(counts: Tensor, without: int) -> int:
-    """The largest of the counts of all images [B, 1], in one look of the host; `without` images what is given."""
+def settled_rows(counts: Tensor, tokens: Tokens) -> tuple[int, Tensor | None]:
+    """What images ask for, in one look of the host: rows of the longest, and the validity of the rows of all.
+
+    None where no row is padding (as for one image alone): then attention needs no mask from here on.
+
+    Args:
+        counts: patches that each image keeps [B, 1].
+        tokens: the tokens before.
+    """
     found = host_ranges(counts)
-    return without if found is None else found[0][1]
+    least, most = (tokens.num_patches,) * 2 if found is None else found[0]
+    even = tokens.valid is None and least == most
+    return most, None if even else real_rows(counts, most, tokens.layout.num_prefix)
 
 
 def with_prefix(patches: Tensor, num_prefix: int) -> Tensor:
@@ -125,8 +134,12 @@ def keep_mass(scores: Tensor, tokens: Tokens, share: float, most: int | None) ->
             counts = torch.minimum(counts, tokens.valid_patches.unsqueeze(1))
         if most is not None:
             counts = counts.clamp(max=most)
-        length = longest(counts, tokens.num_patches) if most is None else min(most, tokens.num_patches)
-    return KeepMap(with_prefix(order[:, :length], prefix), tokens.length, real_rows(counts, length, prefix))
+        if most is None:
+            length, valid = settled_rows(counts, tokens)
+        else:
+            length = min(most, tokens.num_patches)
+            valid = real_rows(counts, length, prefix)
+    return KeepMap(with_prefix(order[:, :length], prefix), tokens.length, valid)
 
 
 def keep_counts(scores: Tensor, tokens: Tokens, counts: Tensor | None, length: int) -> KeepMap:

@@ -65,7 +65,8 @@ class Costs:
 def read_costs(backbone: nn.Module, family: Family, info: BackboneInfo, names: Iterable[str] = ()) -> Costs:
     """What counting needs of a model, patched or not, at the patch grid of `info`; names of blocks for a report."""
     view = family.view(backbone)
-    return Costs(view, tuple(map(family.block_view, view.blocks)), info, view.embed_macs(info.grid), tuple(names))
+    blocks = tuple(map(family.block_view, view.served_blocks))
+    return Costs(view, blocks, info, view.embed_macs(info.grid), tuple(names))
 
 
 def _cost(block: Any, flow: Flow) -> int:

@@ -74,7 +74,7 @@ def count_macs(
         backbone.train(training)
     names = {module: name for name, module in backbone.named_modules()}  # blocks may be registered as something else
     family = family_of(backbone)
-    blocks = list(getattr(backbone, "blocks", ()) if family is None else family.view(backbone).blocks)
+    blocks = list(getattr(backbone, "blocks", ()) if family is None else family.view(backbone).served_blocks)
     shown = [names[block] for block in blocks] if family is None else block_names(model)
     rows = [(name, int(by_module[names[block]])) for name, block in zip(shown, blocks)]
     return MacReport(total, (*rows, ("elsewhere", total - sum(macs for _, macs in rows))))
@@ -158,6 +158,7 @@ def _handlers() -> dict[str, Any]:
         "aten::_convolution_mode": convolution,  # with padding by name
         "aten::baddbmm": product,
         "aten::index_add": added(3),
+        "aten::index_add_": added(3),
         "aten::scatter_add": added(3),
         "aten::scatter_reduce": added(3),
         "aten::layer_norm": free,

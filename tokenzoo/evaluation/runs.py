@@ -177,6 +177,8 @@ def forward_counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
         if tokens.valid is not None:
             return logits, tokens.valid.sum(1)
         count = tokens.length
+    elif is_patched(model) and not view.rebuilds:  # several sequences reach the head, of which the last one counts
+        return scores_of(model(images)), _counts(model, images)
     else:
         grid = tuple(view.grid_of(images.shape[-2:]))
         info = describe(model, grid)
@@ -191,6 +193,7 @@ def _counts(backbone: nn.Module, images: Tensor) -> Tensor:
     costs = report(backbone, tuple(images.shape[-2:]))
     if costs.data_dependent:
         tokens = backbone.forward_tokens(images)
+        tokens = tokens[-1] if isinstance(tokens, list) else tokens
         if tokens.valid is not None:
             return tokens.valid.sum(1)
         return torch.full((len(images),), tokens.length, device=images.device)

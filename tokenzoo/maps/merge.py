@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from ..ops.rows import add_rows, max_rows, scatter_values, stable_order, take_rows
+from ..ops.matching.bipartite import Pairs
+from ..ops.rows import add_rows, flat_rows, max_rows, scatter_values, stable_order, take_rows
 from .base import TokenMap
 
 
@@ -31,6 +32,7 @@ class MergeMap(TokenMap):
     """
 
     whole = True
+    complete = False  # whether every slot is known to be that of a new token, which spares a look at them
 
     def __init__(
         self,
@@ -48,6 +50,10 @@ class MergeMap(TokenMap):
         self.n_out, self.reduce, self.valid = order.shape[1], reduce, valid
         self.counted, self.drops = counted, drops
         self.linear = reduce != "max"
+        self._flat: dict[str, Tensor] = {}  # rows of the flattened token axis, made once for all that is merged
+        self._total: tuple[Tensor, Tensor] | None = None  # weights that were summed already, and their sums
+        self._share: Tensor | None = None  # share of each source in the mean of its group
+        self._assign: Tensor | None = None
 
     @classmethod
     def from_assign(
@@ -67,14 +73,26 @@ class MergeMap(TokenMap):
         src = stable_order(is_head)[:, : n_in - n_out]
         return cls(order, src, assign.gather(1, src), n_in, weight, reduce, valid, counted, drops)
 
+    @classmethod
+    def of_pairs(cls, pairs: Pairs, n_in: int, weight: Tensor | None = None, reduce: str = "mean") -> MergeMap:
+        """The map of a matching, in which every source has a slot unless there is padding."""
+        found = cls(pairs.order, pairs.src, pairs.slot, n_in, weight, reduce, pairs.valid)
+        found.complete = pairs.valid is None
+        return found
+
     @property
     def heads(self) -> Tensor:
         return self.order
 
     @property
     def assign(self) -> Tensor:
-        slots = torch.arange(self.n_out, device=self.order.device).expand_as(self.order)
-        return scatter_values(self.n_in, self.order, slots, -1).scatter(1, self.src, self.slot)
+        if self._assign is None:
+            slots = torch.arange(self.n_out, device=self.order.device).expand_as(self.order)
+            self._assign = scatter_values(self.n_in, self.order, slots, -1).scatter(1, self.src, self.slot)
+        return self._assign
+
+    def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+        return take_rows(y, self.assign) if self.complete else super().lift(y, dropped)
 
     @property
     def num_dropped(self) -> int | None:
@@ -95,55 +113,94 @@ class MergeMap(TokenMap):
         places = torch.arange(self.n_out, device=rows.device).expand_as(rows)
         new = scatter_values(self.n_out, rows, places, 0)  # where each new token goes
         found = copy.copy(self)  # all else of it, and of forms built on it, speaks of old tokens
+        found._flat, found._total, found._share, found._assign = {}, None, None, None
         found.order = self.order.gather(1, rows)
         found.valid = None if self.valid is None else self.valid.gather(1, rows)
         found.slot = torch.where(self.slot >= 0, new.gather(1, self.slot.clamp(min=0)), -1)
         return found
 
-    def _received(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots to add to, and the source rows, zero where a source is dropped."""
-        slot = self.slot.clamp(min=0)
-        return slot, take_rows(values, self.src) * (self.slot >= 0).unsqueeze(-1).to(values.dtype)
+    def _rows(self, name: str) -> Tensor:
+        """Old rows of `order` or `src`, or new ones of `slot`, of the flattened token axis."""
+        if name not in self._flat:
+            index = getattr(self, name)
+            if name == "slot" and not self.complete:
+                index = index.clamp(min=0)
+            self._flat[name] = flat_rows(index, self.n_out if name == "slot" else self.n_in)
+        return self._flat[name]
+
+    def _heads_of(self, values: Tensor) -> Tensor:
+        """Rows of the tokens that head the new ones, in memory of their own."""
+        return take_rows(values, self.order, self._rows("order"))
+
+    def _sources_of(self, values: Tensor) -> Tensor:
+        return take_rows(values, self.src, self._rows("src"))
+
+    def _received(self, values: Tensor) -> Tensor:
+        """The source rows, zero where a source is dropped."""
+        given = self._sources_of(values)
+        return given if self.complete else given * (self.slot >= 0).unsqueeze(-1).to(values.dtype)
+
+    def _at_slots(self, values: Tensor) -> Tensor:
+        """Rows of new tokens that the sources go to; of those that are dropped, any."""
+        return take_rows(values, self.slot if self.complete else self.slot.clamp(min=0), self._rows("slot"))
+
+    def _added(self, heads: Tensor, given: Tensor) -> Tensor:
+        """Head rows, which are written to, with those of their sources added."""
+        slot = self.slot if self.complete else self.slot.clamp(min=0)
+        return add_rows(heads, slot, given, self._rows("slot"), own=True)
 
     def apply(self, x: Tensor) -> Tensor:
-        out = take_rows(x, self.order)
+        out = self._heads_of(x)
         if self.src.shape[1] == 0:
             return out
         if self.reduce == "sum":
-            slot, given = self._received(x)
-            return add_rows(out, slot, given if self.counted is None else given * self._counts.to(x.dtype))
+            given = self._received(x)
+            return self._added(out, given if self.counted is None else given * self._counts.to(x.dtype))
         if self.reduce == "max":
-            given = take_rows(x, self.src)
+            given = self._sources_of(x)
             if self.valid is not None or self.counted is not None:  # some sources may have no slot, or be hidden
                 given = given.masked_fill(~self._counts, float("-inf"))
             return max_rows(out, self.slot.clamp(min=0), given)
-        weight = self.weight
-        if weight is None:
-            weight = torch.ones(x.shape[0], self.n_in, 1, device=x.device)
-        # shares in float32 at least, and in float64 for values that are
-        share = self._shares(weight.to(torch.promote_types(weight.dtype, x.dtype))).to(x.dtype)
-        slot = self.slot.clamp(min=0)
+        share = self._shares(x).to(x.dtype)
         # weighted mean = head + sum of share * (source - head): rows without sources stay exact
-        delta = share * (take_rows(x, self.src) - take_rows(out, slot))
-        return add_rows(out, slot, delta)
+        delta = share * (self._sources_of(x) - self._at_slots(out))
+        return self._added(out, delta)
 
     @property
     def _counts(self) -> Tensor:
         """Sources that take part in a sum or a maximum [B, S, 1] bool."""
         counts = (self.slot >= 0).unsqueeze(-1)
-        return counts if self.counted is None else counts & take_rows(self.counted, self.src)
+        return counts if self.counted is None else counts & self._sources_of(self.counted)
 
-    def _shares(self, weight: Tensor) -> Tensor:
-        """Share of each source in the mean of its group [B, S, 1]."""
-        total = take_rows(self.pool(weight), self.slot.clamp(min=0))
-        given = self._received(weight)[1]
-        return torch.where(total > 0, given / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(given))
+    def _shares(self, x: Tensor) -> Tensor:
+        """Share of each source in the mean of its group [B, S, 1]; none in a group without any weight.
+
+        In float32 at least, and in float64 for values that are.
+        """
+        weight, dtype = self.weight, torch.promote_types(torch.float32, x.dtype)
+        dtype = dtype if weight is None else torch.promote_types(weight.dtype, dtype)
+        if self._share is not None and self._share.dtype == dtype:
+            return self._share
+        if weight is None:
+            weight = torch.ones(x.shape[0], self.n_in, 1, device=x.device, dtype=dtype)
+        known = self._total is not None and self._total[0] is weight and weight.dtype == dtype
+        weight = weight.to(dtype)
+        total = self._at_slots(self._total[1] if known else self.pool(weight))
+        self._share = self._received(weight) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return self._share
 
     def shares(self, dtype: torch.dtype) -> Tensor | None:
         return group_shares(self, self.weight, dtype) if self.reduce == "mean" else None
 
     def pool(self, mass: Tensor) -> Tensor:
-        return add_rows(take_rows(mass, self.order), *self._received(mass))
+        return self._added(self._heads_of(mass), self._received(mass))
+
+    def mass(self, size: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        if size is None:
+            return super().mass(size, batch, device)
+        total = self.pool(size)
+        self._total = size, total
+        return total
 
     def matrix(self) -> Tensor:
         member = self.membership().double()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.rows import add_rows, take_rows
 from .merge import MergeMap
 
 
@@ -41,5 +40,4 @@ class PartialMap(MergeMap):
     def mass(self, size: Tensor | None, batch: int, device: torch.device) -> Tensor:
         if size is None:
             size = torch.ones(batch, self.n_in, 1, device=device)
-        slot, given = self._received(size * self.part)
-        return add_rows(take_rows(size, self.order), slot, given)
+        return self._added(self._heads_of(size), self._received(size * self.part))

@@ -102,7 +102,7 @@ class ALGM(Method):
             return None
         if count is not None:
             pairs = bipartite_pairs(tokens.x, count, prefix, tokens.valid, tokens.visible)
-            return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, tokens.sizes(), valid=pairs.valid)
+            return MergeMap.of_pairs(pairs, tokens.length, tokens.sizes())
         value, partner = best_odd(tokens.x, prefix, tokens.valid, tokens.visible)
         real = None if tokens.valid is None else tokens.valid[:, prefix + prefix % 2 :: 2]
         counts = above_threshold(value, real, step.block + 1, self.batch_min, tokens.visible is not None)

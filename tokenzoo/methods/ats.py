@@ -9,7 +9,7 @@ import torch
 from ..core.method import BlockShape, Method, Step
 from ..core.registry import register
 from ..core.schedule import Budget, open_counts
-from ..core.selection import longest, real_rows, with_prefix
+from ..core.selection import real_rows, settled_rows, with_prefix
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import QUERIES, Traits
@@ -78,12 +78,14 @@ class ATS(Method):
                 whole = tokens.valid_patches.unsqueeze(1) == full
             picked, order = sample_heights(scores, heights, whole)
             counts = picked.sum(1, keepdim=True)
-            length = min(tokens.num_patches, heights)
             if step.strength is None:
-                length = longest(counts, tokens.num_patches)  # the one look of the host at the data
+                length, valid = settled_rows(counts, tokens)  # the one look of the host at the data
+            else:
+                length = min(tokens.num_patches, heights)
+                valid = real_rows(counts, length, prefix)
             front = stable_order(~picked)[:, :length]
         idx = with_prefix(order.gather(1, front), prefix)
-        return KeepMap(idx, tokens.length, real_rows(counts, length, prefix))
+        return KeepMap(idx, tokens.length, valid)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         return n * shape.num_heads * shape.head_dim * 2

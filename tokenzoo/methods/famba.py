@@ -72,7 +72,7 @@ class FambaV(RemoveCount):
             return None
         pairs = bipartite_pairs(signals.normed, r, tokens.layout.num_prefix)
         pairs = sort_pairs(pairs) if self.ordered else pairs
-        return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length)
+        return MergeMap.of_pairs(pairs, tokens.length)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         score = (n // 2) * (n - n // 2) * shape.dim

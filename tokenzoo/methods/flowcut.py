@@ -13,7 +13,7 @@ from ..core.method import BlockShape, Method, Step
 from ..core.options import number
 from ..core.registry import register
 from ..core.schedule import Schedule
-from ..core.selection import importance_macs, keep_counts, longest, own_counts
+from ..core.selection import importance_macs, keep_counts, own_counts, settled_rows
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import AFTER, Traits
@@ -112,7 +112,8 @@ class FlowCut(Method):
             if self.batch_rule and len(own):
                 dropped = dropped.amax(0, keepdim=True)
             counts = torch.minimum(own, (own - dropped).clamp(min=goal))
-            return keep_counts(tokens.scores, tokens, counts, longest(counts, patches))
+            length, valid = settled_rows(counts, tokens)
+            return keep_counts(tokens.scores, tokens, None if valid is None else counts, length)
 
     def carry(self, tokens: Tokens, signals: Signals, token_map: TokenMap | None, step: Step) -> Tensor:
         seen = tokens if token_map is None else tokens.reduce(token_map)

@@ -64,7 +64,7 @@ class MTR(Method):
         groups = group_by_score(signals.step_size[:, prefix:], r, self._targets(r, patches))
         pairs = group_pairs(tokens.x, groups, prefix)
         weight = tokens.sizes() if self.weighted else None
-        return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, weight)
+        return MergeMap.of_pairs(pairs, tokens.length, weight)
 
     def _targets(self, r: int, patches: int) -> int:
         return min(math.ceil(self.targets * r), patches - r)

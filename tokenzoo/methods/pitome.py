@@ -15,9 +15,9 @@ from ..core.selection import groups_with_prefix, own_counts, real_rows
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits
-from ..maps import TokenMap, group_map
+from ..maps import MergeMap, TokenMap, group_map
 from ..ops.attention import full_precision
-from ..ops.matching.energy import cluster_energy, energy_groups
+from ..ops.matching.energy import cluster_energy, energy_groups, energy_pairs
 
 _HALF = {"first": lambda i, half: i < half, "last": lambda i, half: i >= half, "all": lambda i, half: True,
          "none": lambda i, half: False}  # fmt: skip
@@ -92,11 +92,14 @@ class PiToMe(Method):
                 counted = tokens.valid[:, prefix:] if visible is None else visible
             units = F.normalize(metric.float(), dim=-1)
             energy = cluster_energy(units, margin, self.alpha, gaussian, counted)
+            split = "all" if soft else "halves" if gaussian else "alternate"
+            if counted is None:
+                pairs = energy_pairs(units, energy, tokens.length - n_out, split, prefix)
+                return MergeMap.of_pairs(pairs, tokens.length, tokens.sizes())
             if visible is not None:
                 energy = energy.masked_fill(~visible, float("inf"))
             if valid is not None:
                 energy = energy.masked_fill(~tokens.valid[:, prefix:], float("-inf"))
-            split = "all" if soft else "halves" if gaussian else "alternate"
             assign, head = energy_groups(units, energy, tokens.length - n_out, split, real, own, visible)
         return group_map(*groups_with_prefix(assign, head, prefix), n_out, tokens.sizes(), valid)
 

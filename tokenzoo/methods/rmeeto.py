@@ -93,7 +93,7 @@ class RMeeTo(Scanning, RemoveCount):
         pairs = sort_pairs(pairs) if self.ordered else pairs
         if self.prune:
             return KeepMap(pairs.order, tokens.length)
-        return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, tokens.sizes())
+        return MergeMap.of_pairs(pairs, tokens.length, tokens.sizes())
 
     def likeness(self, tokens: Tokens, signals: MixerSignals) -> Tensor:
         """What tokens are compared by [B, N, D].

@@ -60,7 +60,7 @@ class ToFu(Method):
         pairs = bipartite_pairs(signals.metric, r, tokens.layout.num_prefix, tokens.valid, tokens.visible)
         if step.strength[1]:
             return KeepMap(pairs.order, n, pairs.valid)
-        return MlerpMap(pairs.order, pairs.src, pairs.slot, n, None, _DIVISORS[self.rule], pairs.valid)
+        return MlerpMap.of_pairs(pairs, n, None, _DIVISORS[self.rule])
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         score = (n // 2) * (n - n // 2) * shape.head_dim

@@ -47,7 +47,7 @@ class ToMe(Method):
         if r == 0:
             return None
         pairs = bipartite_pairs(signals.metric, r, tokens.layout.num_prefix, tokens.valid, tokens.visible)
-        return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, tokens.sizes(), valid=pairs.valid)
+        return MergeMap.of_pairs(pairs, tokens.length, tokens.sizes())
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         score = (n // 2) * (n - n // 2) * shape.head_dim

@@ -89,7 +89,7 @@ class ToMeSD(Method):
                 pairs = bipartite_pairs(metric, r, layout.num_prefix, visible=tokens.visible)
             else:
                 pairs = split_pairs(metric, *by_cells(tokens, cell, draw), r, layout.num_prefix, tokens.visible)
-            return MergeMap(pairs.order, pairs.src, pairs.slot, n)
+            return MergeMap.of_pairs(pairs, n)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         patches = n - layout.num_prefix

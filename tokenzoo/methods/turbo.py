@@ -74,7 +74,7 @@ class Turbo(Companion, Method):
             return None
         penalty = step.strength[1] * signals.importance.detach()
         pairs = bipartite_pairs(signals.metric, r, tokens.layout.num_prefix, tokens.valid, tokens.visible, penalty)
-        return MergeMap(pairs.order, pairs.src, pairs.slot, tokens.length, tokens.sizes(), valid=pairs.valid)
+        return MergeMap.of_pairs(pairs, tokens.length, tokens.sizes())
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         if n == n_out:

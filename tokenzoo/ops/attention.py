@@ -15,10 +15,11 @@ from .placed import GatedPlaces
 from .rows import split_dim
 from .talking import Talk
 
-# Query rows that are computed at once when a statistic of the whole map is needed. On a CPU few rows stay in cache
-# (three times faster than all at once); elsewhere, and in traced graphs, all rows of a short sequence, and of a long
-# one so many that the rows of all heads together are a quarter of one N x N map.
+# Query rows that are computed at once when a statistic of the whole map is needed. On a CPU as many as stay in cache
+# (three times faster than all of a batch at once); elsewhere, and in traced graphs, all rows of a short sequence, and
+# of a long one so many that the rows of all heads together are a quarter of one N x N map.
 _CPU_ROWS = 64
+CACHE = 1 << 18  # entries of maps that fit into cache
 _SHORT = 512
 
 
@@ -172,11 +173,11 @@ def attention_received(heads: Heads, bias: Tensor | None = None, queries: Tensor
         if queries is not None:
             # a hidden query may see nothing at all, and its row be no number
             rows = rows.masked_fill(~queries[:, None, start:stop, None], 0)
-        part = rows.sum(dim=2).sum(dim=1) / rows.shape[1]
+        part = rows.sum(dim=(1, 2))
         received = part if received is None else received + part
     if queries is None:
-        return received / total
-    return received / queries.sum(1, keepdim=True).clamp(min=1)
+        return received / (total * rows.shape[1])
+    return received / (queries.sum(1, keepdim=True).clamp(min=1) * rows.shape[1])
 
 
 def significance(importance: Tensor, values: Tensor) -> Tensor:
@@ -193,7 +194,8 @@ def row_slices(total: int, heads: Heads) -> list[tuple[int, int]]:
     """(start, stop) of the slices of query rows."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if heads.q.device.type == "cpu" and not traced:
-        step = min(_CPU_ROWS, max(1, total // 4))
+        in_cache = CACHE // max(1, heads.q.shape[0] * heads.q.shape[1] * heads.k.shape[2])
+        step = max(min(_CPU_ROWS, -(-total // 4)), min(total, in_cache), 1)
     else:
         step = total if total <= _SHORT else max(1, total // (4 * heads.q.shape[1]))
     return [(start, min(start + step, total)) for start in range(0, total, step)]

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import Heads, attention_rows, drop_map, row_slices
-
-_CACHE = 1 << 18  # entries of the rows that are computed at once on a CPU
+from .attention import CACHE, Heads, attention_rows, drop_map, row_slices
 
 
 class MapStatistics(NamedTuple):
@@ -149,7 +147,7 @@ def _images(heads: Heads, bias: Tensor | None) -> Iterator[tuple[Heads, Tensor |
 
 def _in_cache(heads: Heads) -> list[tuple[int, int]]:
     """(start, stop) of slices of the queries of one image whose rows fit into cache."""
-    total, step = heads.q.shape[2], max(1, _CACHE // (heads.q.shape[1] * heads.k.shape[2]))
+    total, step = heads.q.shape[2], max(1, CACHE // (heads.q.shape[1] * heads.k.shape[2]))
     return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 

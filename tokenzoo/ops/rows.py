@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 
-def _flat(idx: Tensor, length: int) -> Tensor:
+def flat_rows(idx: Tensor, length: int) -> Tensor:
     """Turns per-image row numbers [B, M] into row numbers of the flattened [B * length] axis."""
     if idx.shape[0] == 1 and not torch.jit.is_tracing():  # a traced graph would hold on to one image
         return idx.reshape(-1)
     offset = torch.arange(idx.shape[0], device=idx.device).mul(length).unsqueeze(1)
     return (idx + offset).reshape(-1)
-
-
-def _exporting() -> bool:
-    """Whether a graph is being recorded for other runtimes: `torch.export`, ONNX or `torch.jit.trace`."""
-    exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    return exported or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:
@@ -35,25 +29,38 @@ def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:
     return x.reshape(*shape[:dim], *sizes, *shape[dim + 1 :])
 
 
-def take_rows(x: Tensor, idx: Tensor) -> Tensor:
+def take_rows(x: Tensor, idx: Tensor, flat: Tensor | None = None) -> Tensor:
     """Gathers rows per image: x [B, N, ...], idx [B, M] -> [B, M, ...].
 
     An expanded `gather` reads an index per element; selecting rows of the flattened tensor copies whole rows and is
-    an order of magnitude faster on CPU. In exported files one number per row is gathered as it is: OpenVINO takes
-    flattening [B, N, 1] for squeezing it.
+    an order of magnitude faster on CPU. One number per row is gathered as it is: there the index of the elements is
+    that of the rows, and OpenVINO takes flattening [B, N, 1] for squeezing it.
+
+    Args:
+        x: where to gather from.
+        idx: the rows.
+        flat: what `flat_rows` makes of them, where several tensors are read at the same rows.
     """
     batch, length = x.shape[:2]
-    if x.dim() == 3 and x.shape[2] == 1 and _exporting():
+    if x.dim() == 3 and x.shape[2] == 1:
         return x.gather(1, idx.unsqueeze(2))
-    rows = x.reshape(batch * length, *x.shape[2:]).index_select(0, _flat(idx, length))
+    flat = flat_rows(idx, length) if flat is None else flat
+    rows = x.reshape(batch * length, *x.shape[2:]).index_select(0, flat)
     return rows.reshape(batch, idx.shape[1], *x.shape[2:])
 
 
-def add_rows(x: Tensor, slot: Tensor, delta: Tensor) -> Tensor:
+def add_rows(x: Tensor, slot: Tensor, delta: Tensor, flat: Tensor | None = None, own: bool = False) -> Tensor:
     """Adds rows at given slots, several rows may share one: x [B, M, C], slot [B, S], delta [B, S, C] -> [B, M, C].
 
     Small problems, and everything that is traced for export, use a one-hot product: it is deterministic on every
     device and needs no scatter, which some runtimes handle badly. Large ones use an index-add of whole rows.
+
+    Args:
+        x: what to add to.
+        slot: the rows.
+        delta: what to add.
+        flat: what `flat_rows` makes of the slots, where several tensors are added to at the same rows.
+        own: x was made for this alone and may be written to.
     """
     batch, length, channels = x.shape
     count = slot.shape[1]
@@ -63,9 +70,10 @@ def add_rows(x: Tensor, slot: Tensor, delta: Tensor) -> Tensor:
     if exporting or (x.is_cuda and length * count <= 1 << 16):
         at = torch.arange(length, device=x.device).view(1, length, 1)
         return torch.baddbmm(x, (slot.unsqueeze(1) == at).to(x.dtype), delta.to(x.dtype))
-    flat = x.reshape(batch * length, channels)
-    flat = flat.index_add(0, _flat(slot, length), delta.to(x.dtype).reshape(batch * count, channels))
-    return flat.reshape(batch, length, channels)
+    flat = flat_rows(slot, length) if flat is None else flat
+    rows, delta = x.reshape(batch * length, channels), delta.to(x.dtype).reshape(batch * count, channels)
+    rows = rows.index_add_(0, flat, delta) if own else rows.index_add(0, flat, delta)
+    return rows.reshape(batch, length, channels)
 
 
 def max_rows(x: Tensor, slot: Tensor, other: Tensor) -> Tensor:
@@ -87,3 +95,16 @@ def scatter_values(length: int, idx: Tensor, values: Tensor, fill: int) -> Tenso
     """Writes integers to positions: idx [B, M], values [B, M] -> [B, length], `fill` elsewhere."""
     out = torch.full((idx.shape[0], length), fill, dtype=values.dtype, device=idx.device)
     return out.scatter(1, idx, values)
+
+
+def softmax_over(logits: Tensor, counts: Tensor | None) -> Tensor:
+    """Softmax over the tokens that count, in float32 at least; over all of them where none does.
+
+    Args:
+        logits: [B, K, N].
+        counts: [B, N] bool, None for all.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if counts is not None:  # finite, so that a row without any is no NaN
+        logits = logits.masked_fill(~counts.unsqueeze(1), torch.finfo(logits.dtype).min)
+    return logits.softmax(2)

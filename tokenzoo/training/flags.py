@@ -44,6 +44,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
     add("--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass")
     add("--channels-last", action="store_true")
     add("--torchcompile", action="store_true")
+    add("--fsdp", action="store_true", help="part weights, gradients and moments among the processes (FSDP2)")
     add("--amp", action="store_true", help="run under autocast")
     add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="float16 scales the loss")
     add("--model-ema", action="store_true", help="average the weights; the average is what is evaluated and saved")
@@ -74,6 +75,10 @@ def _method(parser: argparse.ArgumentParser) -> None:
     add("--kd-weight", type=float, default=0.5, help="weight of the Kullback-Leibler divergence from the teacher")
     add("--kd-temperature", type=float, default=1.0)
     add("--kd-token-weight", type=float, default=0.0, help="weight of the distance from the teacher's tokens (0.5)")
+    add(
+        "--kd-token-scores", action="store_true",
+        help="compare what a second classifier says of the tokens, not the tokens themselves (LV-ViT)",
+    )  # fmt: skip
     add("--new-lr-scale", type=float, default=1.0, help="learning rate of a method's own parameters, as a factor")
     add("--freeze-epochs", type=int, default=0, help="epochs in which only a method's own parameters learn")
 

@@ -65,7 +65,7 @@ class Explanation:
             raise ValueError("this explanation is watching already; call tokenzoo.explain once more for another one")
         view = find_family(self.model).view(self.model)
         # in front of all other hooks, which may ask at once
-        for index, block in enumerate(view.blocks):
+        for index, block in enumerate(view.served_blocks):
             begin = partial(self._begin, index)
             self._handles.append(block.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
         if not hasattr(self.model, "tokenzoo_recipe"):
@@ -93,7 +93,8 @@ class Explanation:
         call = self._call(x, 1, layer)
         view = call.view
         x = x if view.merge is None else view.merge.lift(x)
-        if self.fill.kind == "stash" and call.layer not in tuple(find_family(self.model).view(self.model).blocks):
+        blocks = find_family(self.model).view(self.model).served_blocks
+        if self.fill.kind == "stash" and call.layer not in tuple(blocks):
             if any(step.map.drops for step in view.trace):
                 raise ValueError(
                     f"fill='stash': {type(call.layer).__name__} is not a whole block, and nobody kept what it would "

@@ -38,6 +38,11 @@ class _Levit(StagedModel):
 
     # ---- the stages
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The blocks of all stages in order."""
+        return self.served_blocks
+
     def stages_of_blocks(self) -> list[tuple[nn.Module, ...]]:
         return [tuple(stage.blocks) for stage in self.stages]
 
@@ -139,7 +144,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
             reduced in.
     """
     view = FAMILY.view(model)
-    refuse_across_stages(type(model).__name__, len(view.blocks), recipe, view.firsts(), "stem of convolutions")
+    refuse_across_stages(type(model).__name__, len(view.served_blocks), recipe, view.firsts(), "stem of convolutions")
 
 
 def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:

@@ -35,6 +35,11 @@ class ReducingPiT(StagedModel, PoolingVisionTransformer):
 
     # ---- the stages
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The blocks of all stages in order."""
+        return self.served_blocks
+
     def stages_of_blocks(self) -> list[tuple[nn.Module, ...]]:
         return [tuple(stage.blocks) for stage in self.transformers]
 
@@ -95,7 +100,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
     """
     view = FAMILY.view(model)
     stem = "embedding of overlapping patches"
-    refuse_across_stages(type(model).__name__, len(view.blocks), recipe, view.firsts(), stem)
+    refuse_across_stages(type(model).__name__, len(view.served_blocks), recipe, view.firsts(), stem)
 
 
 def bypassed(model: nn.Module) -> list[tuple[str, nn.Module, str]]:

@@ -126,6 +126,7 @@ class _Gemma4(Tower):
         return tuple(side // patch for side, patch in zip(size, self.tower.patch_size))
 
     def embed(self, x: Tensor) -> tuple[Tensor, Any]:
+        self._refuse_patches(x, None)
         self.tower._assert_raw_img_conformant(x)
         values, places, _ = self.tower.patch_embed(x)
         cos, sin = (part[0] for part in self.tower.rotary_emb(values, places[:1]))
@@ -168,10 +169,11 @@ class _Gemma4(Tower):
         return super().forward_intermediates(x, **kwargs)
 
     def _refuse_patches(self, x: Any, patch_coord: Any) -> NoReturn | None:
-        if isinstance(x, dict) or patch_coord is not None:
+        if isinstance(x, dict) or x.dim() != 4 or patch_coord is not None:
             raise ValueError(
-                f"{type(self).__name__}: a batch of patches has to go through timm's own blocks, which do not reduce; "
-                "give images [B, C, H, W], or use a NaFlexVit"
+                f"{type(self).__name__}: a batch of packed patches, each with places and padding of its own, leaves no "
+                "grid that methods and the pooler of soft tokens could share; give images [B, C, H, W], or use a "
+                "NaFlexVit"
             )
 
 

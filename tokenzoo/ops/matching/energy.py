@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rows import take_rows
-from .bipartite import best_partner, with_rank, without_hidden
+from .bipartite import Pairs, best_partner, with_rank, without_hidden
 
 SPLITS = ("alternate", "halves", "all")
 _CHUNK_ABOVE = 1024
@@ -41,6 +41,8 @@ def cluster_energy(
         if gaussian:
             width = 1 - margin
             likeness = torch.exp(-0.5 * (above / width - 1).square()) / (width * math.sqrt(2 * math.pi))
+        elif share is None:
+            return _mean_elu(above, alpha)
         else:
             likeness = F.elu(above, alpha, inplace=True)
         return likeness.mean(2) if share is None else (likeness * share.unsqueeze(1)).sum(2)
@@ -48,6 +50,41 @@ def cluster_energy(
     if total <= _CHUNK_ABOVE:
         return mean(units)
     return torch.cat([mean(part) for part in units.split(_CHUNK, dim=1)], dim=1)
+
+
+def _mean_elu(x: Tensor, alpha: float) -> Tensor:
+    """`F.elu(x, alpha).mean(-1)` in half of its time; x is overwritten."""
+    total = x.sum(-1)
+    below = x.clamp_(max=0).sum(-1)
+    return (total - below + alpha * (x.exp_().sum(-1) - x.shape[-1])) / x.shape[-1]
+
+
+def energy_pairs(units: Tensor, energy: Tensor, r: int, split: str = "alternate", num_prefix: int = 0) -> Pairs:
+    """What `energy_groups` says where nothing is padded or hidden, ready for `MergeMap`.
+
+    Args:
+        units: what similarity is measured on, of unit length [B, T, D].
+        energy: [B, T].
+        r: tokens that merge.
+        split: "alternate", "halves" or "all".
+        num_prefix: tokens in front of these, which stay.
+    """
+    order = energy.argsort(dim=1, descending=True)
+    if split == "all":
+        src, dst, rest = order[:, 0::2], order[:, 1::2], order[:, :0]
+    elif split == "halves":
+        src, dst, rest = order[:, :r], order[:, r : 2 * r], order[:, 2 * r :]
+    else:
+        src, dst, rest = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
+    value, slot = best_partner(take_rows(units, src), take_rows(units, dst))
+    if split == "all":
+        turn = value.argsort(dim=1, descending=True)
+        slot, rest, src = slot.gather(1, turn[:, :r]), src.gather(1, turn[:, r:]), src.gather(1, turn[:, :r])
+    front = torch.arange(-num_prefix, 0, device=order.device).expand(order.shape[0], -1)
+    stays = torch.cat([front, rest, dst], dim=1)
+    if num_prefix:
+        stays, src = stays + num_prefix, src + num_prefix
+    return Pairs(stays, src, slot + (num_prefix + rest.shape[1]))
 
 
 def energy_groups(
