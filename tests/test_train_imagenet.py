@@ -20,8 +20,8 @@ import yaml
 from safetensors.torch import load_file
 from training_data import ROOT, draw, words
 
+from tokenzoo.evaluation.distributed import World
 from tokenzoo.training.data import open_splits
-from tokenzoo.training.distributed import World
 from tokenzoo.training.options import parse_options
 from tokenzoo.training.validation import ValBatches
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 import tokenzoo
 from tokenzoo.core.tokens import trace_assign
-from tokenzoo.view.maps import draw_token_maps, group_picture, plot_curves, token_maps
+from tokenzoo.view.curves import spread
+from tokenzoo.view.maps import draw_block, draw_token_maps, group_picture, plot_curves, token_maps
 from tokenzoo.view.panels import DROPPED, FUSED, KEPT, MERGED, compose, paint, patch_kinds, pixel_labels, token_colors
 
 
@@ -230,3 +231,66 @@ def test_curves_are_written(tmp_path):
         assert picture.format == "PNG" and len(picture.convert("L").getcolors()) > 2
     with pytest.raises(ValueError, match="'infer_samples_per_sec' and 'top1'"):
         plot_curves(ROWS, tmp_path / "none.png", x="infer_samples_per_sec")
+
+
+def _rows(low: dict[str, float]) -> list[dict]:
+    base = {"method": "unpatched", "gmacs": 4.6, "top1": 80.0}
+    ends = [(name, *point) for name, end in low.items() for point in ((2.0, end), (4.0, 79.0))]
+    return [base, *({"method": name, "gmacs": gmacs, "top1": top} for name, gmacs, top in ends)]
+
+
+def test_an_outlier_gets_a_panel_of_its_own(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.append(self))
+    plot_curves(_rows({"a": 78.0, "b": 77.0, "c": 76.5, "d": 5.0}), tmp_path / "x.png", title="a model")
+    plot_curves(_rows({"a": 78.0, "b": 77.0, "c": 76.5}), tmp_path / "x.png")
+    plot_curves(_rows({f"m{i}": 70.0 + i for i in range(30)}), tmp_path / "x.png")
+    assert [len(figure.axes) for figure in saved] == [2, 1, 2]
+    left, right = saved[0].axes
+    assert left.get_ylim()[0] > 70 and right.get_ylim()[0] < 5, "the outlier does not rule the other panel"
+    names = [{text.get_text() for text in axes.texts} - {"unpatched"} for axes in saved[0].axes]
+    assert names == [{"a", "b"}, {"c", "d"}] and saved[0].get_suptitle() == "a model"
+    for axes in saved[2].axes:
+        labels = sorted(text.xyann[1] for text in axes.texts if text.get_text() != "unpatched")
+        apart = min(b - a for a, b in zip(labels, labels[1:])) * axes.get_window_extent().height / axes.figure.dpi * 72
+        assert len(labels) == 15 and apart > 10 and labels[0] > 0 and labels[-1] < 1
+
+
+@pytest.mark.parametrize(
+    "wanted, expected",
+    [
+        ([0, 5, 10], [0, 5, 10]),
+        ([5, 5, 5], [4, 5, 6]),
+        ([0, 0, 9], [0, 1, 9]),
+        ([10, 10], [9, 10]),
+        ([2, 2.5, 3.2], [1.5666667, 2.5666667, 3.5666667]),
+        ([], []),
+    ],
+)
+def test_names_are_spread_as_little_as_possible(wanted, expected):
+    assert spread(wanted, 1, 0, 10) == pytest.approx(expected)
+
+
+def test_chosen_blocks_are_drawn():
+    model = build("deit")
+    tokenzoo.patch_model(model, "tome", r=2)
+    maps = token_maps(model, images(model))
+    picture = Image.new("RGB", (32, 32), "red")
+    whole, some = draw_token_maps(picture, maps), draw_token_maps(picture, maps, shown=[0, -1])
+    assert some.width < whole.width and some.height == whole.height
+    one = np.asarray(draw_block(picture, maps, 0, side=64))
+    assert one.shape == (64, 64, 3)
+    inside = np.asarray(draw_token_maps(picture, maps, side=64))
+    places = [(y, x) for y in range(inside.shape[0] - 63) for x in range(inside.shape[1] - 63)]
+    assert any((inside[y : y + 64, x : x + 64] == one).all() for y, x in places), "no panel is the block's image"
+
+
+def test_names_stand_where_the_strong_runs_are(monkeypatch):
+    slow = _captured(monkeypatch, _rows({"a": 78.0, "b": 77.0}), "x.png")
+    fast = [{**row, "gmacs": 10 - row["gmacs"]} for row in _rows({"a": 78.0, "b": 77.0})]
+    quick = _captured(monkeypatch, fast, "x.png")
+    for axes, at, end in ((slow, 0.015, 2.0), (quick, 0.985, 8.0)):
+        found = [text for text in axes.texts if text.get_text() != "unpatched"]
+        assert [(text.xyann[0], text.xy[0]) for text in found] == [(at, end)] * 2

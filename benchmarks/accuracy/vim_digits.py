@@ -32,9 +32,8 @@ from tokenzoo.evaluation.results import table
 from tokenzoo.models import VisionMamba
 from tokenzoo.view.maps import plot_curves
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import digits  # noqa: E402
-from train_digits import augment  # noqa: E402
 
 ARCHITECTURE = {"img_size": 40, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 64, "depth": 12,
                 "d_state": 8}  # fmt: skip
@@ -80,7 +79,7 @@ def train(output: Path) -> None:
         model.train()
         order, total = torch.randperm(len(data.train_labels)), 0.0
         for index in order[: batches * RECIPE["batch_size"]].split(RECIPE["batch_size"]):
-            logits = model(digits.normalize(augment(data.train_images[index])))
+            logits = model(digits.normalize(digits.augment(data.train_images[index])))
             loss = F.cross_entropy(logits, data.train_labels[index], label_smoothing=RECIPE["label_smoothing"])
             optimizer.zero_grad()
             loss.backward()

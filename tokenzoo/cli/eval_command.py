@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.broken import Broken
 from ..evaluation.classification import Accuracy, Estimate, evaluate
 from ..evaluation.data import open_pictures
+from ..evaluation.distributed import World, join
 from ..evaluation.environment import environment
 from ..evaluation.loading import PictureLoader, data_config
 from ..evaluation.results import EVAL_COLUMNS, check_file, number, result_line, table, write_results
@@ -68,13 +70,19 @@ def run(args: argparse.Namespace) -> int:
         check_file(args.results_file, (".csv", ".json"), "--results-file")
     if args.data_dir is None and not args.dataset:
         raise ValueError("no images named; give --data-dir (a folder with one subfolder per class) or --dataset")
+    with join(args.device) as world:
+        return _evaluate(args, world)
+
+
+def _evaluate(args: argparse.Namespace, world: World) -> int:
+    args.device = str(world.device)
     runs, precision = runs_of(args), precision_of(args)
     pictures = open_pictures(args.data_dir, args.dataset, args.split, args.class_map)
     model = load_model(args)
     config = data_config(model, args.img_size, args.crop_pct, args.crop_mode, args.interpolation, args.mean, args.std)
     if not gives_map(model, config["input_size"]):
         check_classes(pictures.num_classes, model.num_classes, args.class_map)
-    loader = PictureLoader(pictures, config, args.batch_size, args.workers, args.skip_broken)
+    loader = PictureLoader(pictures, config, args.batch_size, args.workers, args.skip_broken, world)
     results = evaluate(
         model,
         runs,
@@ -82,22 +90,27 @@ def run(args: argparse.Namespace) -> int:
         input_size=config["input_size"],
         precision=precision,
         progress=False if args.no_progress else None,
+        world=world,
     )
+    skipped = [broken for part in world.gather(loader.skipped) for broken in part]
+    if not world.main:
+        return 0
     height, width = config["input_size"][1:]
     common = {
         "model": args.model,
         "img_size": height if height == width else f"{height}x{width}",
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
-        "n_skipped": len(loader.skipped),
+        "n_skipped": len(skipped),
         "precision": str(precision),
     }
     rows = [{**common, **r.row()} for r in results]
-    _print(args, results, common, loader)
+    _print(args, results, common, skipped)
     say_scans(model, (height, width))
     if args.results_file:
         record = environment(args.device, argv_of(args))
-        record["skipped"] = ["/".join(Path(name).parts[-2:]) for name, _ in loader.skipped]
+        record["processes"] = world.size
+        record["skipped"] = ["/".join(Path(name).parts[-2:]) for name, _ in skipped]
         write_results(args.results_file, rows, EVAL_COLUMNS, record)
     say(result_line(rows))
     return 0
@@ -120,7 +133,7 @@ def check_classes(found: int | None, served: int, class_map: str | None) -> None
         )
 
 
-def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, Any], loader: PictureLoader) -> None:
+def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, Any], skipped: list[Broken]) -> None:
     say(
         f"{args.model} at {common['img_size']}, {results[0].n_images} images, {common['precision']}; percent with "
         "standard errors, differences to the unpatched model on the same images"
@@ -140,9 +153,9 @@ def _print(args: argparse.Namespace, results: list[Accuracy], common: dict[str, 
         for r in results
     ]
     say(table(body, header))
-    if loader.skipped:
-        say(f"broken images skipped: {len(loader.skipped)}")
-        for name, reason in loader.skipped:
+    if skipped:
+        say(f"broken images skipped: {len(skipped)}")
+        for name, reason in skipped:
             say(f"  {name} ({reason})")
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..evaluation.classification import Estimate
+from ..evaluation.distributed import World, join
 from ..evaluation.environment import environment
 from ..evaluation.results import check_file, number, result_line, table, write_results
 from ..evaluation.segmentation.data import KINDS, open_dataset
@@ -63,6 +64,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--num-bench-iter cannot be negative, --bench-batch-size is at least 1, --resamples at least 2"
         )
+    with join(args.device) as world:
+        return _evaluate(args, world)
+
+
+def _evaluate(args: argparse.Namespace, world: World) -> int:
+    args.device = str(world.device)
     runs, precision = runs_of(args), precision_of(args)
     own = {"ignore": args.ignore, "zero_label": args.zero_label, "classes": args.classes}
     dataset = open_dataset(args.data_dir, args.dataset, args.split, **{k: v for k, v in own.items() if v})
@@ -81,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         seed=args.seed,
         progress=False if args.no_progress else None,
+        world=world,
     )
+    if not world.main:
+        return 0
     common = {
         "model": Path(args.checkpoint).name,
         "data": args.dataset if args.dataset != "folder" else Path(args.data_dir).resolve().name,
@@ -90,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     }
     rows = [{**common, **row} for row in report.rows()]
     record = environment(args.device, argv_of(args))
+    record["processes"] = world.size
     _print(report, common, record)
     say_scans(model, report.crop)
     if args.results_file:

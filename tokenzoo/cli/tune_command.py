@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..evaluation.data import Pictures, open_pictures
+from ..evaluation.distributed import World, join
 from ..evaluation.environment import environment
 from ..evaluation.loading import data_config
 from ..evaluation.runs import gives_map
@@ -88,9 +89,16 @@ def run(args: argparse.Namespace) -> int:
     """Searches, prints the table, writes recipes, results and the plot."""
     methods = None if args.methods is None else chosen_methods(args.methods)
     read_budgets(args.flops, args.latency)
+    with join(args.device) as world:
+        args.device = str(world.device)
+        return _search(args, methods, world)
+
+
+def _search(args: argparse.Namespace, methods: list[str] | None, world: World) -> int:
     model, images, labels = load(args)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    if world.main:
+        output.mkdir(parents=True, exist_ok=True)
     found = tune(
         model,
         images,
@@ -108,7 +116,10 @@ def run(args: argparse.Namespace) -> int:
         latency_batch=args.latency_batch,
         precision=precision_of(args),
         progress=False if args.no_progress else None,
+        world=world,
     )
+    if not world.main:
+        return 0
     say(str(found))
     files = found.save(output, environment(args.device, argv_of(args)))
     if find_spec("matplotlib") is None:

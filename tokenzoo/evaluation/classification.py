@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters.inspect import is_patched
 from ..apply.patch import recipe
+from .distributed import ALONE, World
 from .memory import Pieces
 from .runs import Candidate, Precision, Run, forward_counted, image_size, param_count, prepare
 
@@ -122,6 +123,14 @@ class _Tally:
     tokens: list[Tensor] = field(default_factory=list)
     not_finite: int = 0
 
+    @classmethod
+    def joined(cls, parts: Sequence[_Tally]) -> _Tally:
+        """All parts as one, in their order, one tensor of each kind."""
+        names = ("top1", "top5", "answer", "agrees", "tokens")
+        lists = {name: [tensor for part in parts for tensor in getattr(part, name)] for name in names}
+        joined = {name: [torch.cat(found)] if found else [] for name, found in lists.items()}
+        return cls(**joined, not_finite=sum(part.not_finite for part in parts))
+
     def add(self, answers: Tensor, tokens: Tensor | None, targets: Tensor, base: Tensor | None = None) -> None:
         """Takes scores [B, classes], or a map [B, C, H, W] and `base`, the unpatched model's strongest channels."""
         self.not_finite += int((~answers.flatten(1).isfinite()).any(1).sum())
@@ -147,6 +156,7 @@ def evaluate(
     input_size: tuple[int, int, int] | None = None,
     precision: Precision | None = None,
     progress: bool | None = False,
+    world: World = ALONE,
 ) -> list[Accuracy]:
     """Top-1 and top-5 accuracy of the unpatched model and of every run, each batch going through all of them.
 
@@ -160,9 +170,10 @@ def evaluate(
         input_size: channels, height and width that multiply-adds are counted at; the model's own by default.
         precision: number formats, the model's own by default.
         progress: bar on stderr; None shows it on a terminal only.
+        world: processes that share the images, from `tokenzoo.evaluation.distributed.join`; `loader` gives this one's.
 
     Returns:
-        One result a run, the unpatched model first.
+        One result a run, the same in all processes, the unpatched model first.
 
     Raises:
         ValueError: no images, a target the model has no class for, a run that cannot be reached, a patched model.
@@ -175,8 +186,9 @@ def evaluate(
     device = next(model.parameters()).device
     pieces = Pieces(device)
     tallies = [_Tally() for _ in candidates]
-    bar = tqdm(total=length_hint(loader) or None, unit="batch", disable=None if progress is None else not progress)
-    with torch.inference_mode(), bar:
+    hidden = True if not world.main else None if progress is None else not progress
+    bar = tqdm(total=length_hint(loader) or None, unit="batch", disable=hidden)
+    with world.together(), torch.inference_mode(), bar:
         for images, targets in loader:
             base = None  # what the unpatched model answers at every place of a map
             for candidate, tally in zip(candidates, tallies):
@@ -188,6 +200,9 @@ def evaluate(
                 if answers.dim() == 4 and base is None:
                     base = answers.argmax(1)
             bar.update()
+    if world.size > 1:
+        parts = world.gather([_Tally.joined([tally]) for tally in tallies])
+        tallies = [_Tally.joined(own) for own in zip(*parts)]
     if not tallies[0].top1 and not tallies[0].agrees:
         raise ValueError("there are no images to evaluate; give a folder with at least one readable image")
     return _results(candidates, tallies)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from .broken import Broken
 from .data import Pictures, PictureStream
+from .distributed import ALONE, World
 from .runs import image_size
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class PictureLoader:
         batch_size: images read together; a batch with broken ones is shorter.
         workers: processes that decode, 0 decodes in this one.
         skip_broken: leave broken images out.
+        world: processes that share the images, whole batches each, so that batches are those of one process alone. All
+            read a stream, and each computes every n-th batch of it.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class PictureLoader:
         batch_size: int = 64,
         workers: int = 0,
         skip_broken: bool = False,
+        world: World = ALONE,
     ) -> None:
         from timm.data import create_transform
 
@@ -90,16 +94,31 @@ class PictureLoader:
         self.skip_broken = skip_broken
         self.skipped: list[Broken] = []
         pictures.transform = _Transform("L" if config["input_size"][0] == 1 else "RGB", create_transform(**config))
-        stream = isinstance(pictures, IterableDataset)  # more workers would read the stream more than once
-        workers = 0 if stream else min(workers, -(-len(pictures) // batch_size))
-        self._loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_collate)
+        self._every, self._first = 1, 0
+        own: Any = pictures
+        if isinstance(pictures, IterableDataset):
+            workers = 0  # more would read the stream more than once
+            self._every, self._first = world.size, world.rank
+        elif world.size > 1:
+            count = -(-len(pictures) // batch_size)
+            if count < world.size and world.main:
+                _log.warning(
+                    "%d processes share %d batches, some have nothing to do; lower --batch-size", world.size, count
+                )
+            part = world.share(count)
+            own = Subset(pictures, range(part.start * batch_size, min(part.stop * batch_size, len(pictures))))
+        if not isinstance(own, IterableDataset):
+            workers = min(workers, -(-len(own) // batch_size))
+        self._loader = DataLoader(own, batch_size, num_workers=workers, collate_fn=_collate)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.skipped = []
-        for images, targets, broken in self._loader:
+        for index, (images, targets, broken) in enumerate(self._loader):
+            if index % self._every != self._first:
+                continue
             for name, reason in broken:
                 if not self.skip_broken:
                     raise ValueError(

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..evaluation.broken import Broken
+from ..evaluation.distributed import World
 from .augment import training_transform
 from .data import Splits
-from .distributed import World
 from .sampling import Augmented, EpochOrder, Streamed, collate
 from .seeds import BATCH, ORDER, seed_everything, seed_host
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..evaluation.data import Pictures, PictureStream, open_pictures, require_library
-from .distributed import World
+from ..evaluation.distributed import World
 
 _log = logging.getLogger(__name__)
 

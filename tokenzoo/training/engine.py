@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..evaluation.distributed import World
 from ..evaluation.runs import Precision
 from .batches import Batch
-from .distributed import World
 from .keep_rate import KeepRateWarmup
 from .losses import PARTS
+from .sharding import load_optimizer, load_weights, whole, without_sync
 
 
 class Diverged(ValueError):
@@ -78,7 +79,7 @@ class Engine:
 
     Args:
         step: the model with its losses.
-        wrapped: the same, or DDP around it.
+        wrapped: the same, or DDP around it; under FSDP the step itself, sharded.
         optimizer: of the model's parameters.
         schedule: of the learning rate.
         ema: averaged weights, None for none.
@@ -125,20 +126,21 @@ class Engine:
         self.sums = torch.zeros(3 + len(self.parts), dtype=torch.float64, device=self.world.device)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of this."""
-        return {
+        """What a checkpoint holds of this; all processes have to ask for it, and the first one gets it whole."""
+        state = {
             "model": self.step.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        return whole(state, self.world.main)
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes back what `state` gave."""
-        self.step.model.load_state_dict(state["model"])
+        load_weights(self.step.model, state["model"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            load_weights(self.ema.module, state["ema"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
     def run_epoch(self, epoch: int, first: int = 0, save: Callable[[int], None] | None = None) -> dict[str, float]:
@@ -169,7 +171,7 @@ class Engine:
                     if self.ema is not None:  # a copy, which knows nothing of updates
                         self.warmup.set(self.ema.module, epoch, update)
             closes = inside == share - 1
-            waits = nullcontext() if closes or self.world.size == 1 else self.wrapped.no_sync()
+            waits = nullcontext() if closes or self.world.size == 1 else without_sync(self.wrapped)
             with waits:
                 with self.precision.autocast(self.world.device):
                     losses = self.wrapped(batch.images, batch.target, update)

@@ -44,6 +44,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
     add("--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass")
     add("--channels-last", action="store_true")
     add("--torchcompile", action="store_true")
+    add("--fsdp", action="store_true", help="part weights, gradients and moments among the processes (FSDP2)")
     add("--amp", action="store_true", help="run under autocast")
     add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="float16 scales the loss")
     add("--model-ema", action="store_true", help="average the weights; the average is what is evaluated and saved")

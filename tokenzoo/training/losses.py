@@ -125,6 +125,11 @@ class TrainStep(nn.Module):
             )
         return shared_copy(model)
 
+    def to_device(self, device: torch.device) -> None:
+        """Moves the teacher, who is no part of this module."""
+        if self._teacher[0] is not None:
+            self._teacher[0].to(device)
+
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of `PARTS` that this loss has, and what methods owe."""
@@ -137,6 +142,10 @@ class TrainStep(nn.Module):
         if self._second[0] is not None:
             self._second[0].train(mode)
         return self
+
+    def answer(self, images: Tensor) -> Tensor:
+        """The logits of the model alone, for evaluation; a sharded step brings the weights together for it."""
+        return self.model(images)
 
     def forward(self, images: Tensor, target: Tensor, update: int = 0) -> dict[str, Tensor]:
         """The parts of the loss, unweighted, and their weighted sum "loss".

@@ -17,6 +17,7 @@ FREE = frozenset({
     "config", "resume", "output", "device", "threads", "workers", "data_dir", "validation_batch_size", "eval_every",
     "eval_unpatched", "log_interval", "log_tensorboard", "log_wandb", "wandb_project", "recovery_interval",
     "checkpoint_hist", "crop_pct", "interpolation", "val_split", "torchcompile", "imports",
+    "fsdp",
 })  # fmt: skip
 _POSITIVE = (
     "batch_size", "epochs", "grad_accum_steps", "lr_base_size", "eval_every", "log_interval", "kd_temperature",

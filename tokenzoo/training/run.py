@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.plugins import import_plugins
 from ..cost.report import report
+from ..evaluation.distributed import World, join
 from ..evaluation.environment import command_line, environment
 from ..evaluation.loading import data_config
 from ..evaluation.runs import Precision
@@ -22,13 +23,13 @@ from .batches import TrainBatches
 from .build import build
 from .checkpoints import Checkpoints, Place
 from .data import open_splits
-from .distributed import World, join
 from .engine import Engine, Pace
 from .keep_rate import KeepRateWarmup
 from .losses import TrainStep, unused_parameters
 from .optim import Schedule, build_optimizer, learning_rate, new_parameters
 from .output import COLUMNS, Output
 from .resuming import refuse_changes, settings_of
+from .sharding import Answering, check_sharding, shard, whole
 from .validation import ValBatches, unpatched_view, validate
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,11 @@ class _Run:
         self.output = Output(folder, args) if world.main else None
         world.wait()
         splits = open_splits(args, world)
-        built = build(args, splits.num_classes, world.device)
+        if args.fsdp:
+            check_sharding(args, world)
+        # what is sharded comes from the CPU: one device may not hold it
+        self.home = torch.device("cpu") if args.fsdp else world.device
+        built = build(args, splits.num_classes, self.home)
         self.model, self.recipe, self.num_classes = built.model, built.recipe, splits.num_classes
         config = data_config(self.model, args.img_size, args.crop_pct, None, args.interpolation, args.mean, args.std)
         self.input_size = config["input_size"]
@@ -95,6 +100,8 @@ class _Run:
         self.precision = Precision(amp=getattr(torch, args.amp_dtype) if args.amp else None)
         step = TrainStep(self.model, built.teacher, args)
         self.unused = self._probe(step)
+        self.costs = report(self.model, self.input_size[1:]) if self.recipe is not None else None
+        self.sharded: Callable[[torch.Tensor], torch.Tensor] | None = None  # what evaluation calls
         self.engine = self._engine(step, batches)
         self.checkpoints = Checkpoints(folder, args.checkpoint_hist)
         # workers deal out the shards of a stream; pictures with a number come in one order for any count
@@ -109,9 +116,9 @@ class _Run:
         """Names the parameters that the loss does not reach; they would only decay."""
         size = (2, *self.input_size)
         generator = torch.Generator().manual_seed(self.args.seed)
-        images = torch.randn(size, generator=generator).to(self.world.device)
-        target = torch.arange(2, device=self.world.device) % self.num_classes
-        names = unused_parameters(step.train(), (images, target), self.precision.autocast(self.world.device))
+        images = torch.randn(size, generator=generator).to(self.home)
+        target = torch.arange(2, device=self.home) % self.num_classes
+        names = unused_parameters(step.train(), (images, target), self.precision.autocast(self.home))
         if names and self.world.main:
             _log.warning("%d parameters get no gradient: %s", len(names), ", ".join(names))
         return names
@@ -121,18 +128,21 @@ class _Run:
 
         args, world = self.args, self.world
         lr = learning_rate(args, world.size)
+        ema = None
+        if args.model_ema:
+            own = {"foreach": False} if args.fsdp else {}  # shards and buffers in one list are refused
+            ema = ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, **own)
+        if args.fsdp:
+            self._shard(step, None if ema is None else ema.module)
         optimizer = build_optimizer(self.model, args, lr)
         updates = -(-len(batches) // args.grad_accum_steps)
         shrinks = args.shrink_start_epoch or args.shrink_epochs
         wrapped: nn.Module = step
-        if world.size > 1:
+        if world.size > 1 and not args.fsdp:
             devices = [world.device.index] if world.device.type == "cuda" else None
             wrapped = nn.parallel.DistributedDataParallel(
                 step, device_ids=devices, find_unused_parameters=bool(self.unused)
             )
-        ema = None
-        if args.model_ema:
-            ema = ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         return Engine(
             step=step,
             wrapped=wrapped,
@@ -146,6 +156,15 @@ class _Run:
             pace=Pace(**{name: getattr(args, name) for name in Pace.__dataclass_fields__}),
             diverged=_diverged,
         )
+
+    def _shard(self, step: TrainStep, average: nn.Module | None) -> None:
+        """Parts the weights, and their average, among the processes."""
+        step.to_device(self.world.device)
+        shard(step, self.model, self.world, ("answer",))
+        self.sharded = step.answer
+        if average is not None:
+            self.sharded = Answering(average)
+            shard(self.sharded, average, self.world)
 
     # ---- the run
 
@@ -172,14 +191,11 @@ class _Run:
             if self.output is not None:  # before the checkpoint: a point logged twice can be told, a lost one not
                 self.output.loggers.log(row)
             self._save(Place(epoch + 1, 0))
-            if self.output is not None:
-                self._write(better)
-                if progress is not None:
-                    progress(row)
-        if self.output is None:
-            return None
+            self._write(better)
+            if self.output is not None and progress is not None:
+                progress(row)
         self._write(better=False)
-        return self._result(argv)
+        return None if self.output is None else self._result(argv)
 
     def _row(self, epoch: int, trained: dict[str, Any], speed: float, last: bool) -> dict[str, Any]:
         args, row = self.args, dict.fromkeys(COLUMNS, "")
@@ -191,7 +207,7 @@ class _Run:
         if self.val is None or not (last or (epoch + 1) % args.eval_every == 0):
             return row
         model = self._kept()
-        found = validate(model, self.val, self.precision, self.world)
+        found = validate(model, self.val, self.precision, self.world, self.sharded)
         row |= {"eval_loss": found["loss"], "eval_top1": found["top1"], "eval_top5": found["top5"]}
         if args.eval_unpatched and self.recipe is not None:
             found = validate(unpatched_view(model), self.val, self.precision, self.world)
@@ -205,9 +221,10 @@ class _Run:
     def _save(self, place: Place) -> None:
         sums = self.world.total(self.engine.sums).cpu()
         broken = self.world.names(list(self.engine.batches.broken))
+        own = self.engine.state()
         if self.world.main:
             state = {"rows": self.rows, "best": self.best, "sums": sums, "broken": broken, **self.settings}
-            self.checkpoints.save(place, {**state, **self.engine.state()})
+            self.checkpoints.save(place, {**state, **own})
 
     def _resume(self) -> Place:
         found = self.checkpoints.load()
@@ -224,7 +241,9 @@ class _Run:
         return place
 
     def _write(self, better: bool) -> None:
-        state = self._kept().state_dict()
+        state = whole(self._kept().state_dict(), self.world.main)
+        if self.output is None:
+            return
         self.output.weights(state)
         if better:
             self.output.weights(state, "best.safetensors")
@@ -233,7 +252,7 @@ class _Run:
     def _result(self, argv: Sequence[str] | None) -> dict[str, Any]:
         record = environment(self.world.device)
         record["command"] = None if argv is None else command_line(["train", *argv])
-        costs = report(self.model, self.input_size[1:]) if self.recipe is not None else None
+        costs = self.costs
         return {
             "model": self.args.model,
             "method": self.recipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from ..adapters.inspect import is_patched
 from ..apply.patch import unpatch_model
 from ..evaluation.broken import Broken
 from ..evaluation.data import Pictures
+from ..evaluation.distributed import World
 from ..evaluation.loading import PictureLoader
 from ..evaluation.runs import Precision, shared_copy
 from .data import Splits
-from .distributed import World
 
 
 class ValBatches:
@@ -31,7 +32,7 @@ class ValBatches:
     """
 
     def __init__(self, splits: Splits, config: dict[str, Any], args: argparse.Namespace, world: World) -> None:
-        pictures = splits.val
+        pictures, self.input_size = splits.val, config["input_size"]
         self.index, self.idle = splits.val_index, False
         if isinstance(pictures, Pictures):
             pictures = _Part(pictures, world.rank, world.size)
@@ -63,7 +64,13 @@ class _Part(Pictures):
 
 
 @torch.no_grad()
-def validate(model: nn.Module, batches: ValBatches, precision: Precision, world: World) -> dict[str, float]:
+def validate(
+    model: nn.Module,
+    batches: ValBatches,
+    precision: Precision,
+    world: World,
+    sharded: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
     """Cross-entropy and accuracies in percent, over all processes.
 
     Args:
@@ -71,6 +78,7 @@ def validate(model: nn.Module, batches: ValBatches, precision: Precision, world:
         batches: this process's part.
         precision: number formats.
         world: this process among all.
+        sharded: what runs the model in all processes at once, where its weights are parted among them.
 
     Raises:
         ValueError: no picture could be read.
@@ -78,9 +86,12 @@ def validate(model: nn.Module, batches: ValBatches, precision: Precision, world:
     was = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # pictures, loss, top-1, top-5
-    for images, target in batches:
+    forward = model if sharded is None else sharded
+    for images, target in batches if sharded is None else _in_step(batches, world):
         with precision.autocast(world.device):
-            logits = model(images.to(world.device))
+            logits = forward(images.to(world.device))
+        if target is None:
+            continue
         logits = logits.float().cpu()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == target.unsqueeze(1)
         loss = F.cross_entropy(logits, target, reduction="sum").double()
@@ -90,6 +101,16 @@ def validate(model: nn.Module, batches: ValBatches, precision: Precision, world:
     if count == 0:
         raise ValueError("none of the evaluation pictures can be read; check --data-dir and --val-split")
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}
+
+
+def _in_step(batches: ValBatches, world: World) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The batches, and images without targets as long as any other process has some left."""
+    own, images = iter(batches), torch.zeros(1, *batches.input_size)
+    while True:
+        found = next(own, None)
+        if world.total(torch.tensor([float(found is not None)])).item() == 0:
+            return
+        yield (images, None) if found is None else found
 
 
 def unpatched_view(model: nn.Module) -> nn.Module:

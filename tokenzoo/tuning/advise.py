@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.inspect import describe, is_patched
 from ..adapters.wrappers import backbone_of
+from ..evaluation.distributed import ALONE, World
 from ..evaluation.runs import Precision, shared_copy
 from .budget import Budget, Fitter, Timer
 from .candidates import chosen_methods
@@ -45,6 +47,7 @@ def tune(
     agreement: str | None = None,
     forward: Callable[[nn.Module, Tensor], Any] | None = None,
     progress: bool | None = None,
+    world: World = ALONE,
 ) -> Tuning:
     """Searches methods and schedules for a model on images, and reports what it found on images it did not look at.
 
@@ -74,6 +77,7 @@ def tune(
         agreement: "kl" or "cosine" in place of what the answers of the model suggest.
         forward: runs the model on a batch, by default `model(images)`.
         progress: bar on stderr; None shows it on a terminal only.
+        world: processes that share the work, from `tokenzoo.evaluation.distributed.join`; all have all images.
 
     Returns:
         The table, the recipes, and what took no part.
@@ -110,10 +114,12 @@ def tune(
     }
     if budgets[0].kind == "latency":
         about["timing"] = [str(device), torch.get_num_threads(), latency_batch]
-    kept = State(state, about)
-    bar = tqdm(unit="image", disable=None if progress is None else not progress)
+    kept = State(state, about, world)
+    hidden = True if not world.main else None if progress is None else not progress
+    bar = tqdm(unit="image", disable=hidden)
     try:
-        judge = Judge(own, images, labels, parts, score, precision, batch_size, forward, kept, bar.update)
+        tick = partial(_tick, bar, world.size)
+        judge = Judge(own, images, labels, parts, score, precision, batch_size, forward, kept, tick)
         timer = None
         if budgets[0].kind == "latency":
             batch = images[:1].expand(latency_batch, -1, -1, -1).to(device, precision.dtype).contiguous()
@@ -137,6 +143,10 @@ def tune(
         stopped=clock.is_up,
         seconds=round(kept.seconds, 1),
     )
+
+
+def _tick(bar: Any, processes: int, count: int) -> None:
+    bar.update(processes * count)  # the others are about as far
 
 
 def _call(model: nn.Module, images: Tensor) -> Any:

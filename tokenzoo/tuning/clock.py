@@ -28,5 +28,6 @@ class Clock:
         if self.deadline is not None and not self.is_up:
             each = self.judge.seconds / max(1, self.judge.seen)
             report = each * _ROWS * len(self.judge.split.held_out)
-            self.is_up = time.monotonic() + report > self.deadline
+            late = time.monotonic() + report > self.deadline
+            self.is_up = self.judge.state.world.of_main(late)  # all stop together
         return self.is_up

@@ -69,6 +69,8 @@ def halve(
     counts: Sequence[int],
     keep: int,
     out_of_time: Callable[[], bool],
+    ahead: Callable[[Sequence[Fitted], int], None] | None = None,
+    group: int = 1,
 ) -> list[Ranked]:
     """All candidates, best first: those that came further before those that were left behind.
 
@@ -78,14 +80,18 @@ def halve(
         counts: from `rungs`.
         keep: candidates of the last round at least.
         out_of_time: whether to stop; a round that was begun then does not count, unless it is the first.
+        ahead: is told which candidates will be looked at on the first images [n], a group at a time.
+        group: candidates of a group.
     """
     alive, behind = list(candidates), []
     ranked: list[Ranked] = []
     for count in counts:
         seen: list[Ranked] = []
-        for fitted in alive:
+        for index, fitted in enumerate(alive):
             if out_of_time() and (ranked or seen):
                 break
+            if ahead is not None and index % group == 0:
+                ahead(alive[index : index + group], count)
             seen.append(Ranked(fitted, look(fitted, count)))
         if ranked and len(seen) < len(alive):
             break

@@ -18,7 +18,7 @@ from . import scores
 from .halving import halvings
 from .images import Split
 from .scores import Answer, Score, answer_of
-from .state import State
+from .state import Job, State
 
 
 class Judge:
@@ -61,24 +61,33 @@ class Judge:
 
     def search(self, recipe: dict[str, Any], count: int) -> Tensor:
         """What a search goes by, of the first images that it may look at [count]; count is one of the cuts."""
-        bounds = [0, *(cut for cut in self.cuts if cut <= count)]
-        return self._values("search", scores.search, recipe, self.split.search, bounds)
+        found = self.state.values(self._of_search(recipe, count))
+        return torch.tensor([value for part in found for value in part], dtype=torch.float64)
 
     def final(self, recipe: dict[str, Any] | None) -> Tensor:
         """What is reported, of all images that no search looked at [n]."""
         images = self.split.held_out
-        return self._values("held out", scores.final, recipe, images, [0, len(images)])
+        found = self.state.values(self._jobs("held out", scores.final, recipe, images, [0, len(images)]))
+        return torch.tensor([value for part in found for value in part], dtype=torch.float64)
 
-    def _values(
+    def ahead(self, recipes: Sequence[dict[str, Any]], count: int) -> None:
+        """Measures what `search` will be asked for, all recipes at once: so several processes have something to do."""
+        self.state.values([job for recipe in recipes for job in self._of_search(recipe, count)])
+
+    def _of_search(self, recipe: dict[str, Any], count: int) -> list[Job]:
+        bounds = [0, *(cut for cut in self.cuts if cut <= count)]
+        return self._jobs("search", scores.search, recipe, self.split.search, bounds)
+
+    def _jobs(
         self, what: str, function: Callable, recipe: dict[str, Any] | None, images: Sequence[int], bounds: Sequence[int]
-    ) -> Tensor:
-        values: list[float] = []
+    ) -> list[Job]:
+        jobs = []
         for start, stop in zip(bounds, bounds[1:]):
             for first in range(start, stop, self.batch_size):
                 last = min(stop, first + self.batch_size)
                 measure = partial(self._measure, function, recipe, list(images[first:last]))
-                values += self.state.value(f"{what}, images {first} to {last}", recipe, measure)
-        return torch.tensor(values, dtype=torch.float64)
+                jobs.append(Job(f"{what}, images {first} to {last}", recipe, measure))
+        return jobs
 
     def _measure(self, function: Callable, recipe: dict[str, Any] | None, images: list[int]) -> list[float]:
         reference = self._of_unpatched(images) if self.score.agreement else None

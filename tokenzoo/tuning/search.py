@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -149,7 +150,12 @@ class Search:
         self.bar.set_description(word)
         counts = rungs(len(candidates), len(self.judge.split.search), _KEPT)
         self._expect(planned(len(candidates), counts, _KEPT))
-        return halve(candidates, self._look, counts, _KEPT, self.clock)
+        group = self.judge.state.world.size
+        ahead = None if group == 1 else self._ahead
+        return halve(candidates, self._look, counts, _KEPT, self.clock, ahead, group)
+
+    def _ahead(self, candidates: Sequence[Fitted], count: int) -> None:
+        self.judge.ahead([fitted.recipe for fitted in candidates], count)
 
     def _expect(self, images: int) -> None:
         """Gives the bar a length: what halving takes, and about what follows it."""

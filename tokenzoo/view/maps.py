@@ -1,12 +1,11 @@
-"""Pictures of token maps: which patches each remaining token stands for; and curves of a comparison."""
+"""Images of token maps: which patches each remaining token stands for."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from ..adapters.inspect import is_patched
 from ..adapters.wrappers import backbone_of
 from ..core.tokens import Inside, TraceStep
 from ..maps import TokenMap
+from .curves import plot_curves
 from .panels import (
     LEGEND,
     compose,
@@ -30,6 +30,10 @@ from .panels import (
     to_image,
     token_colors,
 )
+
+__all__ = [
+    "BlockMap", "TokenMaps", "draw_block", "draw_token_maps", "group_picture", "plot_curves", "token_maps",
+]  # fmt: skip
 
 
 class BlockMap(NamedTuple):
@@ -167,8 +171,47 @@ def group_picture(
     return (out * 255).astype(np.uint8)
 
 
+def _on_grid(image: Image.Image, grid: tuple[int, int], side: int) -> Image.Image:
+    """The image at a size that is a multiple of the grid, the longer side at least as asked."""
+    cell = max(4, math.ceil(side / max(grid)))
+    high, wide = grid[0] * cell, grid[1] * cell
+    resample = Image.Resampling.NEAREST if 3 * image.width < wide else Image.Resampling.LANCZOS
+    return image.convert("RGB").resize((wide, high), resample)
+
+
+def _painted(
+    picture: Image.Image, block: BlockMap, index: int, grid: tuple[int, int]
+) -> tuple[Image.Image, set[int]]:
+    """A panel, and which kinds of patches are on it."""
+    pixels = np.asarray(picture, dtype=np.float64) / 255
+    assign, origin = block.assign[index].cpu().numpy(), block.origin[index].cpu().numpy()
+    kind = patch_kinds(assign, origin)
+    labels, kinds = (pixel_labels(values, grid, pixels.shape[:2]) for values in (assign, kind))
+    width = max(1, picture.width // grid[1] // 12)
+    return to_image(paint(pixels, labels, kinds, token_colors(assign, origin), width)), set(kind.tolist())
+
+
+def draw_block(image: Image.Image, maps: TokenMaps, block: int = -1, index: int = 0, side: int = 256) -> Image.Image:
+    """Draws what the patches have become after one reducing block, without captions.
+
+    Args:
+        image: the picture as the model saw it (resized and cropped).
+        maps: from `token_maps`.
+        block: which entry of `maps.blocks`.
+        index: which image of the batch.
+        side: pixels of the longer side, at least.
+    """
+    return _painted(_on_grid(image, maps.grid, side), maps.blocks[block], index, maps.grid)[0]
+
+
 def draw_token_maps(
-    image: Image.Image, maps: TokenMaps, index: int = 0, columns: int | None = None, side: int = 256, title: str = ""
+    image: Image.Image,
+    maps: TokenMaps,
+    index: int = 0,
+    columns: int | None = None,
+    side: int = 256,
+    title: str = "",
+    shown: Sequence[int] | None = None,
 ) -> Image.Image:
     """Draws the picture and one panel a reducing block, with captions and a legend of what occurs.
 
@@ -179,93 +222,17 @@ def draw_token_maps(
         columns: panels per row; about as many as rows by default.
         side: pixels of a panel's longer side, at least.
         title: line above everything.
+        shown: which entries of `maps.blocks` get a panel, all by default.
     """
-    cell = max(4, math.ceil(side / max(maps.grid)))
-    high, wide = maps.grid[0] * cell, maps.grid[1] * cell
-    resample = Image.Resampling.NEAREST if 3 * image.width < wide else Image.Resampling.LANCZOS
-    picture = image.convert("RGB").resize((wide, high), resample)
-    pixels = np.asarray(picture, dtype=np.float64) / 255
+    picture = _on_grid(image, maps.grid, side)
     tokens = int(maps.blocks[0].tokens_in[index]) if maps.blocks else maps.grid[0] * maps.grid[1]
     panels, seen = [(picture, "picture", f"{tokens} tokens")], []
-    for block in maps.blocks:
-        assign, origin = block.assign[index].cpu().numpy(), block.origin[index].cpu().numpy()
-        kind = patch_kinds(assign, origin)
-        labels, kinds = (pixel_labels(values, maps.grid, (high, wide)) for values in (assign, kind))
-        panel = paint(pixels, labels, kinds, token_colors(assign, origin), max(1, cell // 12))
+    for block in maps.blocks if shown is None else [maps.blocks[k] for k in shown]:
+        panel, kinds = _painted(picture, block, index, maps.grid)
         counts = f"{int(block.tokens_in[index])} -> {int(block.tokens_out[index])} tokens"
         counts += " inside" if block.inside else ""
-        panels.append((to_image(panel), f"block {block.block}: {block.method}", counts))
-        seen.append(set(kind.tolist()))
+        panels.append((panel, f"block {block.block}: {block.method}", counts))
+        seen.append(kinds)
     legend = [(swatch(kind), LEGEND[kind]) for kind in sorted(set().union(*seen))]
     return compose(panels, legend, title, columns)
 
-
-def plot_curves(
-    rows: Sequence[Mapping[str, Any]],
-    path: str | Path,
-    x: str = "gmacs",
-    y: str = "top1",
-    error: str | None = None,
-    xlabel: str | None = None,
-    ylabel: str | None = None,
-    title: str = "",
-) -> None:
-    """Draws one curve a method, with error bars, and the unpatched model as a star with a line through it.
-
-    Args:
-        rows: one mapping a run with `method` ("unpatched" for none) and the columns named; rows whose x or y is
-            missing or None are left out.
-        path: picture to write; the suffix decides the format.
-        x: column across, for instance gmacs or infer_samples_per_sec.
-        y: column upwards, for instance top1.
-        error: column of the half length of the error bars; by default `y` + "_se" where there is one.
-        xlabel: text for x; the column's name by default.
-        ylabel: text for y.
-        title: line above.
-
-    Raises:
-        ValueError: no row has both columns.
-        ImportError: matplotlib is missing.
-    """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise ImportError("curves need matplotlib; pip install 'tokenzoo[plot]'") from missing
-    rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
-    if not rows:
-        raise ValueError(f"no row has both {x!r} and {y!r}: there is no curve to draw")
-    error = f"{y}_se" if error is None else error
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    marks = "osD^vPX<>hp*"
-    names = [n for n in dict.fromkeys(row["method"] for row in rows) if n != "unpatched"]
-    for number, name in enumerate(names):
-        own = sorted((row for row in rows if row["method"] == name), key=lambda row: row[x])
-        axes.errorbar(
-            [row[x] for row in own],
-            [row[y] for row in own],
-            yerr=[row.get(error) or 0.0 for row in own],
-            color=colormaps["tab20"](2 * number % 20 + number // 10 % 2),  # ten strong colours, then their light ones
-            marker=marks[number % len(marks)],
-            markersize=5,
-            linewidth=1.4,
-            elinewidth=0.9,
-            capsize=2.5,
-            label=name,
-        )
-    for row in (row for row in rows if row["method"] == "unpatched"):
-        axes.axhline(row[y], color="0.6", linewidth=0.9, linestyle="--", zorder=0)
-        axes.errorbar(
-            row[x], row[y], yerr=row.get(error) or 0.0, color="black", marker="*", markersize=12, capsize=2.5,
-            linestyle="none", label="unpatched",
-        )  # fmt: skip
-    axes.set_xlabel(xlabel or x)
-    axes.set_ylabel(ylabel or y)
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150)

@@ -16,6 +16,7 @@ from torch import nn
 from ...adapters.inspect import is_patched
 from ...apply.patch import patch_model
 from ..broken import Broken
+from ..distributed import ALONE, World
 from ..memory import free_memory, is_out_of_memory
 from ..runs import Candidate, Precision, Run, shared_copy
 from .confusion import IGNORE, areas, confusion_matrix
@@ -66,6 +67,7 @@ def evaluate_segmentation(
     resamples: int = 1000,
     seed: int = 0,
     progress: bool | None = False,
+    world: World = ALONE,
 ) -> SegmentationReport:
     """Scores of the unpatched model and of every run over a data set, each image going through all of them.
 
@@ -88,6 +90,7 @@ def evaluate_segmentation(
         resamples: bootstrap draws for standard errors.
         seed: of the draws.
         progress: bar on stderr; None shows it on a terminal only.
+        world: processes that share the images, from `tokenzoo.evaluation.distributed.join`; the first one is timed.
 
     Raises:
         ValueError: a broken image, no images, class numbers that do not fit, a run that cannot be reached, a model
@@ -117,21 +120,25 @@ def evaluate_segmentation(
     skipped: list[Broken] = []
     try:
         for candidate, key in zip(candidates, keys):
-            files.append(StateFile(folder, candidate.run.label, key, dataset.num_classes))
+            files.append(StateFile(folder, candidate.run.label, key, dataset.num_classes, world.rank))
+        _exchange(files, world)  # before anyone writes
         todo = [i for i, pair in enumerate(dataset.pairs) if any(pair.name not in f.rows for f in files)]
         done = len(dataset) - len(todo)
         if done:
             _log.info("%d of %d images are counted already in %s", done, len(dataset), folder)
-        bar = tqdm(total=len(dataset), initial=done, unit="image", disable=None if progress is None else not progress)
-        with torch.inference_mode(), bar:
-            for sample in read_samples(dataset, todo, workers):
+        hidden = True if not world.main else None if progress is None else not progress
+        bar = tqdm(total=len(dataset), initial=done, unit="image", disable=hidden)
+        with world.together(), torch.inference_mode(), bar:
+            for sample in read_samples(dataset, [todo[i] for i in world.share(len(todo))], workers):
                 if isinstance(sample, Broken):
                     if not skip_broken:
                         raise ValueError(_broken(sample, folder))
                     skipped.append(sample)
                 else:
                     predictors = _count(sample, predictors, candidates, files, dataset.num_classes, precision)
-                bar.update()
+                bar.update(world.size)
+        _exchange(files, world)
+        skipped = [broken for part in world.gather(skipped) for broken in part]
     finally:
         for file in files:
             file.close()
@@ -142,10 +149,19 @@ def evaluate_segmentation(
     if skipped:
         _log.warning("%d broken images left out: %s", len(skipped), ", ".join(name for name, _ in skipped))
     outcomes = [_outcome(*of_run, names) for of_run in zip(candidates, files, macs)]
-    speeds = dense_speed(candidates, crops[:speed_batch], speed_rounds, precision) if speed_rounds else None
+    timed = speed_rounds and world.main
+    speeds = dense_speed(candidates, crops[:speed_batch], speed_rounds, precision) if timed else None
     results = summarize(outcomes, speeds, resamples, seed)
     classes = dataset.classes or getattr(model, "classes", None) or [str(k) for k in range(dataset.num_classes)]
     return SegmentationReport(results, skipped, done, list(classes), tuple(crops.shape[-2:]), predictors[0].inference)
+
+
+def _exchange(files: Sequence[StateFile], world: World) -> None:
+    """Gives every process the rows of all of them."""
+    if world.size > 1:
+        for part in world.gather([file.rows for file in files]):
+            for file, rows in zip(files, part):
+                file.rows.update(rows)
 
 
 def _fitting(dataset: SegmentationDataset, model: nn.Module) -> SegmentationDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -43,18 +44,22 @@ class StateFile:
     """Rows of one run, in memory and, if a folder is given, in a file whose name stands for everything they depend on.
 
     A row is one line, written by one system call; a line that was cut off is dropped when the file is read again.
+    Processes that share a run have a file each, and read all of them.
 
     Args:
         folder: None keeps rows in memory only.
         label: what the run is called, for the file name.
         key: everything that the counts depend on; JSON safe.
         num_classes: K.
+        part: number of this process.
 
     Raises:
         ValueError: a damaged file, or a folder that does not exist and cannot be made.
     """
 
-    def __init__(self, folder: Path | None, label: str, key: Mapping[str, Any], num_classes: int) -> None:
+    def __init__(
+        self, folder: Path | None, label: str, key: Mapping[str, Any], num_classes: int, part: int = 0
+    ) -> None:
         self.rows: dict[str, Row] = {}
         self.path: Path | None = None
         self.num_classes = num_classes
@@ -63,23 +68,25 @@ class StateFile:
             return
         text = json.dumps({"format": _FORMAT, "label": label, **key}, sort_keys=True)
         slug = re.sub(r"[^\w.=+-]+", "-", label)[:60]
-        self.path = folder / f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        name = f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.path = folder / f"{name}{f'.{part}' if part else ''}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"{folder} is not a folder; name another one for the state of the run") from error
-        self._read(text)
+        for path in sorted({*folder.glob(f"{glob.escape(name)}.*jsonl"), self.path}):
+            self._read(path, text)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         if os.fstat(self._file).st_size == 0:
             self._write(text)
 
-    def _read(self, header: str) -> None:
-        if not self.path.is_file():
+    def _read(self, path: Path, header: str) -> None:
+        if not path.is_file():
             return
-        content = self.path.read_bytes()
+        content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # the run was ended while it wrote
-            os.truncate(self.path, len(whole))
+        if len(whole) < len(content) and path == self.path:  # the run was ended while it wrote
+            os.truncate(path, len(whole))
         lines = whole.decode("utf-8").splitlines()
         try:
             if lines and json.loads(lines[0]) != json.loads(header):
@@ -92,7 +99,7 @@ class StateFile:
                 self.rows[name] = Row(area, agreeing, finite)
         except (ValueError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(
-                f"state file {self.path} is damaged ({error}); delete it to start this run anew"
+                f"state file {path} is damaged ({error}); delete it to start this run anew"
             ) from error
 
     def _write(self, line: str) -> None:

@@ -19,10 +19,10 @@ from torch import nn
 from ...core.safe_files import read_torch
 from ...dense.checkpoints import load_state
 from ...dense.storage import save_segmenter
+from ...evaluation.distributed import World
 from ...evaluation.runs import Precision
 from ...evaluation.segmentation.confusion import areas, confusion_matrix, scores
 from ..checkpoints import write_whole
-from ..distributed import World
 from ..engine import Engine, Pace
 from .augment import Gallery, Views
 from .step import RisingAverage, SegmentStep, StepRates, ViewBatches, class_weights, normalisation

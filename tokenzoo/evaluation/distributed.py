@@ -1,4 +1,4 @@
-"""Processes that train together: started by torchrun, or one alone."""
+"""Processes that work together: started by torchrun, or one alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,18 +40,61 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def gather(self, own: Any) -> list[Any]:
+        """What every process has, by rank; anything that can be pickled."""
+        if self.size == 1:
+            return [own]
+        everything = [None] * self.size
+        dist.all_gather_object(everything, own)
+        return everything
+
     def names(self, found: list[str]) -> list[str]:
         """The lists of all processes, one after another."""
+        return [name for part in self.gather(found) for name in part]
+
+    def of_main(self, own: Any) -> Any:
+        """What the first process has; the same in all of them."""
         if self.size == 1:
-            return found
-        everything: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everything, found)
-        return [name for part in everything for name in part]
+            return own
+        box = [own]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share(self, count: int) -> range:
+        """This process's part of so many things: neighbours, so that the parts in order of rank are all in order."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Ends all processes where one of them fails inside, instead of leaving the others waiting for it.
+
+        What stands inside must not wait for other processes itself.
+
+        Raises:
+            ValueError: in the processes that did not fail, with the message of one that did.
+        """
+        if self.size == 1:
+            yield
+            return
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        messages = self.gather(None if failed is None else f"{type(failed).__name__}: {failed}")
+        if failed is not None:
+            raise failed
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ValueError(f"process {rank} stopped: {message}")
 
     def wait(self) -> None:
         """Returns when all processes have come here."""
         if self.size > 1:
             dist.barrier()
+
+
+ALONE = World(0, 1, torch.device("cpu"))  # the device is only where processes meet
 
 
 @contextmanager
