@@ -25,8 +25,9 @@ from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTran
 from timm.models.xcit import Xcit
 from torch import nn
 
-from tokenzoo import create_method
+from tokenzoo import create_method, method_class
 from tokenzoo.adapters.inspect import describe
+from tokenzoo.core.learned import Learned
 from tokenzoo.models import LVViT, T2TViT
 
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
@@ -34,26 +35,36 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "algm": ({"threshold": 2.0, "layers": (0,)}, {"threshold": 0.1, "layers": (0, 2)}, {"r": 2}),
     "atc": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "ats": ({"layers": (3,)}, {"layers": (1, 2)}, {"layers": (1, 2), "max_tokens": 10}),
+    "catanet": ({"group_size": 16}, {"group_size": 3, "centres": 4}, {}),
     "cluster": ({"scale": 1.0}, {"layers": 0, "where": "before", "scale": 0.5}, {}),
     "cts": ({"shared": 0}, {"shared": 2}, {}),
     "dct": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "dpcknn": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "neighbours": 3}, {}),
     "diffrate": ({"prune": 1.0, "merge": 1.0}, {"prune": 0.9, "merge": 0.7}, {}),
+    "dynamicvit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evit": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "evo": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
     "flowcut": ({"keep_rate": 1.0}, {"keep_rate": 0.1, "layers": (1, 2)}, {"entropy": 0.7}),
     "fourier": ({"stride": 1}, {"stride": 2}, {}),
     "gtp": ({"r": 0}, {"r": 2, "neighbours": 4, "alpha": 0.4}, {}),
     "kmedoids": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "ia_red2": ({"threshold": 0.0}, {"threshold": 0.881, "layers": (0, 2)}, {"max_tokens": 12}),
     "mctf": ({"r": 0}, {"r": 3, "min_tokens": 4}, {}),
+    "mod": ({"keep_rate": 1.0}, {"keep_rate": 0.5}, {}),
+    "patchmerger": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "pitome": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "pool": ({"stride": 1}, {"stride": 2}, {}),
     "ppt": ({"r": 0}, {"r": 2, "threshold": 7e-3}, {}),
     "radial": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "random": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "reconstruct": ({"layers": 2}, {"layers": 2}, {}),
+    "sinkhorn": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    # layers that rebuild are bound to the depth of the model
+    "sit": ({"keep_rate": 1.0}, {"keep_rate": 0.6, "feature_weight": 0.0}, {}),
     "soft_transform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
+    "sparsifiner": ({"keep_rate": 1.0}, {"keep_rate": 0.4, "coefficients": 2}, {}),
     "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),
+    "thresholds": ({}, {"alike": 0.7, "least": 0.4}, {"max_tokens": 12}),
     "tofu": ({"r": 0}, {"r": 2}, {}),
     "tome": ({"r": 0}, {"r": 2}, {}),
     "tomesd": ({"ratio": 0.0}, {"ratio": 0.75, "branches": ("attention", "mlp")}, {}),
@@ -66,7 +77,7 @@ METHODS = sorted(ZOO)
 # methods that only make sense after another one
 COMPANION = {"reconstruct": "cluster"}
 # methods after which all tokens are there again: no shorter sequence, nothing in the trace
-KEEPS_LENGTH = {"evo", "reconstruct", "sta", "tomesd", "vggt"}
+KEEPS_LENGTH = {"catanet", "evo", "mod", "reconstruct", "sparsifiner", "sta", "tomesd", "vggt"}
 
 
 def released_numbers(model: nn.Module) -> int:
@@ -311,6 +322,8 @@ def images(model: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:
 def serves(method: str, model: nn.Module) -> bool:
     """Whether a method accepts a model (others refuse by name, see test_bad_input)."""
     if method in NEEDS_CONVOLUTION and (isinstance(model, WITHOUT_HALF) or "Gemma4" in type(model).__name__):
+        return False
+    if isinstance(model, Xcit) and issubclass(method_class(method), Learned) and method_class(method).gates:
         return False
     if isinstance(model, Xcit) and (method in NEEDS_ATTENTION_ALONE or create_method(method).reads_maps):
         return False

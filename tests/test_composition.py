@@ -24,9 +24,17 @@ def _recipe(first, second):
     return out
 
 
+OWN = {"catanet", "sparsifiner"}  # run attention themselves
+INSIDE = {"ats", "evo", "gtp", "mctf", "mod", "sta", "tomesd", "vggt"}  # act in it, around it, or run it too
+
+
 def _refusal(first, second):
     """What is said about a pair that cannot act together with these options, None for all others."""
     both = {first, second}
+    if OWN & both:
+        other = both - {first} if first in OWN else both - {second}
+        if first == second or other & (INSIDE | OWN):
+            return "chooses among what|replaces the attention that|names a block twice"
     if "cts" in both and {"cluster", "reconstruct"} & both:
         return "cluster before any other reduction"  # shared groups are no grid
     if "evo" in both and "reconstruct" in both:
@@ -68,6 +76,7 @@ def test_two_methods(first, second, tmp_path):
             other = build("deit")
             tokenzoo.patch_model(other, again)
             assert tokenzoo.recipe(other) == saved
+            other.load_state_dict(model.state_dict())  # recipes hold no weights of learned modules
             assert torch.equal(other(x), out)
 
 

@@ -12,6 +12,7 @@ from goldens import Case, below, cases, check_settings, close
 
 import tokenzoo
 from tokenzoo.core.tokens import trace_assign
+from tokenzoo.layers.rates import LearnedCount
 from tokenzoo.maps import PartialMap
 from tokenzoo.ops.matching.ranked import ranked_partners
 
@@ -107,4 +108,18 @@ def test_published_schedules(case: Case):
 
 @cases("diffrate", lambda c: c.has("in/selected_probability"))
 def test_search(case: Case):
-    pytest.skip("schedules are given; their search is no part of the library yet")
+    """Learned counts: what stays, with which probability, and the masks; the class token always does."""
+    s = case.settings
+    check_settings(s, "patch_number", "granularity", "class_token", "token_number")
+    count, prefix = LearnedCount(s["patch_number"], s["granularity"]), int(s["class_token"])
+    assert torch.equal(count.kept_token_candidate, case["in/candidates"])
+    count.load_state_dict(
+        {"selected_probability": case["in/selected_probability"], "kept_token_candidate": case["in/candidates"]}
+    )
+    assert int(count.kept()) + prefix == int(case["out/kept_token_number"])
+    for found, name in (
+        (count.survival(), "token_probability"),
+        (count.mask(s["patch_number"]), "mask"),
+        (count.mask(s["token_number"] - prefix), "mask_from_token_number"),
+    ):
+        close(F.pad(found, (prefix, 0), value=1.0), case[f"out/{name}"], 1e-5)

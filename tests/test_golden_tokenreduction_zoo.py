@@ -4,11 +4,13 @@ import torch
 from goldens import Case, cases, check_settings, close
 
 import tokenzoo
+from tokenzoo.apply.released import rename_released
 from tokenzoo.core.grouping import around_centres
 from tokenzoo.core.selection import keep_patches
 from tokenzoo.core.signals import Signals
 from tokenzoo.core.step import Step
 from tokenzoo.core.tokens import Layout, Tokens
+from tokenzoo.layers.slots import MergingQueries, SinkhornCentres
 from tokenzoo.methods.radial import Radial
 from tokenzoo.ops.cells.density import peak_scores
 from tokenzoo.ops.cells.medoids import clusters, refine
@@ -30,17 +32,25 @@ def targets(settings: dict, patches: int) -> list[int]:
     return [int(patches * rate) for rate in rates]
 
 
-def check_model(case: Case, method: str, **options):
-    """Logits of all images, features of as many as were recorded, tokens behind every block."""
+def check_model(case: Case, method: str, shift: int = 0, **options):
+    """Logits of all images, features of as many as were recorded, tokens behind every block.
+
+    With a shift, the method acts so many blocks earlier, and tokens are those that enter a block's attention.
+    """
     s, x, model = case.settings, case.input(len(case["logits"])), case.model()
     tokens = targets(s, model.patch_embed.num_patches)
-    tokenzoo.patch_model(model, method, layers=s["reduction_loc"], tokens=tokens, **options)
+    layers = [block - shift for block in s["reduction_loc"]]
+    tokenzoo.patch_model(model, method, layers=layers, tokens=tokens, **options)
+    if case.has("weights"):
+        state = {key: value for key, value in model.state_dict().items() if "tokenzoo" not in key}
+        model.load_state_dict(rename_released(model, state | case.part("weights")))
     with torch.no_grad():
         close(model(x), case["logits"], 1e-5)
         expected = case["features"]
         close(model.forward_tokens(x).x[: len(expected)], expected, 1e-5)
     counts = tokenzoo.report(model, tuple(x.shape[-2:])).rows
-    assert [row.tokens_out for row in counts if row.block is not None] == case["token_counts"].tolist()
+    found = [row.tokens_in if shift else row.tokens_out for row in counts if row.block is not None]
+    assert found == case["token_counts"].tolist()
 
 
 @cases("tokenreduction_zoo", of("TopK"))
@@ -49,10 +59,53 @@ def test_topk(case: Case):
     check_model(case, "topk")
 
 
-@cases("tokenreduction_zoo", lambda c: of("DPCKNN")(c) and c.settings["equal_weight"])
+@cases("tokenreduction_zoo", of("DPCKNN"))
 def test_dpcknn(case: Case):
-    check_settings(case.settings, *SHARED, "k_neighbors", "equal_weight")
-    check_model(case, "dpcknn", neighbours=case.settings["k_neighbors"])
+    s = case.settings
+    check_settings(s, *SHARED, "k_neighbors", "equal_weight")
+    check_model(case, "dpcknn", neighbours=s["k_neighbors"], learned=not s["equal_weight"])
+
+
+@cases("tokenreduction_zoo", of("SelfSlimmed"))
+def test_sit(case: Case):
+    check_settings(case.settings, *SHARED)
+    check_model(case, "sit", shift=1, feature_weight=0.0)
+
+
+@cases("tokenreduction_zoo", of("PatchMerger"))
+def test_patchmerger(case: Case):
+    check_settings(case.settings, *SHARED)
+    check_model(case, "patchmerger")
+
+
+@cases("tokenreduction_zoo", of("Sinkhorn"))
+def test_sinkhorn(case: Case):
+    s = case.settings
+    check_settings(s, *SHARED, "sinkhorn_eps", "cluster_iters")
+    check_model(case, "sinkhorn", eps=s["sinkhorn_eps"], iterations=s["cluster_iters"])
+
+
+@cases("tokenreduction_zoo", lambda c: c.has("in/weights/queries"))
+def test_merging_queries(case: Case):
+    s, x = case.settings, case["in/x"]
+    check_settings(s, "cluster_num", "scaled_attention")
+    check_layer(case, MergingQueries(x.shape[2], s["cluster_num"], s["scaled_attention"]))
+
+
+@cases("tokenreduction_zoo", lambda c: c.has("in/weights/v"))
+def test_centres(case: Case):
+    s, x = case.settings, case["in/x"]
+    check_settings(s, "cluster_num", "eps", "iters")
+    check_layer(case, SinkhornCentres(x.shape[2], s["cluster_num"], s["eps"], s["iters"]))
+
+
+def check_layer(case: Case, layer: torch.nn.Module):
+    """Weights and new tokens."""
+    layer.load_state_dict(case.part("in/weights"))
+    with torch.no_grad():
+        weights, values = layer(case["in/x"])
+    close(weights, case["out/weight"], 1e-5)
+    close(values, case["out/x"], 1e-5)
 
 
 @cases("tokenreduction_zoo", lambda c: c.has("out/x_equal"))

@@ -8,12 +8,23 @@ from hypothesis import strategies as st
 from tokenzoo.core.filtering import filtered
 from tokenzoo.core.lift import lift
 from tokenzoo.core.tokens import Layout, Tokens, trace_assign
-from tokenzoo.maps import ChainMap, FuseMap, GateMap, KeepMap, MergeMap, MixMap, SpreadMap
+from tokenzoo.maps import (
+    ChainMap,
+    FuseMap,
+    GatedMergeMap,
+    GateMap,
+    KeepMap,
+    MergeMap,
+    MixMap,
+    Moves,
+    NoteMap,
+    SpreadMap,
+)
 from tokenzoo.ops.matching.bipartite import Pairs
 
 FORMS = ("keep", "keep_padded", "merge", "merge_weighted", "merge_pairs", "merge_sum", "merge_assign", "merge_dropped",
-         "fuse", "mix", "gate", "spread", "low_pass", "chain")  # fmt: skip
-SOFT = ("mix", "spread", "low_pass")
+         "fuse", "mix", "mix_prefix", "gate", "gated_merge", "note", "spread", "low_pass", "chain")  # fmt: skip
+SOFT = ("mix", "mix_prefix", "spread", "low_pass")
 
 
 def random_rows(batch, n, count, generator):
@@ -50,8 +61,18 @@ def make(form, n, seed, batch=2):
         return FuseMap(heads, weight.squeeze(-1) * left_out, left_out)
     if form == "gate":
         return GateMap(torch.ones(batch, n, dtype=torch.float64).scatter(1, src, 0.0))
+    if form == "gated_merge":
+        gate = torch.ones(batch, n, dtype=torch.float64).scatter(1, src, 0.0)
+        moved = (torch.rand(slot.shape, generator=g) < 0.5).double()
+        into = torch.arange(n).expand(batch, -1).scatter(1, src, heads.gather(1, slot))
+        taken = torch.zeros_like(gate).scatter(1, src, moved)
+        return GatedMergeMap(gate, Moves(into, taken, weight.squeeze(-1)))
     if form == "mix":
         return MixMap(torch.randn(batch, keep, n, generator=g, dtype=torch.float64))
+    if form == "mix_prefix":
+        return MixMap(torch.randn(batch, keep, n - 1, generator=g, dtype=torch.float64), num_prefix=1)
+    if form == "note":
+        return NoteMap(torch.zeros(batch, n, 1), object())
     if form == "spread":  # one prefix token in front
         shares = torch.rand(batch, keep, n - 1, generator=g, dtype=torch.float64).softmax(1)
         front = torch.zeros(batch, 1, dtype=torch.int64)

@@ -42,6 +42,28 @@ def learning(model: nn.Module, recipe: object, teacher: nn.Module | None = None,
     return TrainStep(model, teacher.eval().requires_grad_(False), defaults(**changes)).eval()
 
 
+def test_scores_of_a_second_classifier():
+    """As in DynamicViT's training of LV-ViT: divergences over the tokens that are left, from the teacher's scores."""
+    model, teacher = build("lv_vit"), build("lv_vit", seed=5)
+    x = images(model)
+    found = learning(model, given("topk"), teacher, kd_token_scores=True)(x, TARGET)["token_distillation"]
+    tokens = model.forward_tokens(x, trace=True)
+    place = torch.arange(17).expand(3, -1)
+    for step in tokens.trace:
+        place = place.gather(1, step.map.heads)
+    said = teacher.aux_head(teacher.forward_features(x)).softmax(2)
+    terms = []
+    for image in range(3):
+        for slot in range(1, tokens.length):
+            wanted, own = said[image, place[image, slot]], model.aux_head(tokens.x)[image, slot].softmax(0)
+            terms.append((wanted * (wanted.log() - own.log())).sum().item())
+    assert found.item() == pytest.approx(mean_of(terms), rel=1e-4)
+    with pytest.raises(ValueError, match="VisionTransformer, the student, needs an aux_head"):
+        learning(build("deit"), given("topk"), kd_token_scores=True)
+    with pytest.raises(ValueError, match="--kd-token-weight a weight"):
+        learning(build("lv_vit"), given("topk"), kd_token_scores=True, kd_token_weight=0.0)
+
+
 # ---- the equation
 
 

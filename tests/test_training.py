@@ -505,9 +505,11 @@ def test_training_configuration_loads_and_patches(path, tmp_path):
 def test_training_configuration_says_what_it_does(path, tmp_path):
     args = parse_options(["-c", str(path), "--data-dir", "imagenet", "--output", str(tmp_path)])
     model = nn.Linear(2, 2)  # a schedule does not look at the model
+    if args.freeze_epochs or args.new_lr_scale != 1:  # but at what a method brings
+        model = nn.ModuleDict({"0": nn.ModuleDict({"tokenzoo_0": model})})
     peak = learning_rate(args, 8)
     schedule = Schedule(build_optimizer(model, args, peak), args, 100)
-    rates = [schedule.set(epoch, 100 * epoch) for epoch in range(args.epochs)]
+    rates = [schedule.set(epoch, 100 * epoch) / args.new_lr_scale for epoch in range(args.epochs)]
     assert schedule.epochs == args.epochs and args.warmup_epochs < args.epochs
     low, high = sorted((peak, args.min_lr))
     assert low * 0.999 <= min(rates[args.warmup_epochs :]) and max(rates) <= max(high, args.warmup_lr) * 1.001

@@ -1,6 +1,7 @@
 """What users write, with every public name: `make types` holds it against the annotations; it is never run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,11 @@ def calls(model: VisionTransformer, images: Tensor) -> None:
     assert_type(tokenzoo.unpatch_model(model), VisionTransformer)
     with tokenzoo.patched(model, ["evit", tokenzoo.ToMe(r=(4, 0.5))]) as inside:
         assert_type(inside, VisionTransformer)
+
+    assert_type(tokenzoo.save(model, "folder", "deit_small_patch16_224", num_classes=10), Path)
+    assert_type(tokenzoo.load("folder"), nn.Module)
+    assert_type(tokenzoo.load("folder", model), nn.Module)
+    assert_type(tokenzoo.rename_released(model, {}), dict[str, Tensor])
 
     report = tokenzoo.report(model, img_size=(224, 192))
     assert_type(report, tokenzoo.Report)

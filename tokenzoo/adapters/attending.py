@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.learned import Note
 from ..core.method import Step
+from ..core.mixins import Beside
 from ..core.signals import Signals, attend_through
 from ..core.tokens import Tokens
 from ..maps import TokenMap
@@ -181,10 +183,20 @@ class Attending:
         """Output of one layer: the layer's own attention, or that of a method which reads its map on the way."""
         heads, alone = self.parts[index], not self.ahead and not self.kept and self.merge is None
         for step in self.block.tokenzoo.at("between") if alone else ():
-            found = step.method.attend(heads, self.bias, self.asking) if step.method.attends else None
-            if found is not None:
-                self.seen[index] = found[1]
-                return found[0]
+            if not step.method.attends:
+                continue
+            module = getattr(self.block, step.key, None) if step.key else None
+            first = sum(part.q.shape[1] for part in self.parts[:index])
+            beside = Beside(self.inputs[index], step, module, self.block.training, first)
+            found = step.method.attend(heads, self.bias, self.asking, beside)
+            if found is None:
+                continue
+            self.seen[index] = found.seen
+            if found.note is not None:
+                tokens = self.decided.tokens
+                records = (*tokens.records, Note(step.order, step.block, found.note))
+                self.decided = self.decided._replace(tokens=tokens._replace(records=records))
+            return found.out
         return attend_through(heads, self.bias, self.ahead, self.kept)
 
     # ---- the decision; every layer is at work meanwhile

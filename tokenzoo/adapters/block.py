@@ -161,7 +161,7 @@ class ReducingBlock(HookedBlock):
         y = self._mlp(z)
         if merge is not None:
             tokens.tell()
-        return tokens._replace(x=tokens.x + (y if merge is None else merge.lift(y)))
+        return tokens._replace(x=tokens.x + (y if merge is None else merge.back(y)))
 
     def _mlp(self, z: Tensor) -> Tensor:
         """The MLP, at inference in slices of long sequences: else its hidden layer is the largest thing in memory.
@@ -181,7 +181,7 @@ class ReducingBlock(HookedBlock):
         outs, decided = Attending(self, tokens, rope, mask).result()
         y = self.attention_branch(outs)
         if decided.merge is not None:  # every token reads the output of the one it merged into
-            y = decided.merge.lift(y)
+            y = decided.merge.back(y)
             decided.tokens.tell()
         for token_map in decided.maps:
             y = token_map.apply(y)
@@ -219,6 +219,8 @@ class ReducingBlock(HookedBlock):
         token_map = step.decide(tokens, signals)
         if token_map is None:
             return tokens, signals
+        if token_map.notes:
+            return tokens.reduce(token_map), signals
         if maps is not None:
             maps.append(token_map)
         return tokens.reduce(token_map, step.block, step.method.name), signals.after(token_map)

@@ -93,6 +93,9 @@ def flow_through(
         stations = n, values + again, n * n if "ahead" in by_place else attended * n, attended
     else:
         stations = inside, inside, inside * inside, inside
+    for step, _, _ in by_place.get("between", ()):
+        if step.method.attends and inside is None:
+            stations = (*stations[:2], step.method.pairs(n, layout, step), stations[3])
     between = through("between", attended)
     mlp = _inside("mlp", around, between, layout)
     left = through("norm", through("after", between))

@@ -57,6 +57,7 @@ class Merging:
                     self.shared[order] = token_map
             if token_map is None:
                 continue
+            token_map = token_map.of_branch(branch)
             maps.append(token_map)
             z = None if step.method.merges_stream else token_map.apply(z)
             if z is None or any(branch in later.branches for later in self.steps[order + 1 :]):

@@ -56,11 +56,11 @@ def prepare(
         layout, stop = info.sequence(index)
         kind, modules, kept = family.block_kind(block), {}, []
         for step, n, n_out in row:
-            module = step.method.module(family.block_view(block).shape().dim, step)
+            step = step.resolved(n, n_out, layout, padded)  # modules may have a row per token that is left
+            module = step.method.module_of(family.block_view(block).shape(), layout, step)
             if module is not None:
                 like = next(block.parameters())
                 modules[step.key] = module.to(like.device, like.dtype).train(block.training)
-            step = step.resolved(n, n_out, layout, padded)
             kept.append(step if module is not None else step._replace(key=None))
         plan = BlockPlan(index, stop, tuple(kept), recipe.proportional, layout, total=total, name=names[index])
         changes.append(Change(block, kind, plan, modules))

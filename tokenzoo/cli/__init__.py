@@ -11,7 +11,7 @@ from .. import __version__
 from ..core.plugins import import_plugins
 from .common import add_import
 
-COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "tune", "export", "serve", "completion")
+COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "tune", "rates", "export", "serve", "completion")
 
 
 def build_parser() -> argparse.ArgumentParser:

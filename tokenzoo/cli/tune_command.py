@@ -43,7 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pairs", action="store_true", help="also pairs of the best methods")
     group.add_argument("--refine", type=int, default=24, help="changes of single blocks to try on the best recipes")
     group.add_argument("--budget-minutes", type=float, default=None, help="report the best so far after this time")
+    group.add_argument("--held-out", type=float, default=0.5, help="share of the images that only the report looks at")
     group.add_argument("--output", required=True, help="folder for recipes, table, plot and the state to resume from")
+    add_image_arguments(parser)
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none without a terminal)")
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images, and how they become tensors."""
     data = parser.add_argument_group("images")
     data.add_argument(
         "--data-dir", default=None, help="folder with one subfolder per class, or a tar file of such ones"
@@ -55,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-labels", action="store_true", help="any folder of images, by agreement with the model as is"
     )
     data.add_argument("--max-images", type=int, default=512, help="draw this many of them")
-    data.add_argument("--held-out", type=float, default=0.5, help="share of them that only the report looks at")
     data.add_argument("--skip-broken", action="store_true", help="leave unreadable images out")
     data.add_argument("--batch-size", "-b", type=int, default=64, help="halved when memory runs out")
     data.add_argument("--workers", "-j", type=int, default=2, help="processes that decode, 0 for none")
@@ -64,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--interpolation", choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"))
     data.add_argument("--mean", type=float, nargs="+", default=None)
     data.add_argument("--std", type=float, nargs="+", default=None)
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none without a terminal)")
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor | None]:

@@ -99,6 +99,17 @@ class Method(Declared):
         """
         return dataclasses.replace(self, **self.schedule.dial(self, t, self.resolve_layers(depth), layout))
 
+    def image_dial(self, t: float, depth: int, layout: Layout) -> Method | None:
+        """The same method in the form in which the images decide how many tokens stay; None where it has none.
+
+        Args:
+            t: relative strength, 0 to 1.
+            depth: blocks of the model.
+            layout: token layout at the resolution that counts.
+        """
+        options = self.schedule.image_dial(self, t, self.resolve_layers(depth), layout)
+        return None if options is None else dataclasses.replace(self, **options)
+
     # ---- the map
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
@@ -131,8 +142,24 @@ class Method(Declared):
         """
 
     def module(self, dim: int, step: Step) -> nn.Module | None:
-        """The learned module of one block, None for methods without parameters."""
+        """The learned module of one block, None for methods without parameters.
+
+        Args:
+            dim: channels of the residual stream.
+            step: this method in this block; `step.known` holds the tokens that enter and leave it at the model's own
+                image size, for modules with a row per token.
+        """
         return None
+
+    def module_of(self, shape: BlockShape, layout: Layout, step: Step) -> nn.Module | None:
+        """The same, for modules that need more than channels; those do not define `module`.
+
+        Args:
+            shape: channels, heads and their width.
+            layout: the sequence that the block belongs to, at the model's own image size.
+            step: see `module`.
+        """
+        return self.module(shape.dim, step)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         """Multiply-adds of deciding and applying the map, for one image."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..maps import TokenMap
 from ..ops.attention import Heads
 from ..ops.map_reading import MapStatistics
 from .step import Step
-from .tokens import Tokens, TraceStep
+from .tokens import Layout, Tokens, TraceStep
 
 
 def scanned_rows(tokens: Tokens) -> tuple[int, ...] | Tensor:
@@ -67,20 +67,57 @@ class Remembering:
         raise NotImplementedError(f"{type(self).__name__} remembers something: define remember(tokens, step)")
 
 
+class Beside(NamedTuple):
+    """What else there is where a method runs attention itself.
+
+    Attributes:
+        z: what the layer reads [B, N, C].
+        step: this method in this block.
+        module: its learned module there, None without.
+        training: whether the block is in training mode.
+        first: heads of the layers in front of this one, where several stand side by side.
+    """
+
+    z: Tensor
+    step: Step
+    module: nn.Module | None = None
+    training: bool = False
+    first: int = 0
+
+
+class Attended(NamedTuple):
+    """What a method that runs attention itself gives.
+
+    Attributes:
+        out: [B, N, H * Dv].
+        seen: what was read of the map on the way, None for nothing.
+        note: for the losses of a learned method, which gets it as `core.learned.Note`; None for nothing.
+    """
+
+    out: Tensor
+    seen: MapStatistics | None = None
+    note: Any = None
+
+
 class OwnAttention:
     """Mixin of methods that may run attention themselves, with the trait `attends`."""
 
-    def attend(self, heads: Heads, bias: Tensor | None, tokens: Tokens) -> tuple[Tensor, MapStatistics] | None:
-        """Output of one attention layer [B, N, H * Dv] and what was read of its map, None to leave it to the layer.
+    def attend(self, heads: Heads, bias: Tensor | None, tokens: Tokens, beside: Beside) -> Attended | None:
+        """Output of one attention layer and what was read of its map, None to leave it to the layer.
 
-        For methods between attention and MLP with the trait `attends`, which find it in `signals.map_statistics`.
+        For methods between attention and MLP with the trait `attends`; what was read is `signals.map_statistics`.
 
         Args:
             heads: the projected heads.
             bias: bias of the logits, see `ops.attention.attend`.
             tokens: the tokens that attend.
+            beside: what else there is.
         """
         return None
+
+    def pairs(self, n: int, layout: Layout, step: Step) -> int:
+        """Pairs of query and key that are computed where n tokens attend, prefix included."""
+        return n * n
 
 
 HOOKS = {

@@ -65,8 +65,8 @@ class Step(NamedTuple):
                 "of one size, without padding, or use a method that looks at values alone"
             )
         token_map = self.method.map(tokens.seen_by(self.scorer), signals, self)
-        if token_map is None:
-            return None
+        if token_map is None or token_map.notes:
+            return token_map
         decided = token_map
         if tokens.visible is not None:
             decided = decided.masked(tokens.visible)

@@ -168,6 +168,8 @@ class Tokens(NamedTuple):
         if token_map.n_in != self.length:
             raise ValueError(f"block {block}: a map of {token_map.n_in} tokens met a sequence of {self.length} tokens")
         records = self.records if token_map.decision is None else (*self.records, token_map.decision)
+        if token_map.notes:
+            return self._replace(records=records)
         if token_map.undo is not None:
             x, undone = token_map.apply(self.x), self.trace[token_map.undo]
             side = undone.side._asdict() | self._restored_scores(token_map, undone.side)
@@ -230,14 +232,32 @@ class Tokens(NamedTuple):
         return (*self.trace, TraceStep(block, method, token_map, before, side, self.layout.num_prefix))
 
     def _gated(self, token_map: TokenMap, block: int, method: str) -> Tokens:
-        """All tokens as they are, some of them behind closed gates; for later methods these are hidden."""
+        """All tokens stay, some of them behind closed gates; for later methods these are hidden."""
         gate = Gate(token_map.gate.float(), token_map.sees_itself)
         gate = gate if self.gate is None else self.gate.behind(*gate)
         real = self.valid if self.visible is None else self.visible
         visible = ~gate.closed if real is None else real & ~gate.closed
         tokens = self._replace(gate=gate, visible=visible, trace=self._traced(token_map, block, method))
+        if not token_map.copies:
+            tokens = tokens._replace(**self._collected(token_map))
         tokens.tell()
         return tokens
+
+    def _collected(self, token_map: TokenMap) -> dict[str, Any]:
+        """Values and side data where tokens take in others that stay behind closed gates."""
+        size, coords = self.size, self.coords
+        with full_precision(self.x), torch.no_grad():
+            if self.layout.track_size:
+                size = token_map.sized(self.sizes())
+            if coords is not None:
+                mass = self.sizes()
+                coords = token_map.collected(coords * mass) / token_map.collected(mass).clamp(min=1e-12)
+            scores, *more = (
+                None if held is None else token_map.collected(held.unsqueeze(-1)).squeeze(-1)
+                for held in (self.scores, *self.more_scores)
+            )
+        x = token_map.apply(self.x)
+        return {"x": x, "size": size, "coords": coords, "scores": scores, "more_scores": tuple(more)}
 
 
 def _only_visible(token_map: TokenMap, visible: Tensor) -> tuple[Callable[[_Sums], _Sums], Tensor]:

@@ -12,15 +12,18 @@ from .cluster import ClusterMap
 from .fronted import FrontedMap
 from .fuse import FuseMap
 from .gate import GateMap
+from .gated_merge import GatedMergeMap, Moves
 from .keep import KeepMap
 from .low_pass import Filter, LowPassMap
 from .merge import MergeMap
 from .mix import MixMap
 from .mlerp import MlerpMap
+from .note import NoteMap
 from .partial import PartialMap
 from .propagate import PropagateMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
+from .routed import RoutedMap
 from .spread import SpreadMap
 from .super_token import SuperTokenMap
 
@@ -33,15 +36,19 @@ __all__ = [
     "FrontedMap",
     "FuseMap",
     "GateMap",
+    "GatedMergeMap",
     "KeepMap",
     "LowPassMap",
     "MergeMap",
     "MixMap",
     "MlerpMap",
+    "Moves",
+    "NoteMap",
     "PropagateMap",
     "PartialMap",
     "ReplaceMap",
     "RestoreMap",
+    "RoutedMap",
     "SpreadMap",
     "SuperTokenMap",
     "TokenMap",

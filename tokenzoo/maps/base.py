@@ -32,6 +32,7 @@ class TokenMap(ABC):
     grid_out: tuple[int, int] | None = None  # grid (down, right) that the new patches form, None where they form none
     gate: Tensor | None = None  # how open every token is in training [B, N], None for maps that really reduce
     sees_itself: bool = False  # of a map with gates: they do not count on the diagonal of attention
+    notes: bool = False  # nothing is changed: the map is there for its decision alone
     decision: Any | None = None  # what a learned method notes for its losses, see `tokenzoo.core.learned.Decision`
 
     @property
@@ -95,6 +96,14 @@ class TokenMap(ABC):
         back = take_rows(y, assign.clamp(min=0))
         fill = torch.zeros_like(back) if dropped is None else dropped.to(back.dtype)
         return torch.where((assign >= 0).unsqueeze(-1), back, fill)
+
+    def of_branch(self, branch: str) -> TokenMap:
+        """The same map, made once for several branches of a block, for one of them: "attention" or "mlp"."""
+        return self
+
+    def back(self, y: Tensor) -> Tensor:
+        """What a branch around which the map merges adds to the residual stream [B, N, C], of its outputs y."""
+        return self.lift(y)
 
     def lift_to_members(self, y: Tensor) -> Tensor:
         """The same for what goes to all that count in a new token, whether they read it or not (its gradient).

@@ -86,6 +86,11 @@ class ChainMap(TokenMap):
             mass = token_map.pool(mass)
         return mass
 
+    def back(self, y: Tensor) -> Tensor:
+        for token_map in reversed(self.maps):
+            y = token_map.back(y)
+        return y
+
     def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
         before = [dropped]
         for token_map in self.maps[:-1]:

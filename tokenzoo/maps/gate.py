@@ -56,6 +56,14 @@ class GateMap(TokenMap):
     def pool(self, mass: Tensor) -> Tensor:
         return mass * (self.gate > 0.5).unsqueeze(-1).to(mass.dtype)
 
+    def collected(self, mass: Tensor) -> Tensor:
+        """Sums of a per-token quantity [B, N, D] over what each token took in; all of them stay."""
+        return mass
+
+    def sized(self, size: Tensor) -> Tensor:
+        """Token sizes behind the map [B, N, 1]; all of them stay."""
+        return size
+
     def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
         # closed tokens come back as dropped ones do, and what comes back carries the gradient of the gate
         gate = self.gate.unsqueeze(-1).to(y.dtype)

@@ -56,6 +56,12 @@ class ReplaceMap(TokenMap):
     def means(self, x: Tensor) -> Tensor:
         return self.grouping.means(x)  # the values that the map sets are those of the tokens it was made for
 
+    def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+        return self.grouping.lift(y, dropped)
+
+    def membership(self) -> Tensor:
+        return self.grouping.membership()
+
     def pool(self, mass: Tensor) -> Tensor:
         return self.grouping.pool(mass)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.fusing import mean_of_rest
 from ..core.map_scores import SELECTIONS, selection_scores
 from ..core.method import BlockShape, Method, Step
-from ..core.mixins import Companion, OwnAttention, Remembering
+from ..core.mixins import Attended, Beside, Companion, OwnAttention, Remembering
 from ..core.neighbours import alike_table, linked
 from ..core.options import choice, number
 from ..core.registry import register
@@ -23,7 +23,7 @@ from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits
 from ..maps import KeepMap, PropagateMap, TokenMap
 from ..ops.attention import Heads
-from ..ops.map_reading import MapStatistics, attend_and_read, attend_sparsely
+from ..ops.map_reading import attend_and_read, attend_sparsely
 
 
 @register
@@ -87,11 +87,12 @@ class GTP(Companion, OwnAttention, Remembering, Method):
     def remember(self, tokens: Tokens, step: Step) -> Tensor:
         return alike_table(tokens, self.neighbours + (not tokens.layout.has_class), self.graph != "semantic")
 
-    def attend(self, heads: Heads, bias: Tensor | None, tokens: Tokens) -> tuple[Tensor, MapStatistics] | None:
+    def attend(self, heads: Heads, bias: Tensor | None, tokens: Tokens, beside: Beside) -> Attended | None:
         asking = tokens.valid if tokens.visible is None else tokens.visible
         if self.sparsity < 1:
-            return attend_sparsely(heads, bias, self.sparsity, asking)
-        return attend_and_read(heads, bias) if asking is None else None
+            return Attended(*attend_sparsely(heads, bias, self.sparsity, asking))
+        found = attend_and_read(heads, bias) if asking is None else None
+        return None if found is None else Attended(*found)
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:
         n, prefix, patches = tokens.length, tokens.layout.num_prefix, tokens.num_patches

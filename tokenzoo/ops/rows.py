@@ -95,3 +95,16 @@ def scatter_values(length: int, idx: Tensor, values: Tensor, fill: int) -> Tenso
     """Writes integers to positions: idx [B, M], values [B, M] -> [B, length], `fill` elsewhere."""
     out = torch.full((idx.shape[0], length), fill, dtype=values.dtype, device=idx.device)
     return out.scatter(1, idx, values)
+
+
+def softmax_over(logits: Tensor, counts: Tensor | None) -> Tensor:
+    """Softmax over the tokens that count, in float32 at least; over all of them where none does.
+
+    Args:
+        logits: [B, K, N].
+        counts: [B, N] bool, None for all.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if counts is not None:  # finite, so that a row without any is no NaN
+        logits = logits.masked_fill(~counts.unsqueeze(1), torch.finfo(logits.dtype).min)
+    return logits.softmax(2)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..adapters.inspect import is_patched
 from ..apply.patch import patch_model, recipe
-from ..core.recipe import Recipe
+from ..core.learned import Learned
+from ..core.recipe import Recipe, take_flops
 from ..core.registry import list_methods
 from ..core.safe_files import plain_weights
 from .seeds import METHOD, MODEL, seed_everything
@@ -49,7 +50,7 @@ def build(args: argparse.Namespace, num_classes: int, device: torch.device) -> B
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = model.to(device)
-    teacher = _teacher(args, model, num_classes, device)
+    teacher = _teacher(args, model, num_classes, device, _asks(method, args))
     if args.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"{type(model).__name__} has no gradient checkpointing; leave --grad-checkpointing out")
@@ -141,8 +142,16 @@ def _fitted(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], 
     return found
 
 
-def _teacher(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> nn.Module | None:
-    if args.kd_model_name is None or args.kd_weight == args.kd_token_weight == 0:
+def _asks(method: Any, args: argparse.Namespace) -> bool:
+    """Whether losses of a method want a teacher, whatever the flags weigh."""
+    methods = () if method is None else Recipe.parse(take_flops(method, None)[0], **args.method_kwargs).methods
+    return any(isinstance(each, Learned) and each.asked() for each in methods)
+
+
+def _teacher(
+    args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device, asks: bool
+) -> nn.Module | None:
+    if args.kd_model_name is None or not (args.kd_weight or args.kd_token_weight or asks):
         return None
     if args.kd_model_name == "unpatched" and not args.kd_checkpoint:
         teacher = copy.deepcopy(model)

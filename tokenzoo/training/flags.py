@@ -75,6 +75,10 @@ def _method(parser: argparse.ArgumentParser) -> None:
     add("--kd-weight", type=float, default=0.5, help="weight of the Kullback-Leibler divergence from the teacher")
     add("--kd-temperature", type=float, default=1.0)
     add("--kd-token-weight", type=float, default=0.0, help="weight of the distance from the teacher's tokens (0.5)")
+    add(
+        "--kd-token-scores", action="store_true",
+        help="compare what a second classifier says of the tokens, not the tokens themselves (LV-ViT)",
+    )  # fmt: skip
     add("--new-lr-scale", type=float, default=1.0, help="learning rate of a method's own parameters, as a factor")
     add("--freeze-epochs", type=int, default=0, help="epochs in which only a method's own parameters learn")
 

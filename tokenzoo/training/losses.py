@@ -14,11 +14,20 @@ from ..adapters.wrappers import backbone_of
 from ..apply.patch import update_method
 from ..core.learned import Teaching
 from ..core.tokens import Layout, Tokens
+from ..cost.prices import prices_of
 from ..evaluation.runs import shared_copy
 from .consistency import token_consistency
-from .owed import losses_owed, names_owed
+from .owed import asked, learned_methods, losses_owed, names_owed
 from .seeds import STRENGTH, seed_of
-from .token_distillation import check_tokens, full_layout, patch_tokens, token_distillation
+from .token_distillation import (
+    check_scores,
+    check_tokens,
+    full_layout,
+    layer_tokens,
+    patch_tokens,
+    score_distillation,
+    token_distillation,
+)
 
 # new parts come last: the sums in a checkpoint go by place
 PARTS = ("task", "distillation", "second_task", "consistency", "token_distillation")
@@ -93,14 +102,25 @@ class TrainStep(nn.Module):
         self.smoothing, self.seed = args.smoothing, args.seed
         self.kd_weight, self.kd_temperature = args.kd_weight, args.kd_temperature
         self.token_weight = args.kd_token_weight
+        self.asked = asked(model)
+        if self.asked and teacher is None:
+            raise ValueError(
+                f"{', '.join(names_owed(model))}: losses of the method compare with a teacher "
+                f"({', '.join(sorted(self.asked))}); give --kd-model-name unpatched, or set their weight to 0"
+            )
         if self.token_weight and teacher is None:
             raise ValueError(f"--kd-token-weight {self.token_weight} needs a teacher; give --kd-model-name unpatched")
         if self.token_weight:
             check_tokens(model, "student")
             check_tokens(teacher, "teacher")
+        self.token_scores = args.kd_token_scores
+        if self.token_scores:
+            check_scores(model, teacher, self.token_weight)
         self.consistency, self.limit = args.consistency, args.consistency_r
         self.strength: int | float = 0
         self.owed = names_owed(model)
+        priced = any(method.priced for method in learned_methods(model).values())
+        self._prices = prices_of(model) if priced else None
         self.threshold, self.second_weight = args.consistency_threshold, args.consistency_task
         # lists hide modules: teacher and second pass are no parameters of their own
         self._teacher = [teacher]
@@ -157,7 +177,11 @@ class TrainStep(nn.Module):
         """
         second, (teaching, layout) = self._second[0], self._taught(images)
         owing = len(self.owed) > 0
-        logits, token, apart, owed = self._forward(self.model, images, second is not None, teaching, layout, owing)
+        if owing:
+            teaching = teaching._replace(target=target, prices=self._prices)
+        logits, token, apart, owed = self._forward(
+            self.model, images, second is not None, teaching, layout, owing, self.token_scores
+        )
         parts = {"task": self._task(logits, target)}
         loss = parts["task"]
         if teaching.logits is not None:
@@ -184,12 +208,19 @@ class TrainStep(nn.Module):
         teacher = self._teacher[0]
         if teacher is None:
             return _NOBODY, None
-        if not self.token_weight:
-            return Teaching(teacher(images) if self.kd_weight else None), None
-        features = teacher.forward_features(images)
-        logits = teacher.forward_head(features) if self.kd_weight else None
+        answers, layers = self.kd_weight > 0 or "logits" in self.asked, None
+        if not self.token_weight and self.asked <= {"logits"}:
+            return Teaching(teacher(images) if answers else None), None
+        if "layers" in self.asked:
+            features, layers = layer_tokens(teacher, images)
+        else:
+            features = teacher.forward_features(images)
+        logits = teacher.forward_head(features) if answers else None
+        if not self.token_weight and "tokens" not in self.asked:
+            return Teaching(logits, None, layers), None
         layout = None if is_patched(self.model) else full_layout(self.model, images)
-        return Teaching(logits, patch_tokens(features, full_layout(teacher, images))), layout
+        tokens = patch_tokens(features, full_layout(teacher, images))
+        return Teaching(logits, teacher.aux_head(tokens) if self.token_scores else tokens, layers), layout
 
     def _task(self, logits: Tensor, target: Tensor) -> Tensor:
         smoothing = self.smoothing if target.dim() == 1 else 0.0  # mixing smooths its targets itself
@@ -203,6 +234,7 @@ def _answer(
     teaching: Teaching = _NOBODY,
     layout: Layout | None = None,
     owing: bool = False,
+    scores: bool = False,
 ) -> _Answer:
     """One forward pass; losses on tokens are part of it, so that a compiled one hands out tensors only.
 
@@ -213,6 +245,7 @@ def _answer(
         teaching: what the teacher says; where it gives tokens, also return the distance from them.
         layout: sequence of a model that is not patched, needed with the teacher's tokens.
         owing: also return what methods owe.
+        scores: what the teacher says of the tokens are class scores, and so is what the student says.
     """
     places = teaching.tokens
     if not with_token and places is None and not owing:
@@ -222,9 +255,14 @@ def _answer(
     else:
         x = model.forward_features(images)
         tokens = Tokens(patch_tokens(x, layout), layout._replace(num_prefix=0, added=0))
-    apart = None if places is None else token_distillation(tokens, places)
-    owed = losses_owed(model, tokens, teaching) if owing else {}
-    return _Answer(model.forward_head(x), tokens.x[:, 0] if with_token else None, apart, owed)
+    apart = None
+    if places is not None and scores:
+        apart = score_distillation(tokens._replace(x=model.aux_head(tokens.x)), places)
+    elif places is not None:
+        apart = token_distillation(tokens, places)
+    logits = model.forward_head(x)
+    owed = losses_owed(model, tokens, teaching._replace(answers=logits)) if owing else {}
+    return _Answer(logits, tokens.x[:, 0] if with_token else None, apart, owed)
 
 
 def unused_parameters(step: TrainStep, batch: tuple[Tensor, Tensor], context: Any) -> list[str]:

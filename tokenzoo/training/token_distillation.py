@@ -37,6 +37,38 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
     Source: Rao et al., "DynamicViT", NeurIPS 2021 (its loss on the kept tokens, of weight 0.5 there); for merged tokens
     ours.
     """
+    kind = torch.promote_types(student.x.dtype, torch.float32)
+    wanted = _at_places(student, teacher, kind)
+    apart = (student.x[:, student.layout.num_prefix :].to(kind) - wanted).square().mean(2)
+    return _mean_of_real(apart, student)
+
+
+def score_distillation(student: Tokens, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence between what student and teacher say of every patch token that is left.
+
+    Tokens find what the teacher says of their places as in `token_distillation`.
+
+    Args:
+        student: tokens from `forward_tokens(images, trace=True)` with class scores in place of values [B, N, K].
+        teacher: class scores of all patches [B, H * W, K] in raster order, detached here.
+
+    Returns:
+        Scalar: the mean over the tokens of all images together; 0 without any.
+
+    Raises:
+        ValueError: student and teacher differ in classes or in number of patches.
+
+    Source: Rao et al., "DynamicViT", NeurIPS 2021 (its loss on the kept tokens of LV-ViT, whose second classifier
+    scores them); for merged tokens ours.
+    """
+    kind = torch.promote_types(student.x.dtype, torch.float32)
+    wanted = F.log_softmax(_at_places(student, teacher, kind), dim=2)
+    said = F.log_softmax(student.x[:, student.layout.num_prefix :].to(kind), dim=2)
+    return _mean_of_real(F.kl_div(said, wanted, reduction="none", log_target=True).sum(2), student)
+
+
+def _at_places(student: Tokens, teacher: Tensor, kind: torch.dtype) -> Tensor:
+    """What the teacher has at the places of the student's patch tokens [B, M, C]."""
     prefix, places = student.layout.num_prefix, student.layout.num_patches
     if teacher.shape[1:] != (places, student.x.shape[2]):
         raise ValueError(
@@ -44,18 +76,21 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
             f"{student.x.shape[2]} channels and the teacher {teacher.shape[1]} of {teacher.shape[2]}; give a teacher "
             "of the same width and patch grid, such as --kd-model-name unpatched, or --kd-token-weight 0"
         )
-    kind = torch.promote_types(student.x.dtype, torch.float32)
     with torch.no_grad(), full_precision(student.x):
         wanted = F.pad(teacher.to(kind), (0, 0, prefix, 0))
         for step in student.trace or ():
             wanted = step.map.means(wanted)
-    apart = (student.x[:, prefix:].to(kind) - wanted[:, prefix:]).square().mean(2)
+    return wanted[:, prefix:]
+
+
+def _mean_of_real(apart: Tensor, student: Tokens) -> Tensor:
+    """The mean over the patch tokens that are real and open, of all images together; apart [B, M]."""
     if student.valid is None and student.gate is None:
         return apart.sum() / max(1, apart.shape[0] * apart.shape[1])
     real = student.valid if student.valid is not None else torch.ones_like(student.gate.closed)
     if student.gate is not None:
         real = real & ~student.gate.closed
-    real = real[:, prefix:].to(kind)
+    real = real[:, student.layout.num_prefix :].to(apart.dtype)
     return (apart * real).sum() / real.sum().clamp(min=1)
 
 
@@ -71,6 +106,25 @@ def patch_tokens(features: Tensor, layout: Layout) -> Tensor:
     if features.dim() == 4:
         return features.flatten(2).transpose(1, 2)
     return from_scan(features, layout.scan_rows)[:, layout.num_prefix :]
+
+
+def layer_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What `forward_features` gives, and the patch tokens [B, H * W, C] behind every block, before the final norm.
+
+    Args:
+        model: not patched.
+        images: [B, C, H, W].
+
+    Raises:
+        ValueError: a model that does not hand out what its blocks give.
+    """
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"{type(model).__name__}, the teacher, has no forward_intermediates, which gives the tokens behind its "
+            "blocks; give another model, or set the weight of the method's loss to 0"
+        )
+    features, layers = model.forward_intermediates(images, norm=False, output_fmt="NLC")
+    return features, tuple(layers)
 
 
 def check_tokens(model: nn.Module, who: str) -> None:
@@ -98,3 +152,22 @@ def check_tokens(model: nn.Module, who: str) -> None:
             f"{remedy}: a neck mixes its tokens behind the last norm, or two branches have tokens of their own; "
             "give another model, or --kd-token-weight 0"
         )
+
+
+def check_scores(model: nn.Module, teacher: nn.Module | None, weight: float) -> None:
+    """Refuses to compare scores of tokens where nothing gives any.
+
+    Args:
+        model: the student.
+        teacher: None for none.
+        weight: of the loss.
+
+    Raises:
+        ValueError: no weight, or a model without a second classifier.
+    """
+    for who, each in (("student", model), ("teacher", teacher)):
+        if not weight or getattr(each, "aux_head", None) is None:
+            raise ValueError(
+                f"--kd-token-scores compares what second classifiers say of tokens; {type(each).__name__}, the {who}, "
+                "needs an aux_head as LV-ViT has, and --kd-token-weight a weight"
+            )

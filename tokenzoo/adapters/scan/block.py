@@ -103,6 +103,8 @@ class ScanBlock(HookedBlock):
         token_map = step.decide(tokens, signals)
         if token_map is None:
             return tokens, signals, None
+        if token_map.notes:
+            return tokens.reduce(token_map), signals, None
         if not step.method.keeps_order:
             token_map = in_order(token_map, tokens)
         rows = step.method.scan_rows(tokens, token_map, step) if isinstance(step.method, Scanning) else None

@@ -7,14 +7,24 @@ from .cells import Cells, Grid, cells_of, scaled_cells
 from .frame_share import FrameCounts, FrameShare
 from .keep import Keep, check_rates, kept_of, kept_patches, quarters
 from .keep_mass import KeepMass
-from .per_layer import cosine_keep_rate, even_removal, keep_count, removed_per_layer, spread
+from .keep_of_all import KeepOfAll, Kept, Slots
+from .per_layer import (
+    cosine_keep_rate,
+    decayed_keep_rates,
+    depth_shares,
+    even_removal,
+    keep_count,
+    removed_per_layer,
+    spread,
+    truncated,
+)
 from .remove import Either, Remove, RemoveAll, half_of
 from .share import Share
 from .stages import Stage, Stages
 
 __all__ = [
-    "Balanced", "Budget", "Cells", "Either", "FrameCounts", "FrameShare", "Grid", "Keep", "KeepMass", "Remove",
-    "RemoveAll", "Schedule", "Share", "Stage", "Stages", "cells_of", "check_rates", "cosine_keep_rate", "even_removal",
-    "half_of", "keep_count", "kept_of", "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells",
-    "spread",
+    "Balanced", "Budget", "Cells", "Either", "FrameCounts", "FrameShare", "Grid", "Keep", "KeepMass", "KeepOfAll",
+    "Kept", "Remove", "RemoveAll", "Schedule", "Share", "Slots", "Stage", "Stages", "cells_of", "check_rates",
+    "cosine_keep_rate", "decayed_keep_rates", "depth_shares", "even_removal", "half_of", "keep_count", "kept_of",
+    "kept_patches", "open_counts", "quarters", "removed_per_layer", "scaled_cells", "spread", "truncated",
 ]  # fmt: skip

@@ -64,6 +64,39 @@ def keep_count(rate: float, n: int) -> int:
     return math.ceil(rate * n)
 
 
+def truncated(rate: float, n: int) -> int:
+    """rate * n rounded down, one at least: the rounding of p-MoD (Zhang et al., ICCV 2025)."""
+    return max(1, int(rate * n))
+
+
+def depth_shares(depth: int, form: str = "cosine") -> list[float]:
+    """A share per block that falls from 1 to 0, a half on the average: half a cosine, or a line.
+
+    Args:
+        depth: number of blocks.
+        form: "cosine" or "linear".
+
+    Source: Zhang, Meng, Lu et al., "p-MoD: Building Mixture-of-Depths MLLMs via Progressive Ratio Decay", ICCV 2025.
+    """
+    if form not in ("cosine", "linear"):
+        raise ValueError(f"form={form!r}; use 'cosine' or 'linear'")
+    places = [i / max(1, depth - 1) for i in range(depth)]
+    return [0.5 + 0.5 * math.cos(math.pi * t) if form == "cosine" else 1 - t for t in places]
+
+
+def decayed_keep_rates(depth: int, form: str = "cosine", most: float = 0.85, least: float = 0.15) -> tuple[float, ...]:
+    """Progressive ratio decay: keep rates of all blocks, 1 where the share is above `most`, never below `least`.
+
+    Args:
+        depth, form: see `depth_shares`.
+        most: blocks with a larger share keep all.
+        least: smallest rate.
+
+    Source: Zhang, Meng, Lu et al., "p-MoD: Building Mixture-of-Depths MLLMs via Progressive Ratio Decay", ICCV 2025.
+    """
+    return tuple(1.0 if share > most else max(share, least) for share in depth_shares(depth, form))
+
+
 def cosine_keep_rate(iteration: int, epoch: int, steps_per_epoch: int, start: int, length: int, target: float) -> float:
     """Keep rate during training: 1 until `start`, a half cosine down to `target`, then `target` (EViT, ICLR 2022).
 
