@@ -186,6 +186,8 @@ def _measured(name: str) -> str:
         link = f"[{file.stem}](../../{file.relative_to(ROOT).as_posix()})"
         body = [
             (r["setting"], f"{100 * float(r['share']):.1f} %", r["top1"], f"{float(r['diff']):+.2f} ± {r['diff_se']}")
+            if r["share"]
+            else (r["setting"], "", "", f"not measured: {r['note']}")
             for r in rows
         ]
         head = ("setting", "multiply-adds", "top-1", "difference to unpatched, points")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from types import ModuleType
 
 import tokenzoo
 
@@ -15,6 +16,7 @@ MODULES = {
     "tokenzoo.tuning": "The search behind `tokenzoo.tune`.",
     "tokenzoo.training": "Training and losses.",
     "tokenzoo.dense": "Segmentation models.",
+    "tokenzoo.vlm": "Selecting the image tokens that a language model reads.",
     "tokenzoo.models": "Backbones that timm lacks.",
 }
 
@@ -35,11 +37,11 @@ def reference_pages() -> dict[str, str]:
     return pages
 
 
-def _entries(module: object, names: list[str]) -> list[str]:
+def _entries(module: ModuleType, names: list[str]) -> list[str]:
     found = []
     for name in sorted(names, key=str.lower):
         value = getattr(module, name)
         if inspect.ismodule(value) or not (inspect.isclass(value) or inspect.isfunction(value)):
             continue
-        found.append(f"::: {value.__module__}.{value.__qualname__}\n    options:\n      heading_level: 2")
+        found.append(f"::: {module.__name__}.{name}\n    options:\n      heading_level: 2")
     return found
