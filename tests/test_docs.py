@@ -127,6 +127,11 @@ def _vlm(names: dict) -> None:
     assert names["Loud"](keep=4).count(9) == 4 and names["Half"]().count(9, 0) == 4
 
 
+def _quickstart(names: dict) -> None:
+    assert tuple(names["logits"].shape) == (2, 1000) and abs(names["share"] - 0.6) < 0.006
+    assert tokenzoo.report(names["model"]).ratio <= 0.7
+
+
 def _segmentation(names: dict) -> None:
     assert tuple(names["scores"].shape) == (1, 11, 240, 320)
 
@@ -157,7 +162,7 @@ def _tune(names: dict) -> None:
 
 
 RESULTS = {
-    "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
+    "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts, "quickstart": _quickstart,
     "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage, "vlm": _vlm,
 }  # fmt: skip
 
