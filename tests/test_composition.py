@@ -69,6 +69,7 @@ def test_two_methods(first, second, tmp_path):
     with torch.no_grad():
         alone = torch.cat([model(image[None]) for image in x])
         torch.testing.assert_close(alone, out, atol=3e-5, rtol=1e-4)
+        out = model(x)  # products round as they please where they prepare for gradients
         saved = tokenzoo.recipe(model)
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(saved))
