@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from vlm_cases import DROPPERS, FAMILIES, LM, alone, build, prompts
@@ -14,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from test_golden_vlm import dropping  # noqa: E402
 
+from tokenzoo.vlm.cache import CACHE  # noqa: E402
 from tokenzoo.vlm.passing import KWARG, Note  # noqa: E402
 
 N = 20
@@ -31,7 +34,7 @@ def language_model(seed: int = 0) -> transformers.LlamaModel:
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3.0)
+                parameter.mul_(8.0)
     return lm
 
 
@@ -125,6 +128,74 @@ def test_mustdrop_is_its_equations():
         close(cut(inputs_embeds=x, **{KWARG: Note(visual[None])}).last_hidden_state, want)
 
 
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_mustdrop_shortens_earlier_caches(positions):
+    """Steps see in every layer from the scoring one on the rows that are left at the end, where they were turned to."""
+    lm, options = language_model(), {"together": 0.08, "alone": 0.06, "layers": (2, 3)}
+    visual = torch.zeros(1, N, dtype=torch.bool)
+    visual[:, 3:15] = True
+    step = lm.embed_tokens(torch.tensor([[7]]))
+    whole = dropping(language_model(), tokenzoo.MustDrop(**options, early_caches=False), positions)
+    with torch.no_grad():
+        for seed in range(30):  # until a prompt loses rows at both cuts
+            x = torch.randn(1, N, lm.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+            given = {"inputs_embeds": x, "use_cache": True, KWARG: Note(visual)}
+            long = whole(**given)
+            rows = [long.past_key_values.kept.layers[i].cols[0].tolist() if i else list(range(N)) for i in range(4)]
+            if len(rows[3]) < len(rows[2]) < len(rows[1]):
+                break
+        assert len(rows[3]) < len(rows[2]) < len(rows[1]) == N
+        # by hand: plain layers on caches from which rows are taken
+        hidden = step
+        for i, layer in enumerate(lm.layers):
+            left = rows[3] if i > 0 else rows[0]
+            at = torch.tensor([rows[i].index(row) for row in left])
+            past, attn = long.past_key_values.layers[i], layer.self_attn
+            place = N - (N - len(rows[i]) if positions == "contiguous" else 0)
+            cos, sin = lm.rotary_emb(step, torch.tensor([[place]]))
+            z = layer.input_layernorm(hidden)
+            q, k, v = (getattr(attn, f"{p}_proj")(z)[0].view(-1, attn.head_dim) for p in "qkv")
+
+            def turned(t, cos=cos, sin=sin):
+                a, b = t.chunk(2, -1)
+                return t * cos[0] + torch.cat([-b, a], -1) * sin[0]
+
+            q, k = turned(q), turned(k)
+            seen = []
+            for h in range(len(q)):
+                g = h // (len(q) // len(k))
+                keys = torch.cat([past.keys[0, g][at], k[g : g + 1]])
+                weight = (keys @ q[h] / attn.head_dim**0.5).softmax(0)
+                seen.append(weight @ torch.cat([past.values[0, g][at], v[g : g + 1]]))
+            hidden = hidden + attn.o_proj(torch.cat(seen))[None, None]
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        want = lm.norm(hidden)
+        cut = dropping(language_model(), tokenzoo.MustDrop(**options), positions)
+        short = cut(**given)
+        assert torch.equal(short.last_hidden_state, long.last_hidden_state)
+        lengths = [layer.keys.shape[2] for layer in short.past_key_values.layers]
+        assert lengths == [N, *[len(rows[3])] * 3]
+        close(cut(inputs_embeds=step, **{CACHE: short.past_key_values}).last_hidden_state, want)
+
+
+def test_mustdrop_shortens_caches_by_prompt():
+    """Where prompts of a batch lose different numbers, steps of each are what they are alone."""
+    x = torch.randn(3, N, LM["hidden_size"], generator=torch.Generator().manual_seed(4))
+    visual = torch.zeros(3, N, dtype=torch.bool)
+    visual[:, 3:15] = True
+    lm = dropping(language_model(), tokenzoo.MustDrop(together=0.08, alone=0.06, layers=(2, 3)), "contiguous")
+    step, left = lm.embed_tokens(torch.tensor([[7]])), []
+    with torch.no_grad():
+        past = lm(inputs_embeds=x, use_cache=True, **{KWARG: Note(visual)}).past_key_values
+        found = lm(inputs_embeds=step.expand(3, -1, -1), **{CACHE: past}).last_hidden_state
+        for b in range(3):
+            note = Note(visual[b : b + 1])
+            past = lm(inputs_embeds=x[b : b + 1], use_cache=True, **{KWARG: note}).past_key_values
+            left.append(past.layers[-1].keys.shape[2])
+            close(lm(inputs_embeds=step, **{CACHE: past}).last_hidden_state, found[b : b + 1])
+    assert len(set(left)) > 1
+
+
 def test_holitom_goes_by_halves():
     """The weights of a later row are those of a loop that averages one after the other."""
     from tokenzoo.vlm.droppers.holitom import _by_halves
@@ -177,6 +248,31 @@ def test_a_batch_is_each_prompt_alone(method, side, positions):
         model(**batch, labels=labels).loss.backward()
         grads = [p.grad for p in model.model.multi_modal_projector.parameters()]
         assert all(torch.isfinite(g).all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("method", ["mustdrop", "visiondrop"])
+def test_beams_and_a_second_turn(method):
+    """Beams of a batch are those of each prompt; a second turn on the cache of the first is its steps by hand."""
+    model = build("llava", double=True)
+    batch = prompts("llava", model, seed=5)
+    tokenzoo.patch_model(model, method, **DROPPERS[method][1], positions="contiguous")
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    ones = alone("llava", batch, (1, 2))
+    with torch.no_grad():
+        beams = model.generate(**batch, num_beams=3, **options)
+        for row, one in zip(beams, ones):
+            assert torch.equal(model.generate(**one, num_beams=3, **options)[0, -3:], row[-3:])
+        first = model.generate(**ones[1], return_dict_in_generate=True, **options)
+        more = torch.randint(10, 240, (1, 5), generator=torch.Generator().manual_seed(1))
+        ids = torch.cat([first.sequences, more], 1)
+        words = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        second = model.generate(**words, **{CACHE: copy.deepcopy(first[CACHE])}, **options)
+        past, tokens = first[CACHE], []
+        step = model(ids[:, first.sequences.shape[1] - 1 :], **{CACHE: past}, use_cache=True)
+        for _ in range(3):
+            tokens.append(step.logits[:, -1:].argmax(-1))
+            step = model(tokens[-1], **{CACHE: past}, use_cache=True)
+    assert torch.equal(second[:, -3:], torch.cat(tokens, 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -105,6 +105,18 @@ def test_decisions_follow_their_rows(seed, keep):
         assert choose(x * 8, score).tolist() == found
 
 
+def test_long_sequences_are_decided_alike(monkeypatch):
+    """Where cosines of all rows would not fit, they are worked out when they are asked for."""
+    x, score = torch.randn(2, 40, 8), torch.rand(2, 40)
+    choices = [
+        lambda: functional.divprune(x, 9), lambda: functional.todre(x, score, 9),
+        lambda: functional.cdpruner(x, score, 7),
+    ]  # fmt: skip
+    short = [choose() for choose in choices]
+    monkeypatch.setattr("tokenzoo.vlm.functional.deciding.LONG", 39)
+    assert all(torch.equal(choose(), found) for choose, found in zip(choices, short))
+
+
 def test_equal_rows_are_chosen_once():
     """Rows that are all alike: ties everywhere, volumes of nothing, no numbers that are none."""
     x, score = torch.ones(1, 9, 4), torch.zeros(1, 9)

@@ -72,10 +72,6 @@ from .methods.topk import TopK as TopK
 from .methods.turbo import Turbo as Turbo
 from .methods.uniform import Uniform as Uniform
 from .methods.vggt import FastVGGT as FastVGGT
-from .vlm.selectors.fastervlm import FasterVLM as FasterVLM
-from .vlm.selectors.pool import PoolRows as PoolRows
-from .vlm.selectors.random import RandomRows as RandomRows
-from .vlm.selectors.uniform import UniformRows as UniformRows
 from .vlm.selectors.catp import CATP as CATP
 from .vlm.selectors.cdpruner import CDPruner as CDPruner
 from .vlm.selectors.divprune import DivPrune as DivPrune

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .gather import take
 from .passing import KWARG, PROMPT, Note, Prompt, during
+from .recipe import VlmRecipe
 from .standing_in import named
 
 _OF_LOSS = ("num_items_in_batch", "shift_labels")
@@ -16,6 +17,8 @@ _OF_LOSS = ("num_items_in_batch", "shift_labels")
 
 class ReducingHead:
     """Mixin of models with a language head."""
+
+    tokenzoo_recipe: VlmRecipe
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = named(super().forward, args, kwargs)
@@ -42,6 +45,16 @@ class ReducingHead:
         prompt = None if ids is None else Prompt(ids, options.get("attention_mask"))
         with during(PROMPT, prompt):
             return super()._maybe_prepare_encoder_kwargs_for_generation(inputs, options, *args)
+
+    def _prefill(self, ids: Tensor, settings: Any, *args: Any, **kwargs: Any) -> Any:
+        size = settings.prefill_chunk_size
+        if size is not None and self.tokenzoo_recipe.droppers:
+            names = ", ".join(dropper.name for dropper in self.tokenzoo_recipe.droppers)
+            raise ValueError(
+                f"prefill_chunk_size={size} reads a prompt in parts, but {names} decides by all of it; leave "
+                "prefill_chunk_size out, or use a selector alone"
+            )
+        return super()._prefill(ids, settings, *args, **kwargs)
 
 
 def _asking(labels: Tensor) -> Tensor:

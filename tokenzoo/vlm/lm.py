@@ -13,6 +13,7 @@ from .gather import both, compact, take, take_mask
 from .layer import SPAN
 from .passing import KWARG, Note, Span
 from .rows import marked
+from .shrinking import shrink_early_caches
 from .standing_in import named
 
 
@@ -62,7 +63,7 @@ class ReducingLm:
         if span.after:
             cache = given.get(CACHE)
             if cache is not None:
-                cache.kept.layers = span.after
+                cache.kept.layers = shrink_early_caches(self.layers, cache, span)
         return out
 
     def _shortened(
@@ -78,6 +79,8 @@ class ReducingLm:
             cache.kept = kept
         if cuts or kept.layers:
             self._check_windows(kept.held + n)
+        if cuts:
+            self._check_checkpoints()
         past, tail, past_valid, before = kept.held, kept.tail, kept.rows()[1], kept.layers
         positions = given.get("position_ids")
         if positions is None:
@@ -128,6 +131,21 @@ class ReducingLm:
             raise ValueError(
                 f"{type(self).__name__} has layers with a window of {window} rows, and {rows} are held: rows that are "
                 "dropped between layers cannot be followed there; use a selector alone, or shorter prompts"
+            )
+
+    def _check_checkpoints(self) -> None:
+        """Refuses checkpoints that hand on the gradients of tensors alone, where rows travel with more than that.
+
+        Raises:
+            ValueError: with the other kind.
+        """
+        layer = self.layers[0]
+        if not (self.training and getattr(layer, "gradient_checkpointing", False)):
+            return
+        if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+            raise ValueError(
+                "droppers cannot be trained with reentrant checkpoints; call model.gradient_checkpointing_enable("
+                'gradient_checkpointing_kwargs={"use_reentrant": False})'
             )
 
     def _cache(self, given: dict[str, Any]) -> ReducedCache | None:

@@ -65,9 +65,9 @@ def catp(x: Tensor, text: Tensor, keep: int, weight: float = 0.7) -> Tensor:
     units = unit(x)
     alike = (torch.bmm(units, units.transpose(1, 2)) + 1) / 2
     near = weight * (torch.bmm(units, unit(text).unsqueeze(-1)).squeeze(-1) + 1) / 2
-    best, chosen = torch.zeros_like(near), []
+    best, chosen, spare = torch.zeros_like(near), [], torch.empty_like(alike)
     for _ in range(keep):
-        gain = (alike - best.unsqueeze(1)).clamp(min=0).sum(2) + near
+        gain = torch.sub(alike, best.unsqueeze(1), out=spare).clamp_(min=0).sum(2) + near
         last = gain.argmax(dim=1)
         chosen.append(last)
         near = near.scatter(1, last.unsqueeze(1), float("-inf"))

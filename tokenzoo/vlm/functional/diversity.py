@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.rows import take_rows
-from .deciding import cosines, deciding, ranked, row_of, unit
-
-_SLICE = 256  # rows that are compared with all others at once
+from .deciding import Cosines, deciding, ranked, row_of, unit
 
 
 @deciding
@@ -54,24 +52,15 @@ def divprune(x: Tensor, keep: int) -> Tensor:
 
     Source: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025.
     """
-    units = unit(x)
-    last = _nearest_other(units).argmin(dim=1)
-    chosen, nearest = [last], cosines(units, last)
+    alike = Cosines(x)
+    last = alike.nearest().argmin(dim=1)
+    chosen, nearest = [last], alike.row(last)
     for _ in range(keep - 1):
         nearest = nearest.scatter(1, last.unsqueeze(1), float("inf"))
         last = nearest.argmin(dim=1)
         chosen.append(last)
-        nearest = torch.maximum(nearest, cosines(units, last))
+        nearest = torch.maximum(nearest, alike.row(last))
     return torch.stack(chosen, dim=1)
-
-
-def _nearest_other(units: Tensor) -> Tensor:
-    """Largest cosine of every row with another one [B, N], in slices of rows."""
-    n, found = units.shape[1], []
-    for rows in torch.arange(n, device=units.device).split(_SLICE):
-        alike = torch.bmm(units[:, rows], units.transpose(1, 2))
-        found.append(alike.scatter(2, rows.view(1, -1, 1).expand(units.shape[0], -1, 1), float("-inf")).amax(-1))
-    return torch.cat(found, dim=1)
 
 
 @deciding
@@ -88,10 +77,10 @@ def todre(x: Tensor, score: Tensor, keep: int) -> Tensor:
 
     Source: Li et al., "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", 2025.
     """
-    units, last = unit(x), score.argmax(dim=1)
-    chosen, total = [last], torch.zeros_like(units[..., 0])
+    alike, last = Cosines(x), score.argmax(dim=1)
+    chosen, total = [last], torch.zeros_like(x[..., 0], dtype=torch.float32)
     for _ in range(keep - 1):
-        total = (total + cosines(units, last)).scatter(1, last.unsqueeze(1), float("inf"))
+        total = (total + alike.row(last)).scatter(1, last.unsqueeze(1), float("inf"))
         last = total.argmin(dim=1)
         chosen.append(last)
     return torch.stack(chosen, dim=1)
@@ -131,14 +120,14 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     Source: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
     NeurIPS 2025; greedy inference of Chen et al., NeurIPS 2018.
     """
-    units = unit(features)
-    volume = weight.float().square() * units.square().sum(-1)  # what a row would add to the determinant
+    alike = Cosines(features)
+    volume = weight.float().square() * alike.units.square().sum(-1)  # what a row would add to the determinant
     chosen: list[Tensor] = []
-    parts = units.new_zeros(*volume.shape, keep)  # of the Cholesky factor
+    parts = alike.units.new_zeros(*volume.shape, keep)  # of the Cholesky factor
     for step in range(keep):
         last = volume.argmax(dim=1)
         chosen.append(last)
-        kernel = weight * cosines(units, last) * weight.gather(1, last.unsqueeze(1))
+        kernel = weight * alike.row(last) * weight.gather(1, last.unsqueeze(1))
         done = torch.bmm(parts, row_of(parts, last).unsqueeze(-1)).squeeze(-1)
         # once rows span the space, what is left of a volume is rounding, and may be negative
         root = volume.gather(1, last.unsqueeze(1)).clamp(min=1e-12).sqrt()
