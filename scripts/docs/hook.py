@@ -115,8 +115,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     parts[::2] = [readable(_LINK.sub(moved, part)) for part in parts[::2]]
     text = "".join(parts)
     if here in ("methods.md", "backbones.md"):  # every row leads to its page
+        names = tokenzoo.list_methods() if here == "methods.md" else [family.name for family in all_families()]
+        row = rf"^\| `({'|'.join(names)})` \|"
         folder = "methods" if here == "methods.md" else "families"
-        text = re.sub(r"^\| `(\w+)` \|", rf"| [`\1`]({folder}/\1.md) |", text, flags=re.MULTILINE)
+        text = re.sub(row, rf"| [`\1`]({folder}/\1.md) |", text, flags=re.MULTILINE)
     return text
 
 
