@@ -62,7 +62,8 @@ def test_a_new_method_gets_its_page_by_itself(hook, monkeypatch):
     from tokenzoo.core import registry
 
     cls = tokenzoo.method_class("uniform")
-    own = type("Own", (cls,), {"name": "own", "__doc__": "Keeps what it is told.\n\nSource: a test.", "source": "a test"})
+    doc = "Keeps what it is told.\n\nSource: a test."
+    own = type("Own", (cls,), {"name": "own", "__doc__": doc, "source": "a test"})
     monkeypatch.setitem(registry._METHODS, "own", own)
     page = hook.generated()["methods/own.md"]
     assert page.startswith("# own\n\nKeeps what it is told.") and "No row of" in page
