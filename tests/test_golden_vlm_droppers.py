@@ -9,6 +9,9 @@ import torch
 from goldens import Case, cases, check_settings, close, read
 
 import tokenzoo
+from tokenzoo.core.method import Step
+from tokenzoo.core.tokens import Layout, Tokens
+from tokenzoo.methods.algm import Stage
 from tokenzoo.vlm.layer_signals import LayerRows
 
 transformers = pytest.importorskip("transformers")
@@ -173,6 +176,20 @@ def test_mustdrop(case: Case):
     dropper = tokenzoo.MustDrop(together=s["global_thr"], alone=s["individual_thr"])
     left = dropper.decide(rows, Recorded(attention), 0)
     assert torch.equal(left.keep[0, visual[0]].nonzero().flatten(), case["out/keep"])
+
+
+@cases("vlm", lambda c: {"window", "threshold"} <= c.asks and c.has("out/size"))
+def test_mustdrop_windows(case: Case):
+    """Its first stage is ALGM's merging of windows, but for the order of tokens, which are matched by a channel."""
+    s = case.settings
+    check_settings(s, "B", "grid", "C", "window", "threshold", "out_tokens")
+    method = tokenzoo.ALGM(threshold=s["threshold"], window=s["window"], batch_min=True)
+    tokens = Tokens(case["in/tokens"], Layout(1, True, (s["grid"], s["grid"]), track_size=True))
+    found = tokens.reduce(method.map(tokens, None, Step(method, 0, Stage(True, None))))
+    for x, size, y, mass in zip(found.x, found.sizes(), case["out/tokens"], case["out/size"]):
+        own, theirs = x[:, 0].argsort(), y[:, 0].argsort()
+        close(x[own], y[theirs], 1e-5)
+        close(size[own], mass[theirs], 1e-6)
 
 
 @cases("vlm", lambda c: "stride" in c.asks and c.has("in/positions"))

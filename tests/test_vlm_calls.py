@@ -65,7 +65,8 @@ def test_a_solved_share_is_what_runs():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"prefill": 0.0}, "in \\(0, 1\\]"), ({"prefill": 1.5}, "in \\(0, 1\\]"), ({"prefill": 0.1, "text": 500}, "out of reach"),
+    ({"prefill": 0.0}, "in \\(0, 1\\]"), ({"prefill": 1.5}, "in \\(0, 1\\]"),
+    ({"prefill": 0.1, "text": 500}, "out of reach"),
     ({"prefill": 0.5, "images": [0]}, "rows of each image"), ({"flops": 0.5}, "prefill="),
 ])  # fmt: skip
 def test_shares_that_cannot_be_solved(options, message):

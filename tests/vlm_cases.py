@@ -279,7 +279,9 @@ def build(name: str, seed: int = 0, double: bool = False) -> nn.Module:
     model = FAMILIES[name].build().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and not bool(parameter.any()):  # Gemma 3's projection begins with zeros
+                parameter.normal_(std=0.2)
+            elif parameter.dim() > 1:
                 parameter.mul_(3.0)
     return model.double() if double else model
 

@@ -1,4 +1,4 @@
-"""The page of every method: from its class, its configurations, what was measured, and its images, if there are any."""
+"""The page of every method: its class, its configurations, what was measured, and its images where there are any."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from .choosing import choose
 from .family import VLMFamily
 from .lm import translated
 from .passing import KWARG, PROMPT, SEEN, Note, Prompt, during
+from .reading import in_place
 from .standing_in import named
 
 _PIXELS = ("pixel_values", "pixel_values_videos")
@@ -50,7 +51,7 @@ class ReducingVlm:
         whole = given.pop("return_dict", None)
         with during(SEEN, {}) as seen:
             out = encode(**given, return_dict=True)
-        choose(self, plan, modality, out, seen, given)
+        choose(self, plan, modality, out, in_place(plan.family.vision_tower(self), seen), given)
         return out.to_tuple() if whole is False else out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..adapters.classes import path_of, refuse_derived
+from ..adapters.registry import family_of
 from ..adapters.swapping import become, dispatched
 from ..adapters.wholes import Whole, register_whole
 from ..apply.install import all_or_nothing
+from ..apply.patch import patch_model, unpatch_model
 from .budget_solving import solved
 from .choosing import read_layers
 from .families.language_models import LAYERS, LMS, check_language_model
@@ -62,6 +64,8 @@ def patch(
     lm = family.language_model(inner)
     plans = layer_plans(family, inner, recipe)
     with all_or_nothing(list(model.modules())):
+        if recipe.tower is not None:  # in front of our hooks, which a tower would refuse as somebody's
+            patch_model(family.vision_tower(inner), recipe.tower, dense=True)
         become(model, family.heads[type(model)])
         become(inner, family.models[type(inner)])
         inner.tokenzoo_plan = VlmPlan(family, recipe.selector)
@@ -116,11 +120,11 @@ def _check_recipe(model: nn.Module, family: VLMFamily, recipe: VlmRecipe) -> Non
             f"{selector.name} reads what the class token attends to, and the tower of {name} has none; use a selector "
             "that does without, such as fastervlm, which ranks by the mean attention received there"
         )
-    if recipe.tower is not None:
+    if recipe.tower is not None and family_of(family.vision_tower(inner)) is None:
         raise ValueError(
-            f"methods inside the tower of {name} ({', '.join(m.name for m in recipe.tower.methods)}) are not served "
-            "yet together with its language model; use selectors and droppers, or patch model.model.vision_tower with "
-            "dense=True"
+            f"methods inside the tower of {name} ({', '.join(m.name for m in recipe.tower.methods)}) are not served: "
+            f"its {type(family.vision_tower(inner)).__name__} packs images into one sequence; use selectors and "
+            "droppers"
         )
     if isinstance(getattr(selector, "keep", None), int):
         most = family.fixed_rows(inner)
@@ -141,6 +145,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     lm = family.language_model(inner)
     with all_or_nothing(list(model.modules())):
         unwatch(inner)
+        if model.tokenzoo_recipe.tower is not None:
+            unpatch_model(family.vision_tower(inner))
         for layer in lm.layers:
             del layer.tokenzoo_plan
             become(layer, _plain(LAYERS, layer))

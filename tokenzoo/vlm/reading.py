@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.hooked import Aside
+from ..core.tokens import Tokens
 from .passing import SEEN
 
 
@@ -25,8 +27,31 @@ class Noting:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen = SEEN.get()
-        if seen is not None:
-            seen[self.key] = (module, args, kwargs)
+        if seen is None:
+            return
+        aside = kwargs.get("aside")
+        if isinstance(aside, Aside) and aside.state is not None:  # what tokens carry goes past hooks
+            args = (aside.given(args[0], str(self.key)),)
+        seen[self.key] = (module, args, kwargs)
+
+
+def in_place(tower: nn.Module, seen: dict[Any, Any]) -> dict[Any, Any]:
+    """What was noted, with all tokens in their places where methods have reduced them inside the tower.
+
+    Merged tokens are read by each that went into them, so that attention over all is that of a query which weighs
+    tokens by their size; dropped ones have the values that the recipe's `fill` says.
+
+    Args:
+        tower: the vision tower, patched or not.
+        seen: what its modules were given, see `Noting`.
+    """
+    found = {}
+    for key, (module, args, options) in seen.items():
+        x = args[0] if args else options.get("hidden_states")
+        if isinstance(x, Tokens):
+            args, options = (tower.in_place(x),), {"attention_mask": options.get("attn_mask")}
+        found[key] = (module, args, options)
+    return found
 
 
 def watch(module: nn.Module, key: Any) -> None:

@@ -49,8 +49,11 @@ class VlmRecipe:
         parts: list[dict[str, Any]] = []
         if self.tower is not None:
             tower = self.tower.to_dict()
-            inner = tower["method"] if isinstance(tower["method"], list) else [tower]
-            parts += [{**each, "method": _told_apart(each["method"])} for each in inner]
+            if isinstance(tower["method"], list):
+                inner = [{**each, "method": _told_apart(each["method"])} for each in tower["method"]]
+                parts += inner if len(tower) == 1 else [{**tower, "method": inner}]
+            else:
+                parts.append({**tower, "method": _told_apart(tower["method"])})
         parts += [] if self.selector is None else [self.selector.to_dict()]
         parts += [dropper.to_dict() for dropper in self.droppers]
         extra = {} if self.positions == "original" else {"positions": self.positions}
@@ -92,7 +95,7 @@ class VlmRecipe:
         if len(selectors) > 1:
             names = " and ".join(each.name for each in selectors)
             raise ValueError(f"{names} both choose the rows that the language model sees; name one of them")
-        tower = Recipe.parse([m for each in towers for m in each.methods]) if towers else None
+        tower = _tower(towers)
         return cls(tower, next(iter(selectors), None), tuple(d for d in parts if isinstance(d, Dropper)), **common)
 
 
@@ -105,6 +108,11 @@ def _part(method: Any, options: dict[str, Any]) -> Recipe | Selector | Dropper:
     if isinstance(method, Mapping):
         rest = {**method, **options}
         return _part(rest.pop("method", None), rest)
+    if isinstance(method, Sequence) and not isinstance(method, str):  # methods of a tower, with options for all
+        inner = [_part(each, {}) for each in method]
+        if not all(isinstance(each, Recipe) for each in inner):
+            raise ValueError("selectors and droppers stand in the outermost list, beside methods of the tower")
+        return Recipe.parse([m for each in inner for m in each.methods], **options)
     if not isinstance(method, str):
         raise TypeError(
             f"method={method!r} of type {type(method).__name__}: give a name, an object, a list of them, a dict or the "
@@ -119,6 +127,23 @@ def _part(method: Any, options: dict[str, Any]) -> Recipe | Selector | Dropper:
             f"methods of the tower: {', '.join(list_methods())}"
         )
     return Recipe.parse(name, **options)
+
+
+def _tower(recipes: list[Recipe]) -> Recipe | None:
+    """One recipe of those of the parts.
+
+    Raises:
+        ValueError: several of them, one of which has options that hold for all methods.
+    """
+    if len(recipes) < 2:
+        return next(iter(recipes), None)
+    for recipe in recipes:
+        if recipe != Recipe(recipe.methods):
+            raise ValueError(
+                f"options of a whole tower are given with {recipe.methods[0].name}, one of several methods; give these "
+                'in one part, {"method": [...], ...}'
+            )
+    return Recipe(tuple(m for recipe in recipes for m in recipe.methods))
 
 
 def _told_apart(name: str) -> str:
