@@ -109,3 +109,11 @@ def test_the_gallery_draws_a_method_or_says_why_not(tmp_path, monkeypatch):
     found = gallery.draw_all([gallery.demo_painter()], ["uniform", "reconstruct"], 0.6, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"uniform.png", "uniform_blocks.png"}
     assert found["uniform"].reason == "" and "nothing to rebuild" in found["reconstruct"].reason
+
+
+def test_pages_ask_no_one_else_for_scripts(hook):
+    class Page:
+        file = type("File", (), {"src_uri": "methods/tome.md"})
+
+    text = hook.on_post_page('<script src="https://unpkg.com/iframe-worker/shim"></script>', Page())
+    assert text == '<script src="../worker.js"></script>' and (ROOT / "docs" / "worker.js").is_file()
