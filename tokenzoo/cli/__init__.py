@@ -11,7 +11,7 @@ from .. import __version__
 from ..core.plugins import import_plugins
 from .common import add_import
 
-COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "tune", "rates", "export", "serve", "completion")
+COMMANDS = ("list", "eval", "bench", "train", "segment", "vlm", "show", "tune", "rates", "export", "serve", "completion")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
-        if name not in ("train", "segment"):  # flags of the first can stand in a file, the other has parsers of its own
+        if name not in ("train", "segment", "vlm"):  # flags of the first can stand in a file, the others have parsers of their own
             add_import(sub)
         sub.set_defaults(run=module.run)
     return parser

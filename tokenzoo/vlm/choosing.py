@@ -82,7 +82,7 @@ def choose(inner: Any, plan: Any, modality: str, out: Any, seen: dict[Any, Any],
     family.put(out, new, isinstance(features, Tensor))
     notes = TOLD.get()
     if notes is not None:
-        notes.extend((modality, keep, assign) for keep, assign in zip(kept, told))
+        notes.extend((modality, *each) for each in zip(kept, told, places))
 
 
 def _ask(

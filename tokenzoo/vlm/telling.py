@@ -20,11 +20,14 @@ class ImageRows(NamedTuple):
         modality: "image" or "video".
         keep: which rows the language model sees [n] bool.
         assign: row whose place each row went to [n] int64, itself where it stays, -1 where it was dropped.
+        place: (crop, row, column) of each row [n, 3] float32 on the host, in patches of the tower; the mean where a row
+            is made of several, infinity for rows that always stay (new lines).
     """
 
     modality: str
     keep: Tensor
     assign: Tensor
+    place: Tensor
 
 
 @torch.no_grad()
