@@ -25,7 +25,7 @@ def add_vlm_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", default=None, help="name on the Hugging Face hub, or a folder of save_pretrained")
-    which.add_argument("--random", choices=_SIZES, default=None, help="a LLaVA with random weights: figures, no answers")
+    which.add_argument("--random", choices=_SIZES, default=None, help="a LLaVA with random weights")
     group.add_argument("--attn", default="sdpa", help="attention implementation of transformers")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
