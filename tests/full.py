@@ -56,6 +56,8 @@ TAKEN = {
     "test_vim.py::test_export_with_any_batch": 0,
     "test_vim.py::test_onnx": 0,
     # vision-language models: families x recipes
+    "test_vlm_droppers.py::test_a_batch_is_each_prompt_alone": 8,
+    "test_vlm_droppers.py::test_merging_in_every_family": 3,
     "test_vlm.py::test_keeping_all_changes_nothing": 5,
     "test_vlm.py::test_a_selection_is_the_language_model_on_fewer_rows": 13,
     "test_vlm.py::test_a_batch_is_each_prompt_alone": 13,
@@ -65,6 +67,7 @@ TAKEN = {
     "test_vlm.py::test_training_follows_labels": 6,
     "test_vlm.py::test_copies_and_pickles": 3,
     "test_vlm.py::test_eager_is_sdpa": 4,
+    "test_vlm.py::test_a_selector_does_not_see_batch_mates": 6,
     "test_vlm_towers.py::test_a_tower_that_reduces_nothing_changes_nothing": 3,
     "test_vlm_towers.py::test_rows_come_from_the_reduced_tower": 6,
     "test_vlm_towers.py::test_a_batch_is_each_prompt_alone": 3,

@@ -12,13 +12,15 @@ import tokenzoo
 
 
 def _recipe(first, second):
-    """Both methods with their reducing options; MCTF and ToMe at strengths that leave something for the other."""
+    """Both methods with their reducing options, at strengths that leave something for the other."""
     out = []
     for name in (first, second):
         rows = given(name)
         for options in rows if isinstance(rows, list) else [rows]:
             if type(options.get("r")) is int:
                 options.update(r=1, clip=True)
+            if options["method"] in ("ia_red2", "thresholds") and "evo" in (first, second):
+                options.update(layers=(0,))  # evo refuses to halve the last patch
             if options["method"] != "cluster" or options not in out:  # one clustering is enough
                 out.append(options)
     return out
@@ -39,12 +41,25 @@ def _refusal(first, second):
         return "cluster before any other reduction"  # shared groups are no grid
     if "evo" in both and "reconstruct" in both:
         return "carries importance from block to block"
-    if both <= {"evo", "tomesd", "vggt"} and "evo" in both:
+    if both <= {"evo", "mod", "tomesd", "vggt"} and "evo" in both:
         return "both merge around the branches of block 1"
     grid_is_gone = {"cluster", "cts", "reconstruct"} & both or first in ("sta", "tomesd", "vggt")
     if second == "sta" and grid_is_gone or first == "sta" and {"cluster", "cts", "reconstruct"} & both:
         return "needs all 4 x 4 patches in their grid"
     return None
+
+
+def _move(model, name):
+    """New tokens of untrained slimming are all alike, so that rounding would say which is the best of them."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if name in key and parameter.dim() > 1:
+                parameter.normal_(std=1.5 / parameter[0].numel() ** 0.5)
+
+
+def _grid_depends_on_images(first, second):
+    """Whether a method that needs the whole grid comes after one that leaves what the images ask for."""
+    return first == "ia_red2" and second in ("cluster", "reconstruct", "sta") or (first, second) == ("sta", "ia_red2")
 
 
 @pytest.mark.parametrize("first,second", list(product(METHODS, METHODS)))
@@ -56,6 +71,12 @@ def test_two_methods(first, second, tmp_path):
             tokenzoo.patch_model(model, _recipe(first, second))
         return
     tokenzoo.patch_model(model, _recipe(first, second))
+    if _grid_depends_on_images(first, second):
+        with pytest.raises(ValueError, match="needs all 4 x 4 patches in their grid, but .* left of it"):
+            model(x)
+        return
+    if "sit" in (first, second):
+        _move(model, "_sit.")
     tokens = model.forward_tokens(x, trace=True)
     names = {step.method for step in tokens.trace}
     assert names == {first, second} - KEEPS_LENGTH or KEEPS_LENGTH & {first, second}
@@ -69,6 +90,7 @@ def test_two_methods(first, second, tmp_path):
     with torch.no_grad():
         alone = torch.cat([model(image[None]) for image in x])
         torch.testing.assert_close(alone, out, atol=3e-5, rtol=1e-4)
+        out = model(x)  # products round as they please where they prepare for gradients
         saved = tokenzoo.recipe(model)
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(saved))
@@ -76,6 +98,7 @@ def test_two_methods(first, second, tmp_path):
             other = build("deit")
             tokenzoo.patch_model(other, again)
             assert tokenzoo.recipe(other) == saved
+            other.load_state_dict(model.state_dict())  # recipes hold no weights of learned modules
             assert torch.equal(other(x), out)
 
 

@@ -21,12 +21,12 @@ from vlm_cases import (
     inner_of,
     lm_of,
     loudest,
-    pixels,
     prompts,
 )  # fmt: skip
 
 import tokenzoo
 from tokenzoo.vlm.cache import CACHE
+from tokenzoo.vlm.recipe import VlmRecipe
 from tokenzoo.vlm.registry import create, find, list_droppers, list_selectors
 
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -294,9 +294,42 @@ def test_eager_is_sdpa(name, recipe):
 def test_recipes_are_plain_data(method):
     options = {**SELECTORS, **DROPPERS}[method][1]
     made = create(method, **options)
-    recipe = tokenzoo.vlm.recipe.VlmRecipe.parse(made, positions="contiguous")
-    again = tokenzoo.vlm.recipe.VlmRecipe.parse(recipe.to_dict())
+    recipe = VlmRecipe.parse(made, positions="contiguous")
+    again = VlmRecipe.parse(recipe.to_dict())
     assert again == recipe and find(method).source and find(method).__doc__
+
+
+def chosen(model, batch):
+    """Rows of every image behind the selector, from a call that knows the words of the prompt."""
+    found, encode = [], inner_of(model).get_image_features
+
+    def note(*args, **kwargs):
+        out = encode(*args, **kwargs)
+        found.extend(rows.clone() for rows in out.pooler_output)
+        return out
+
+    inner_of(model).get_image_features = note
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        del inner_of(model).get_image_features
+    return found
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
+@pytest.mark.parametrize("method", SELECTORS)
+def test_a_selector_does_not_see_batch_mates(name, method):
+    """Images of other prompts, and of other sizes, change nothing; nor does a budget that a batch shares."""
+    model = build(name, double=True)
+    batch = prompts(name, model)
+    tokenzoo.patch_model(model, method, keep=7)
+    together = chosen(model, batch)
+    apart = [rows for one in alone(name, batch, COUNTS) for rows in chosen(model, one)]
+    assert len(together) == len(apart) == sum(COUNTS)
+    for a, b in zip(together, apart):
+        assert torch.equal(torch.isinf(a), torch.isinf(b))
+        close(torch.nan_to_num(a, neginf=0), torch.nan_to_num(b, neginf=0), 1e-6)
 
 
 @pytest.mark.parametrize("method", SELECTORS)
@@ -307,9 +340,7 @@ def test_counts_are_exact_and_in_order(method):
     plain = reference.features(model, batch)
     options = SELECTORS[method][1]
     tokenzoo.patch_model(model, method, **options)
-    with torch.no_grad():
-        found = inner_of(model).get_image_features(**pixels(batch)).pooler_output
-    for rows, before in zip(found, plain):
+    for rows, before in zip(chosen(model, batch), plain):
         kept = ~torch.isinf(rows).all(-1)
         assert len(rows) == len(before) and torch.isfinite(rows[kept]).all()
         if not find(method).data_dependent:

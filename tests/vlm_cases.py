@@ -260,6 +260,12 @@ SELECTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 DROPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fastv": ({"removed": 0.0, "layers": 3}, {"removed": 0.5, "layers": 3}),
+    "holitom": ({"removed": 0.0, "layers": 3}, {"removed": 0.5, "layers": 3}),
+    "llavolta": ({"stride": 1, "layers": 3}, {"stride": 4, "layers": 3}),
+    "mustdrop": ({"together": 0.0, "layers": 3}, {"together": 0.1, "alone": 0.2, "layers": 3}),
+    "pyramiddrop": ({"shares": (1.0,), "layers": 3}, {"shares": (0.4,), "layers": 3}),
+    "todre": ({"threshold": 0.0, "layers": 3}, {"threshold": 1.0, "layers": 3}),
+    "visiondrop": ({"kept": ((0.8, 0.2),), "layers": 3}, {"kept": ((5, 2),), "layers": 3}),
 }
 # selectors that need a tower with a class token
 NEEDS_CLASS: tuple[str, ...] = tuple(

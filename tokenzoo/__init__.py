@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from . import methods, models, vlm
 from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
+from .apply.expected import expected_share
 from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
 from .apply.released import rename_released
 from .apply.saving import load, save
@@ -53,6 +54,7 @@ __all__ = [
     "Report",
     "count_macs",
     "create_method",
+    "expected_share",
     "explain",
     "is_patched",
     "learn_rates",

@@ -14,7 +14,6 @@ from .common import add_import
 COMMANDS = (
     "list", "eval", "bench", "train", "segment", "vlm", "show", "tune", "rates", "export", "serve", "completion",
 )  # fmt: skip
-_OWN = ("train", "segment", "vlm")  # flags of the first can stand in a file, the others have parsers of their own
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
-        if name not in _OWN:
+        # flags of the first can stand in a file, the others have parsers of their own
+        if name not in ("train", "segment", "vlm"):
             add_import(sub)
         sub.set_defaults(run=module.run)
     return parser

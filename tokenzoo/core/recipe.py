@@ -188,6 +188,12 @@ class Recipe:
         layouts = {0: layout, **restarts}
         return replace(self, methods=tuple(dial_in_parts(m, t, depth, layouts) for m in self.methods))
 
+    def image_dial(self, t: float, depth: int, layout: Layout) -> Recipe:
+        """As `dial`, with the methods that have one in the form in which the images decide how many tokens stay."""
+        return replace(
+            self, methods=tuple(m.image_dial(t, depth, layout) or m.dial(t, depth, layout) for m in self.methods)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """A flat dict that `Recipe.parse` and `patch_model` take back; JSON and YAML safe."""
         extra: dict[str, Any] = {}

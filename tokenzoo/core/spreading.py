@@ -29,6 +29,9 @@ def share_out(unit: Tensor, keep: KeepMap, tokens: Tokens, temperature: float, b
     real, kind, seen = keep.valid, tokens.visible, None
     if real is not None:
         seen = real[:, prefix:].unsqueeze(2) & tokens.valid[:, prefix:].unsqueeze(1)
+        # an image that keeps all of its patches keeps them as they are, as it would alone, where nothing is done
+        own = anchors.unsqueeze(2) == torch.arange(prefix, tokens.length, device=anchors.device)
+        seen = seen & (own | (real.sum(1) < tokens.valid.sum(1))[:, None, None])
     if kind is not None:
         alike = kind.gather(1, anchors).unsqueeze(2) == kind[:, prefix:].unsqueeze(1)
         seen = alike if seen is None else seen & alike

@@ -13,6 +13,8 @@ from ..ops.attention import full_precision
 from .selection import real_rows, settled_rows
 from .tokens import Tokens
 
+_SLICE = 256  # patches whose cosines with all others are computed at once
+
 
 class Verdict(NamedTuple):
     """What two thresholds say of the patches [B, M] each.
@@ -58,8 +60,7 @@ def judge(
             turn = left.long().cumsum(1) % 2  # 1 for the first one that is left
             source, target = left & (turn == 1), left & (turn == 0)
             units = F.normalize(metric.float(), dim=-1)
-            cosine = (units @ units.transpose(1, 2)).masked_fill(~target.unsqueeze(1), -2.0)
-            best, partner = cosine.max(dim=2)
+            best, partner = _likest(units, target)
             index = torch.arange(left.shape[1], device=left.device).expand_as(partner)
             possible = source & target.any(1, keepdim=True)
             into = torch.where(possible, partner, index)
@@ -75,6 +76,20 @@ def judge(
         weighs = _above(importance - least.float(), temperature)
         weighs = torch.where(safe, torch.ones_like(weighs), weighs)
         return Verdict(into, taken, (1 - taken) * weighs * left, importance)
+
+
+def _likest(units: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The best cosine of every patch with a destination, and which one that is [B, M] each; in slices, not all at once.
+
+    Args:
+        units: [B, M, D] of unit length.
+        target: [B, M] bool, the destinations.
+    """
+    parts = [
+        torch.bmm(rows, units.transpose(1, 2)).masked_fill(~target.unsqueeze(1), -2.0).max(dim=2)
+        for rows in units.split(_SLICE, dim=1)
+    ]
+    return torch.cat([part.values for part in parts], dim=1), torch.cat([part.indices for part in parts], dim=1)
 
 
 def _above(margin: Tensor, temperature: float) -> Tensor:

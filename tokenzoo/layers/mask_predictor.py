@@ -82,7 +82,7 @@ class MaskPredictor(nn.Module):
 
 
 def best_entries(scores: Tensor, keep: float, total: int, columns: Tensor | None = None) -> Tensor:
-    """The best entries of every row [..., N] bool.
+    """The best entries of every row [..., N] bool; of equal ones the first, so that padding behind changes nothing.
 
     Args:
         scores: [B, H, R, N].
@@ -93,5 +93,7 @@ def best_entries(scores: Tensor, keep: float, total: int, columns: Tensor | None
     count = min(math.ceil(keep * total), scores.shape[-1])
     if columns is not None:
         scores = scores.masked_fill(~columns[:, None, None, :], float("-inf"))
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, dim=-1).indices, True)
+    least = scores.topk(count, dim=-1).values[..., -1:]
+    above, level = scores > least, scores == least  # most entries of a sparse guess are 0
+    mask = above | (level & (level.cumsum(-1, dtype=torch.int32) <= count - above.sum(-1, keepdim=True)))
     return mask if columns is None else mask & columns[:, None, None, :]

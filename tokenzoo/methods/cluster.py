@@ -12,7 +12,7 @@ from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Place, Traits
 from ..maps import ClusterMap, TokenMap
-from ..ops.cells.kmeans import cluster, cluster_macs
+from ..ops.cells.kmeans import cluster, cluster_macs, relative_temperature
 
 
 @register
@@ -31,9 +31,11 @@ class Cluster(Method):
         scale: cells per axis as a share of the patches, rounded, in (0, 1]; 0.7 leaves half of the tokens.
         iterations: k-means steps; 0 is average pooling.
         window: a token sees window x window cells around its own (odd).
-        temperature: inverse temperature of the shares, weights exp(-temperature * squared distance). It goes with the
-            scale of the features: 0.02 is the authors' for Segmenter ViT-L; about 20 over the usual squared distance of
-            neighbouring patches is a place to start from. Too low a value blurs all centres.
+        sharpness: inverse temperature of the shares over the mean squared distance of neighbouring patches, image by
+            image: what that distance counts in the exponent, whatever the scale of the features. Too low a value blurs
+            all centres.
+        temperature: the inverse temperature itself, weights exp(-temperature * squared distance), in place of
+            `sharpness`. It fits one model: 0.02 is the authors' for Segmenter ViT-L, 1.0 for SWAG L/16.
         where: "after" or "before" the block.
         k: centres that a patch mixes when it is rebuilt (all where there are fewer); -1 for all.
 
@@ -45,7 +47,8 @@ class Cluster(Method):
     scale: float = number(0.7, "give a share of the patches per axis", above=0, most=1)
     iterations: int = number(5, "give a number of steps, 0 for average pooling", least=0, whole=True)
     window: int = option(5, odd)
-    temperature: float = number(0.02, "weights are exp(-temperature * squared distance)", above=0)
+    sharpness: float = number(10.0, "give what the usual squared distance of neighbours counts", above=0)
+    temperature: float | None = number(None, "weights are exp(-temperature * squared distance)", above=0, none=True)
     where: str = choice("after", ("after", "before"))
     prop_attn: bool = False
     k: int = option(20, centres)
@@ -73,8 +76,11 @@ class Cluster(Method):
             return None  # nothing to reduce
         size, prefix = tokens.layout.grid, tokens.layout.num_prefix
         visible = None if tokens.visible is None else tokens.visible[:, prefix:]
-        found = cluster(tokens.x[:, prefix:], size, cells, self.iterations, self.window, self.temperature, visible)
-        return ClusterMap(tokens.x, found, size, cells, prefix, self.k, self.temperature, "l1", visible)
+        patches, temperature = tokens.x[:, prefix:], self.temperature
+        if temperature is None:
+            temperature = relative_temperature(patches, size, self.sharpness, visible)
+        found = cluster(patches, size, cells, self.iterations, self.window, temperature, visible)
+        return ClusterMap(tokens.x, found, size, cells, prefix, self.k, temperature, "l1", visible)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         if n == n_out:

@@ -12,7 +12,7 @@ from ..core.learned import Learned
 from ..core.method import BlockShape, Step
 from ..core.registry import register
 from ..core.schedule import Keep, kept_of, truncated
-from ..core.selection import keep_best
+from ..core.selection import keep_counts, own_counts
 from ..core.signals import Signals
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits, around
@@ -54,7 +54,9 @@ class MoD(Learned, KeepRate):
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap:
         prefix = tokens.layout.num_prefix
         weight = F.pad(signals.module(tokens.x[:, prefix:]), (prefix, 0), value=1.0)
-        kept = keep_best(weight, tokens, kept_of(step, tokens.layout))
+        count = kept_of(step, tokens.layout)
+        # of patches that weigh the same, as all do for a new router, the first ones, however long a batch is
+        kept = keep_counts(weight, tokens, own_counts(count, tokens), count(tokens.num_patches))
         return RoutedMap(kept.idx, tokens.length, weight, tokens.x, kept.valid)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:

@@ -18,7 +18,7 @@ class PatchMerger(LearnedSlots):
     """Puts what learned queries read from all patches in their place, in front of a few blocks; has to be trained.
 
     How many tokens there are is part of the weights: the same at any image size. New tokens are means of normed
-    patches, on another scale than the residual stream.
+    patches, on another scale than the residual stream. The weights of all pairs of queries and patches are stored.
 
     Args:
         keep_rate: share of the patches to keep at each layer, in (0, 1]; rates multiply up, int(0.7^i * n) of n patches

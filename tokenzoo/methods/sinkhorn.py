@@ -18,8 +18,9 @@ from ..layers.slots import SinkhornCentres
 class Sinkhorn(LearnedSlots):
     """Shares all patches out among learned centres by optimal transport, in front of a few blocks; has to be trained.
 
-    How many tokens there are is part of the weights: the same at any image size. New tokens are sums of patches
-    brought to unit length, so that a model has to learn to go on without their lengths. Centres are compared at unit
+    The plan holds a weight for all pairs of patches and centres. How many tokens there are is part of the weights: the
+    same at any image size. New tokens are sums of patches brought to unit length, so that a model has to learn to go on
+    without their lengths. Centres are compared at unit
     length; the authors' code brings the parameter itself to it, in every pass.
 
     Args:

@@ -33,7 +33,8 @@ def _before_quarters(depth: int) -> Sequence[int]:
 class SiT(Learned, KeepRate):
     """Mixes all patches into fewer tokens by learned weights, behind a few blocks; has to be trained.
 
-    How many tokens there are is part of the weights: the same at any image size. In training, a second layer in every
+    How many tokens there are is part of the weights: the same at any image size. Those of all pairs of old and new
+    tokens are stored. In training, a second layer in every
     block rebuilds all patches from what is left, and the loss `feature` is the mean over blocks of the squared distance
     from what an unslimmed teacher has there (feature recalibration distillation); it learns at the model's own image
     size. The other half of the published loss is a flag of `tokenzoo train`: `--kd-model-name unpatched --kd-weight 2`.

@@ -230,6 +230,13 @@ class Dropper(Named):
         """
         return rows.best(self.score(rows, signals, stage))
 
+    def shrinks_caches(self) -> bool:
+        """Whether rows that go also leave the caches of earlier layers, from the one in front of the first cut on.
+
+        For droppers that are scored by the layer in front of the cut; prefill is as without, later steps are not.
+        """
+        return False
+
     def macs(self, n: int, text: int, dim: int, heads: int, stage: int) -> int:
         """Multiply-adds of deciding, for one prompt; by default one row of attention with its projections left out.
 

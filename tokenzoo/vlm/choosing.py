@@ -93,14 +93,14 @@ def _ask(
     index = torch.stack([piece.rows for piece in group])
     x = torch.stack([rows[piece.image].index_select(0, piece.rows) for piece in group])
     where = [(piece.image, piece.rows) for piece in group]
-    features = inside = None
+    features, inside = None, False
     if selector.in_tower_space or "features" in selector.reads:
         features = tower.features(where)
         inside = family.one_to_one and selector.in_tower_space and features is not None
     crops = [piece.crop for piece in group]
     token = tower.class_tokens(crops) if selector.takes_class and None not in crops else None
     part, place = (torch.stack([getattr(piece, name) for piece in group]) for name in ("part", "place"))
-    seen = VisualRows(x, grid, features, token, part, place)
+    seen = VisualRows(x, grid, features, token, part, place, inside)
     found = selector.map(seen, VisualSignals(tower, where), keep)
     n = x.shape[1]
     if isinstance(found, TokenMap) and found.copies:
@@ -237,6 +237,7 @@ def _tower(
         prompts,
         lambda: family.row_features(inner, modality, seen, given),
         lambda: family.class_tokens(inner, seen),
+        (depth, min(depth - 1, last)),
     )
 
 

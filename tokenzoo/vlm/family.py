@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapters.registry import meet
+
 _FAMILIES: dict[str, VLMFamily] = {}
 
 
@@ -212,4 +214,5 @@ def vlm_families() -> tuple[VLMFamily, ...]:
 def vlm_family_of(model: nn.Module) -> VLMFamily | None:
     """The family that serves a model's exact class, patched or not; None where none does."""
     cls = type(model)
+    meet(cls)  # families of a package are registered when a model of it is met
     return next((f for f in vlm_families() if cls in f.heads or cls in f.heads.values()), None)

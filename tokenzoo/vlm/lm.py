@@ -13,6 +13,7 @@ from .gather import both, compact, take, take_mask
 from .layer import SPAN
 from .passing import KWARG, Note, Span
 from .rows import marked
+from .shrinking import shrink_early_caches
 from .standing_in import named
 
 
@@ -62,7 +63,7 @@ class ReducingLm:
         if span.after:
             cache = given.get(CACHE)
             if cache is not None:
-                cache.kept.layers = span.after
+                cache.kept.layers = shrink_early_caches(self.layers, cache, span)
         return out
 
     def _shortened(

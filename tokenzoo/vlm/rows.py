@@ -27,9 +27,10 @@ class VisualRows(NamedTuple):
         tower: what the tower gives for the same rows, in front of the projector [B, N, C], the mean where a row is made
             of several patches; for selectors that read "features" or mix `in_tower_space`, else None.
         class_token: what the tower gives for the class token [B, 1, C]; for selectors that take it, None without one.
-        part: crop, tile or frame that each row comes from [N] int64, 0 for the thumbnail; all 0 where a selector is
+        part: crop, tile or frame that each row comes from [B, N] int64, 0 for the thumbnail; all 0 where a selector is
             asked for each alone.
-        place: (row, column) of each row in its part [N, 2] float32; None where unknown.
+        place: (row, column) of each row in its part [B, N, 2] float32; None where unknown.
+        inside: whether new values may be made of `tower`, for the projector still to see.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class VisualRows(NamedTuple):
     class_token: Tensor | None = None
     part: Tensor | None = None
     place: Tensor | None = None
+    inside: bool = False
 
     @property
     def length(self) -> int:
@@ -48,6 +50,11 @@ class VisualRows(NamedTuple):
     def features(self) -> Tensor:
         """What the tower gives where it is known, else what the language model would see [B, N, C or D]."""
         return self.x if self.tower is None else self.tower
+
+    @property
+    def values(self) -> Tensor:
+        """What new rows are made of [B, N, C or D]: in front of the projector where `inside`."""
+        return self.tower if self.inside else self.x
 
 
 class NewRows(NamedTuple):

@@ -24,6 +24,7 @@ class TowerSignals:
             a function, since they may not be known.
         features: what is handed to the projector, at the rows of each image [n_rows, C]; None where unknown.
         class_tokens: what the tower gives for the class token [crops, 1, C], None without one.
+        depth: layers of the tower, and the index of the one that is handed on.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class TowerSignals:
         prompts: Callable[[], list[Tensor]],
         features: Callable[[], list[Tensor] | None],
         class_tokens: Callable[[], Tensor | None],
+        depth: tuple[int, int],
     ) -> None:
+        self.depth, self.handed_on = depth
         self._heads, self.has_class, self._carry, self._strip = heads, has_class, carry, strip
         self._prompts, self._features, self._class_tokens = prompts, features, class_tokens
         self._known: dict[Any, Any] = {}
@@ -92,6 +95,17 @@ class TowerSignals:
     def _importance(self, layer: int) -> Tensor:
         return self._class_row(layer) if self.has_class else self._received(layer)
 
+    def _joined_row(self, layer: int) -> Tensor:
+        def row(read: Read) -> Tensor:
+            heads = read.heads
+            q, k = (t.float().transpose(1, 2).flatten(2).unsqueeze(1) for t in (heads.q, heads.k))
+            one = heads._replace(q=q, k=k, v=None, scale=heads.scale / heads.q.shape[1] ** 0.5)
+            if self.has_class:
+                return attention_rows(one, 0, 1, read.bias).mean(1).transpose(1, 2)
+            return attention_received(one, read.bias, read.real).unsqueeze(-1)
+
+        return self._each(layer, row)
+
     def _mean_keys(self, layer: int) -> Tensor:
         return self._each(layer, lambda r: r.heads.k.float().mean(1))
 
@@ -125,6 +139,16 @@ class VisualSignals:
         """Whether the tower has a class token."""
         return self._tower.has_class
 
+    @property
+    def depth(self) -> int:
+        """Layers of the tower."""
+        return self._tower.depth
+
+    @property
+    def handed_on(self) -> int:
+        """Index of the layer that is handed on, from the front: -2 from the end in most papers."""
+        return self._tower.handed_on
+
     def class_row(self, layer: int = -2) -> Tensor:
         """Attention of the class token to every row, mean over heads [B, N] float32: one softmax row, no map."""
         return self._of("class_row", layer).squeeze(-1)
@@ -132,6 +156,10 @@ class VisualSignals:
     def class_logits(self, layer: int = -1) -> Tensor:
         """The same in front of the softmax [B, N]."""
         return self._of("class_logits", layer).squeeze(-1)
+
+    def joined_row(self, layer: int = -1) -> Tensor:
+        """`importance` of one wide head: queries and keys of all heads side by side [B, N] float32."""
+        return self._of("joined_row", layer).squeeze(-1)
 
     def received(self, layer: int = -2) -> Tensor:
         """Mean attention that every row gets, over heads and queries [B, N] float32, in slices, no map stored."""

@@ -45,6 +45,9 @@ def ranked_partners(
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     matched = kept - stays
     if real is not None:
+        # all patches of an image that keeps all stay in their places: alone, nothing would be done
+        place = torch.arange(total, 0, -1, device=scores.device, dtype=torch.float32)
+        scores = torch.where(own_stays < real.sum(1, keepdim=True), scores, place)
         scores, matched = scores.masked_fill(~real, float("-inf")), total - stays
     order = scores.argsort(dim=1, descending=True)
     merges = receives = None

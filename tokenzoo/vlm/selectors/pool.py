@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ...maps import MergeMap
 from ..base import Selector
-from ..picking import even_rows
+from ..picking import even_rows, middles
 from ..registry import register_selector
 from ..rows import VisualRows
 from ..signals import VisualSignals
@@ -44,16 +43,9 @@ class PoolRows(Selector):
             row = (torch.arange(high) * down).div(high, rounding_mode="floor")
             column = (torch.arange(wide) * across).div(wide, rounding_mode="floor")
             assign = (row[:, None] * across + column).flatten()
-            middles = (_middles(high, down), _middles(wide, across))
-            order = index[middles[0]][:, middles[1]].flatten()
+            order = index[middles(high, down)][:, middles(wide, across)].flatten()
         expand = (each.to(device).expand(batch, -1) for each in (order, assign))
         return MergeMap.from_assign(*expand)
-
-
-def _middles(n: int, cells: int) -> Tensor:
-    """The middle one of the rows that go into each cell."""
-    starts = [-(-cell * n // cells) for cell in range(cells + 1)]
-    return torch.tensor([(first + last - 1) // 2 for first, last in zip(starts, starts[1:])])
 
 
 def _cells(grid: tuple[int, int], keep: int) -> tuple[int, int] | None:
