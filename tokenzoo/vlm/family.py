@@ -33,7 +33,7 @@ class VLMFamily:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    tried: ClassVar[str] = "transformers 5.24"
+    tried: ClassVar[str] = "transformers 5.18, 5.24"
     heads: Mapping[type, type] = {}
     models: Mapping[type, type] = {}
     tower: ClassVar[str] = "vision_tower"

@@ -56,6 +56,7 @@ class Llava(OneCrop):
 
     name = "llava"
     summary = "LLaVA-1.5, VIP-LLaVA: CLIP or SigLIP tower, Llama, Mistral or Qwen2"
+    tried = "transformers 5.18 (LLaVA-1.5 alone), 5.24"
     heads = {
         cls: stand_in(ReducingHead, cls, __name__)
         for cls in (LlavaForConditionalGeneration, VipLlavaForConditionalGeneration)

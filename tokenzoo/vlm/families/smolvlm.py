@@ -31,6 +31,7 @@ class SmolVLM(VLMFamily):
 
     name = "smolvlm"
     summary = "SmolVLM, SmolVLM2, Idefics3: SigLIP tower on tiles, Llama"
+    tried = "transformers 5.24"
     heads = {
         cls: stand_in(ReducingHead, cls, __name__)
         for cls in (SmolVLMForConditionalGeneration, Idefics3ForConditionalGeneration)
