@@ -59,7 +59,8 @@ class Cluster(Method):
         size=lambda m: m.grid or (None if m.scale == 1 else m.scale), remedy="cluster before any other reduction",
     )  # fmt: skip
     traits = Traits(
-        place=lambda m: Place(m.where), positions=True, proportional=lambda m: m.prop_attn, mass_pool=True, opens_span=True
+        place=lambda m: Place(m.where), positions=True, proportional=lambda m: m.prop_attn, mass_pool=True,
+        opens_span=True,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -81,5 +82,4 @@ class Cluster(Method):
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         if n == n_out:
             return 0
-        cells = self.schedule.count(n, step, layout)
-        return cluster_macs(layout.grid, cells, self.iterations, self.window, shape.dim)
+        return cluster_macs(layout.grid, self.schedule.count(n, step, layout), self.iterations, self.window, shape.dim)
