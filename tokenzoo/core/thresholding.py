@@ -13,7 +13,6 @@ from ..ops.attention import full_precision
 from .selection import real_rows, settled_rows
 from .tokens import Tokens
 
-
 _SLICE = 256  # patches whose cosines with all others are computed at once
 
 

@@ -27,8 +27,8 @@ from ..ops.rows import split_dim
 class Sparsifiner(Companion, OwnAttention, Learned, Method):
     """Attends to the entries of the map that a low-rank predictor guesses to be the largest; no token is removed.
 
-    No time is saved: attention is computed for all pairs of tokens, in every head, and masked, as in the released code, and the predictor comes on top.
-    Saving needs a sparse kernel. Block-sparse ones do not help (torch's flex attention skips blocks of 128 x 128
+    No time is saved: attention is computed for all pairs of tokens, in every head, and masked, as in the released code,
+    and the predictor comes on top. Saving needs a sparse kernel. Block-sparse ones do not help (torch's flex attention skips blocks of 128 x 128
     entries that are all closed, and entries chosen one by one leave next to none); `report` counts what runs. Prefix
     tokens look at everything. The choice has no gradient: the predictor learns from the loss `reconstruction`, the
     squared distance of its guess from the block's own map (theirs: from the teacher's, which is the same while the
