@@ -151,16 +151,6 @@ class Method(Declared):
         """
         return None
 
-    def module_of(self, shape: BlockShape, layout: Layout, step: Step) -> nn.Module | None:
-        """The same, for modules that need more than channels; those do not define `module`.
-
-        Args:
-            shape: channels, heads and their width.
-            layout: the sequence that the block belongs to, at the model's own image size.
-            step: see `module`.
-        """
-        return self.module(shape.dim, step)
-
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         """Multiply-adds of deciding and applying the map, for one image."""
         return 0
