@@ -10,7 +10,7 @@ import timm
 import torch
 import transformers
 from torch import nn
-from vlm_cases import FAMILIES, IMAGE, LM, TOWER, Loudest, build, inner_of, lm_of, pixels, prompts
+from vlm_cases import FAMILIES, IMAGE, LM, TOWER, Loudest, alone, build, inner_of, lm_of, pixels, prompts
 
 import tokenzoo
 from tokenzoo.adapters.wholes import whole_of
@@ -269,6 +269,17 @@ def test_labels_and_few_logits_are_refused_together():
 
 
 # ---- traps
+
+
+def test_padding_behind_prompts_hides_no_words():
+    """Gemma 3 makes masks of four dimensions; rows that we put in behind a prompt see a part of it."""
+    model = build("gemma3", double=True)
+    batch = prompts("gemma3", model, side="right")
+    tokenzoo.patch_model(model, [Loudest(keep=9), fastv()])
+    with torch.no_grad():
+        for row, one in zip(model(**batch).logits, alone("gemma3", batch, (1, 2))):
+            want = model(**one).logits[0]
+            assert (row[: len(want)] - want).abs().max() <= 1e-6
 
 
 @families

@@ -11,9 +11,10 @@ from typing import Any
 from ..adapters.registry import families, load_installed
 from ..core.method import plain
 from ..core.registry import list_methods, method_class
+from ..vlm.registry import find, list_droppers, list_selectors
 from .common import say
 
-HELP = "the methods and backbones of the zoo, or one method with its options"
+HELP = "methods, backbones, selectors and droppers of the zoo, or one of these with its options"
 EXAMPLE = "tokenzoo list tome"
 
 
@@ -26,8 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints what the registries hold."""
     if args.method is not None:
-        method = describe_method(args.method)
-        say(json.dumps(method, indent=2) if args.json else _method_text(method))
+        beyond = find(args.method)
+        first = _described(beyond) if beyond and args.method not in list_methods() else describe_method(args.method)
+        say(json.dumps(first, indent=2) if args.json else _method_text(first))
+        if beyond and args.method in list_methods() and not args.json:
+            say(f"\nof the same name, for vision-language models:\n\n{_method_text(_described(beyond))}")
         return
     methods = [describe_method(name) for name in list_methods()]
     load_installed()
@@ -42,13 +46,12 @@ def run(args: argparse.Namespace) -> None:
         for f in families()
     ]
     if args.json:
-        say(json.dumps({"methods": methods, "backbones": backbones}, indent=2))
+        say(json.dumps({"methods": methods, **_beyond(), "backbones": backbones}, indent=2))
         return
-    say("methods")
-    widths = {key: max(len(method[key]) for method in methods) for key in ("name", "kind")}
-    for method in methods:
-        say(f"  {method['name']:{widths['name']}}  {method['kind']:{widths['kind']}}  {method['summary']}")
-        say(f"  {'':{widths['name']}}  {'':{widths['kind']}}  {method['source']}")
+    _say_methods("methods", methods)
+    for title, found in _beyond().items():
+        say()
+        _say_methods(f"{title} of vision-language models", found)
     say("\nbackbones")
     for family in backbones:
         say(f"  {family['family']}: {', '.join(family['classes'])}")
@@ -57,13 +60,30 @@ def run(args: argparse.Namespace) -> None:
         say(f"    {family['summary']}{'; tried on ' + family['tried'] if family['tried'] else ''}")
 
 
+def _beyond() -> dict[str, list[dict[str, Any]]]:
+    """Selectors and droppers, which act outside of a backbone."""
+    names = {"selectors": list_selectors(), "droppers": list_droppers()}
+    return {title: [_described(find(name)) for name in found] for title, found in names.items()}
+
+
+def _say_methods(title: str, methods: list[dict[str, Any]]) -> None:
+    say(title)
+    widths = {key: max(len(method[key]) for method in methods) for key in ("name", "kind")}
+    for method in methods:
+        say(f"  {method['name']:{widths['name']}}  {method['kind']:{widths['kind']}}  {method['summary']}")
+        say(f"  {'':{widths['name']}}  {'':{widths['kind']}}  {method['source']}")
+
+
 def describe_method(name: str) -> dict[str, Any]:
     """Name, kind, one-sentence summary, source, options with defaults, and docstring of a method; JSON safe.
 
     Raises:
         ValueError: no method has this name.
     """
-    cls = method_class(name)
+    return _described(method_class(name))
+
+
+def _described(cls: Any) -> dict[str, Any]:
     doc = inspect.cleandoc(cls.__doc__ or "")
     first = " ".join(doc.split("\n\n")[0].split())
     return {

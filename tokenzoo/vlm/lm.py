@@ -103,6 +103,8 @@ class ReducingLm:
             kept.extend(order, valid, n, drop.sum(1, keepdim=True))
             cols = torch.cat([torch.arange(past, device=x.device).expand(batch, -1), order + past], 1)
             whole = kept.valid
+            # of the user's own mask: rows of padding that we put in behind a prompt see the front of it alone
+            seen = None if mask is None else _columns(mask, batch)[:, past:]
             if mask is None:  # never none: gaps of positions would be taken for borders of packed prompts
                 mask = torch.ones_like(cols) if whole is None else whole.long()
             else:
@@ -110,7 +112,7 @@ class ReducingLm:
             if cuts:
                 visual = both(take(note.visual, order), valid)
                 counts = visual.sum(1).tolist()
-                real = both(_columns(mask, batch)[:, past:], valid)
+                real = both(None if seen is None else take(seen, order), valid)
         given |= {"inputs_embeds": x, "position_ids": positions, "attention_mask": mask}
         rotary = self._rotary(x) if plan.drops and plan.positions == "contiguous" else None
         asking = None if note is None or note.asking is None or order is None else take(note.asking, order)
