@@ -3,12 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test types test-all test-oldest clean
+.PHONY: demo test types docs test-all test-oldest clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev,demo,onnx,interop,hf,open_clip]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,demo,docs,onnx,interop,hf,open_clip]"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -21,6 +21,11 @@ test: $(STAMP)
 # users' code that calls every public name, and the stub of the package, under the strictest rules
 types: $(STAMP)
 	$(BIN)/mypy --strict tokenzoo/__init__.pyi tests/typed_api.py
+
+# the site in build/site, with token maps drawn by the demo's model; warnings are errors, nothing is fetched
+docs: $(STAMP)
+	$(BIN)/python scripts/gallery.py --output build/gallery
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # every case of every test
 test-all: $(STAMP)

@@ -17,12 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tokenzoo.dense import Segmenter, create_segmenter
+from tokenzoo.serve.demo import ARCHITECTURE, CHECKPOINT, CLASSES, SIDE, load_demo
 
-CHECKPOINT = Path(__file__).with_name("photos_vit.safetensors")
-SIDE = 96  # of the model's input, pixels: a grid of 12 x 12 patches
 SHORT = 320  # short side of the photographs, pixels
 TILES = 4  # along either axis; a photograph has this many test tiles
-ARCHITECTURE = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "depth": 8, "num_heads": 2, "mlp_ratio": 4}
 MEAN = STD = (0.5, 0.5, 0.5)
 # name, library that carries the file, terms; more of these in docs/demo.md
 PHOTOS = (
@@ -39,7 +37,6 @@ PHOTOS = (
     ("grass", "skimage", "CC0, linolafett"),
     ("gravel", "skimage", "CC0, CC0Textures"),
 )
-CLASSES = tuple(name for name, *_ in PHOTOS)
 
 
 class Box(NamedTuple):
@@ -198,17 +195,7 @@ def load_about(path: Path = CHECKPOINT) -> dict[str, Any]:
 
 def load_classifier(side: int = SIDE, path: Path = CHECKPOINT) -> VisionTransformer:
     """The reader of crops in float32 and eval mode; positions are resampled for another side."""
-    weights = {name: value.float() for name, value in load_file(path).items()}
-    state = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
-    state |= {name: value for name, value in weights.items() if name.startswith("head.")}
-    model = new_classifier(side)
-    if side != SIDE:
-        from timm.layers import resample_abs_pos_embed
-
-        patch = ARCHITECTURE["patch_size"]
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side // patch] * 2, [SIDE // patch] * 2)
-    model.load_state_dict(state)
-    return model.eval()
+    return load_demo(side, path)
 
 
 def load_mosaic_model(path: Path = CHECKPOINT) -> Segmenter:

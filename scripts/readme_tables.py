@@ -19,9 +19,15 @@ import tokenzoo
 from tokenzoo.adapters.backbone import Family
 from tokenzoo.adapters.registry import families, load_installed
 from tokenzoo.cli.list_command import describe_method
+from tokenzoo.vlm.family import vlm_families
+from tokenzoo.vlm.registry import find, list_droppers, list_selectors
 
 load_installed()  # the tables name families of packages that are no dependency too
 ROOT = Path(__file__).parents[1]
+FREE = ROOT / "benchmarks" / "accuracy" / "tin200_free.csv"
+TUNED = ROOT / "benchmarks" / "accuracy" / "tin200_tuned.csv"
+SHOWN = ("ppt", "mctf", "tome", "evit", "random")  # in the README
+SHARES = (0.85, 0.7, 0.6, 0.5)
 SPEED = ROOT / "benchmarks" / "speed" / "bench_deit_small.csv"
 
 
@@ -44,6 +50,27 @@ def methods_table() -> str:
             for r in rows
         ],
     )
+
+
+def vlm_methods_table() -> str:
+    """Every selector and dropper: what it does, what it reads, what its authors do with positions, and the source."""
+    rows = []
+    for name in (*list_selectors(), *list_droppers()):
+        cls = find(name)
+        summary = " ".join(inspect.cleandoc(cls.__doc__).split("\n\n")[0].split())
+        act = "dropper" if name in list_droppers() else "selector"
+        reads = ", ".join(cls.reads) if act == "selector" else f"{cls.scored_by} layer".removeprefix("none layer")
+        rows.append((f"`{name}`", f"`{cls.__name__}`", act, summary, reads, cls.positions, cls.source))
+    return _table(("name", "class", "acts as", "what it does", "reads", "published positions", "source"), rows)
+
+
+def vlm_families_table() -> str:
+    """Every family of vision-language models."""
+    rows = []
+    for family in sorted(vlm_families(), key=lambda family: family.name):
+        classes = ", ".join(f"`{cls.__name__}`" for cls in family.heads)
+        rows.append((f"`{family.name}`", family.summary, classes, ", ".join(family.modalities), family.tried))
+    return _table(("family", "covers", "models", "takes", "tried on"), rows)
 
 
 def in_order() -> list[Family]:
@@ -126,6 +153,103 @@ def speed_section(file: Path = SPEED) -> str:
     return "\n\n".join(["## Speed", f"{setting} {meaning}", command, _table(head, body)]) + "\n"
 
 
+def accuracy_in_short() -> str:
+    """The best known methods on real weights: differences to the unpatched model, off the shelf and fine-tuned."""
+    rows, base = _free()
+    if not rows:
+        return ""
+    tuned = {r["method"]: r for r in _read(TUNED)[2:]}
+    names = [name for name in _by_value(rows) if name in SHOWN]
+    body = [
+        (f"`{name}`", *(_of(rows.get((name, share))) for share in SHARES),
+         _of(tuned.get(name), "diff_control")) for name in names
+    ]  # fmt: skip
+    head = ("", "85 % of the GMACs", "70 %", "60 %", "50 %", "60 %, fine-tuned")
+    setting = (
+        f"[ViT-Ti/16](benchmarks/models/vit_tiny_tin200.md), {float(base['top1']):.1f} % of 200 classes: difference to "
+        f"unpatched in points, paired; {_count(rows)} images."
+    )
+    return f"{setting}\n\n{_table(head, body)}"
+
+
+def accuracy_free() -> str:
+    """All training-free methods at four shares: differences to the unpatched model, then time, then what is missing."""
+    rows, base = _free()
+    if not rows:
+        return ""
+    names = _by_value(rows)
+    head = ("", *(f"{100 * share:.0f} %" for share in SHARES))
+    differences = [
+        (f"`{n}`", *(_of(rows.get((n, s))) for s in SHARES), _of(rows.get((n, 0.6)), "diff_random")) for n in names
+    ]  # fmt: skip
+    times = [(f"`{n}`", *(_time(rows.get((n, s))) for s in SHARES)) for n in names]
+    missing = [f"- `{r['method']}` at {100 * float(r['asked']):.0f} %: {r['note']}" for r in rows.values() if r["note"]]
+    return "\n\n".join([
+        f"{_setting(base, rows, '../models/vit_tiny_tin200.md')}, {base['device']}.\n"
+        "The last column: to patches dropped at random, at the same share.",
+        _table((*head, "60 %, to `random`"), differences),
+        "Time of the processor over that of the unpatched model, batches of 50 in turn: median (quartiles).",
+        _table(head, times),
+        "Out of reach:",
+        "\n".join(missing) or "- nothing",
+    ])  # fmt: skip
+
+
+def accuracy_tuned() -> str:
+    """Fine-tuned models beside the same methods off the shelf."""
+    rows = _read(TUNED)
+    if not rows:
+        return ""
+    body = [
+        (f"`{r['method']}`" if r["method"] in tokenzoo.list_methods() else r["setting"], r["free_top1"], r["top1"],
+         _of(r, "diff_free"), _of(r), _of(r, "diff_control")) for r in rows
+    ]  # fmt: skip
+    head = ("", "off the shelf", "fine-tuned", "gain", "to the unpatched model as it was", "to it fine-tuned likewise")
+    return f"{rows[0]['images']} images.\n\n" + _table(head, body)
+
+
+def _read(file: Path) -> list[dict[str, str]]:
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def _free() -> tuple[dict[tuple[str, float], dict[str, str]], dict[str, str]]:
+    """Rows by method and share, and that of the unpatched model."""
+    base, *rows = _read(FREE) or [{}]
+    return {(r["method"], float(r["asked"])): r for r in rows}, base
+
+
+def _by_value(rows: dict[tuple[str, float], dict[str, str]]) -> list[str]:
+    """Methods by what they lose at 60 %, those without such a row last."""
+    reached = {name: float(r["diff"]) for (name, share), r in rows.items() if share == 0.6 and r["diff"]}
+    names = dict.fromkeys(name for (name, _), r in rows.items() if r["diff"])
+    return sorted(names, key=lambda name: -reached.get(name, float("-inf")))
+
+
+def _count(rows: dict[tuple[str, float], dict[str, str]]) -> str:
+    counts = sorted({int(r["images"]) for r in rows.values() if r["images"]})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _setting(base: dict[str, str], rows: dict[tuple[str, float], dict[str, str]], card: str) -> str:
+    return (
+        f"ViT-Ti/16 ([card]({card}), {float(base['top1']):.1f} % of 200 classes of Tiny-ImageNet): difference in\n"
+        f"points of top-1 to the unpatched model, paired, ± standard error; {_count(rows)} images, float32, one thread"
+    )
+
+
+def _of(row: dict[str, str] | None, key: str = "diff") -> str:
+    return "" if row is None or not row.get(key) else f"{float(row[key]):+.1f} ± {float(row[f'{key}_se']):.1f}"
+
+
+def _time(row: dict[str, str] | None) -> str:
+    if row is None or not row["time_ratio"]:
+        return ""
+    return f"{float(row['time_ratio']):.2f} ({float(row['time_q1']):.2f} to {float(row['time_q3']):.2f})"
+
+
 def stub() -> str:
     """`tokenzoo/__init__.pyi`: the package's own imports, and the classes of methods, which the registry exports."""
     tree = ast.parse((ROOT / "tokenzoo" / "__init__.py").read_text(encoding="utf-8"))
@@ -135,8 +259,9 @@ def stub() -> str:
         if isinstance(node, ast.ImportFrom) and node.level:
             names = (alias.name for alias in node.names if alias.name in tokenzoo.__all__)
             lines += [f"from .{node.module or ''} import {name} as {name}" for name in names]
-    for name in tokenzoo.list_methods():
-        cls = tokenzoo.method_class(name)
+    found = [tokenzoo.method_class(name) for name in tokenzoo.list_methods()]
+    found += [find(name) for name in (*list_selectors(), *list_droppers())]
+    for cls in found:
         lines.append(f"from {cls.__module__.removeprefix('tokenzoo')} import {cls.__name__} as {cls.__name__}")
     head = "# written by scripts/readme_tables.py: type checkers do not see what the registry exports\n"
     return head + "\n".join(lines) + "\n\n__version__: str\n"
@@ -150,9 +275,11 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 # which tables stand between the marker comments of which page
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"methods": methods_in_short, "backbones": backbones_in_short},
+    "README.md": {"methods": methods_in_short, "backbones": backbones_in_short, "accuracy": accuracy_in_short},
+    "benchmarks/accuracy/accuracy.md": {"free": accuracy_free, "tuned": accuracy_tuned},
     "docs/methods.md": {"methods": methods_table},
     "docs/backbones.md": {"backbones": backbones_table},
+    "docs/vlm.md": {"selectors": vlm_methods_table, "families": vlm_families_table},
     "docs/measuring.md": {"speed": speed_section},
 }
 

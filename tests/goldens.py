@@ -221,14 +221,13 @@ class Case(NamedTuple):
             found = {key: value for key, value in values.items() if value is not None}
         return {key: value for key, value in found.items() if not self._places(key, value)}
 
-    @staticmethod
-    def _places(key: str, value: Any) -> bool:
+    def _places(self, key: str, value: Any) -> bool:
         """Whether an entry says where weights or images come from, which is read here, not by the test."""
         if not isinstance(value, str):
             return False
         if key == "input":
             return re.search(_SLICE, value) is not None
-        return key == "weights" and is_fixture(re.sub(r"\.safetensors.*", "", value))
+        return key == "weights" and _stands(re.sub(r"\.safetensors.*", "", value), self.file) is not None
 
     @property
     def asks(self) -> frozenset[str]:
@@ -257,8 +256,9 @@ class Case(NamedTuple):
                 if is_fixture(named):
                     return named
         named = re.match(r"[\w/.-]*", wide.get("weights", "")).group()  # without its suffix
-        assert not named or is_fixture(named), f"{self.file}: there are no weights {wide['weights']!r}"
-        return named or default
+        found = _stands(named, self.file)
+        assert not named or found, f"{self.file}: there are no weights {wide['weights']!r}"
+        return found or default
 
     def _slice(self) -> slice | None:
         for text in (self.words, *self._wide_entries.values()):
@@ -301,6 +301,12 @@ class Case(NamedTuple):
                 built.patch_embed.set_input_size(tuple(self["input"].shape[-2:]))
             built.pos_embed = torch.nn.Parameter(tables[0])
         return built
+
+
+def _stands(named: str, file: str) -> str | None:
+    """The path of weights that a file names, below the folder of all or its own; None where there are none."""
+    beside = f"{file.rpartition('/')[0]}/{named}"
+    return next((path for path in (named, beside) if named and is_fixture(path)), None)
 
 
 def _literal(text: str) -> Any:

@@ -69,6 +69,7 @@ def test_checkpoint_is_small_and_as_good_as_its_card_says(photos, tmp_path):
     from tokenzoo.evaluation.segmentation.evaluate import evaluate_segmentation
 
     assert photos.CHECKPOINT.stat().st_size <= 4_000_000
+    assert photos.CLASSES == tuple(name for name, *_ in photos.PHOTOS)
     about, card = photos.load_about(), (EXAMPLES / "photos_vit.md").read_text()
     assert about["architecture"] == photos.ARCHITECTURE and tuple(about["classes"]) == photos.CLASSES
     model = photos.load_classifier()

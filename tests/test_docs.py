@@ -28,9 +28,10 @@ from torch.distributed.run import get_args_parser
 import tokenzoo
 from tokenzoo.cli import build_parser
 from tokenzoo.cli.common import runs_of
-from tokenzoo.core import registry
+from tokenzoo.core import handover, registry
 from tokenzoo.core.mixins import OwnAttention
 from tokenzoo.training.options import options_of, parse_options
+from tokenzoo.vlm import registry as vlm_registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md"))
@@ -70,11 +71,13 @@ def skeleton(name: str) -> nn.Module:
 @pytest.fixture
 def namespace(monkeypatch) -> Iterator[dict]:
     """Names that code of a document defines; methods it registers are gone afterwards."""
-    before = dict(registry._METHODS)
+    tables = (registry._METHODS, vlm_registry._SELECTORS, vlm_registry._DROPPERS, handover._BEYOND)
+    before = [dict(table) for table in tables]
     monkeypatch.chdir(ROOT)
     yield {"__name__": "document"}
-    registry._METHODS.clear()
-    registry._METHODS.update(before)
+    for table, old in zip(tables, before):
+        table.clear()
+        table.update(old)
 
 
 def run_code(text: str, names: dict) -> None:
@@ -115,8 +118,18 @@ def _usage(names: dict) -> None:
     assert [tuple(x.shape) for x in names["maps"]] == [(2, 384, 14, 14)] * 2
     assert tuple(names["where"].shape) == (2, 197)
     assert names["logits"].shape == (2, 1000)
-    assert abs(names["share"] - 0.6) < 0.006
+    assert abs(names["share"] - 0.6) < 0.006 and abs(names["spent"] - 0.7) < 0.05
     assert [part["method"] for part in names["recipe"]["method"]] == ["evit", "tome"]
+
+
+def _vlm(names: dict) -> None:
+    assert names["answer"].shape[1] > names["ids"].shape[1] and not tokenzoo.is_patched(names["model"])
+    assert names["Loud"](keep=4).count(9) == 4 and names["Half"]().count(9, 0) == 4
+
+
+def _quickstart(names: dict) -> None:
+    assert tuple(names["logits"].shape) == (2, 1000) and abs(names["share"] - 0.6) < 0.006
+    assert tokenzoo.report(names["model"]).ratio <= 0.7
 
 
 def _segmentation(names: dict) -> None:
@@ -149,8 +162,8 @@ def _tune(names: dict) -> None:
 
 
 RESULTS = {
-    "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
-    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage,
+    "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts, "quickstart": _quickstart,
+    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage, "vlm": _vlm,
 }  # fmt: skip
 
 
@@ -306,7 +319,9 @@ STALE = {  # something that stands in a table of the page
     "README.md": ("ICLR 2023", "ICLR 1923"),
     "docs/methods.md": ("ICLR 2023", "ICLR 1923"),
     "docs/backbones.md": ("`VimBlock`", "`VamBlock`"),
+    "docs/vlm.md": ("ECCV 2024", "ECCV 1924"),
     "docs/measuring.md": ("| r=13 | 2.71 |", "| r=13 | 1.71 |"),
+    "benchmarks/accuracy/accuracy.md": ("| `tome` | ", "| `tame` | "),
 }
 
 
@@ -317,8 +332,8 @@ STUB = "tokenzoo/__init__.pyi"
 @pytest.mark.parametrize("page", STALE)
 def test_stale_tables_are_noticed_and_mended(tables, page, monkeypatch, tmp_path, capsys):
     assert set(STALE) == set(tables.PAGES)
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "tokenzoo").mkdir()
+    for folder in ("docs", "tokenzoo", "benchmarks/accuracy"):
+        (tmp_path / folder).mkdir(parents=True)
     for name in (*tables.PAGES, "tokenzoo/__init__.py", STUB):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -404,7 +419,7 @@ def test_named_objects_exist(path):
 
 
 def test_the_accuracy_named_is_that_of_the_checkpoint():
-    with safe_open(ROOT / "examples" / "photos_vit.safetensors", framework="pt") as file:
+    with safe_open(ROOT / "tokenzoo" / "serve" / "demo_vit.safetensors", framework="pt") as file:
         about = json.loads(file.metadata()["about"])
     text = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
     assert f"{100 * about['test_accuracy']:.2f} % of 600 test crops" in text

@@ -39,7 +39,7 @@ def test_block(case: Case):
     )
     layout = Layout(1, True, (1, s["n_ref_tokens"] - 1))
     # the budget spreads as many heights as the network had patches; storage is cut or not
-    method = ATS(batch_invariant=False, max_tokens=None if s["drop_tokens"] else s["n_tokens"])
+    method = ATS(batch_invariant=False, padded=True, max_tokens=None if s["drop_tokens"] else s["n_tokens"])
     strength = method.max_tokens
     block = small_block(case.part("weights"), s["heads"], method, layout, strength)
     block.tokenzoo = block.tokenzoo._replace(steps=(tokenzoo.core.method.Step(method, 0, strength),))
@@ -64,7 +64,8 @@ def test_model(case: Case):
     model = case.model()
     # released code: dropping lets the padding, hence batch mates, decide about the lowest token
     budget = None if s["drop_tokens"] else s["num_tokens"]
-    tokenzoo.patch_model(model, "ats", layers=s["ats_blocks"], max_tokens=budget, batch_invariant=not s["drop_tokens"])
+    options = {"max_tokens": budget, "padded": budget is not None, "batch_invariant": not s["drop_tokens"]}
+    tokenzoo.patch_model(model, "ats", layers=s["ats_blocks"], **options)
     with torch.no_grad():
         tokens = model.forward_tokens(x, trace=True)
         close(model(x), case["out_logits"])

@@ -24,7 +24,8 @@ from PIL import Image
 import tokenzoo
 from tokenzoo.cli import main
 from tokenzoo.serve import Shelf, create_app
-from tokenzoo.serve.models import Shown, shown
+from tokenzoo.serve.demo import CLASSES, load_demo
+from tokenzoo.serve.models import DEMO, Shown, shown
 from tokenzoo.serve.samples import load_samples
 from tokenzoo.serve.uploads import MOST_BYTES
 
@@ -218,6 +219,14 @@ def test_two_hundred_uploads_at_once(shelf):
         server.should_exit = True
         thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+def test_the_demos_model_needs_no_network(client):
+    """It knows its photographs, at the size that the page shows them at."""
+    page = TestClient(create_app(Shelf({"demo": shown(load_demo(160), CLASSES, DEMO)}), load_samples()))
+    for name in ("china", "flower"):
+        answer = post(page, load_samples()[name]).json()
+        assert answer["before"]["top"][0]["label"] == name and answer["after"][0]["grid"] == [20, 20]
 
 
 def test_the_command_refuses_random_weights(capsys):

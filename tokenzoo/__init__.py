@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import methods, models
+from . import methods, models, vlm
 from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
+from .apply.expected import expected_share
 from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
 from .apply.released import rename_released
 from .apply.saving import load, save
@@ -14,6 +15,8 @@ from .core.registry import create_method, list_methods, method_class, register
 from .cost.report import Report, report
 from .cost.trace import MacReport, count_macs
 from .view.explain import Explanation, explain
+from .vlm import registry as _vlm
+from .vlm import visual_rows
 
 if TYPE_CHECKING:
     from .tuning import learn_rates, tune
@@ -23,6 +26,7 @@ __path__ += [f"{__path__[0]}/kept"]  # where modules stood that have moved
 
 # every registered class is a public name: tokenzoo.ToMe, tokenzoo.EViT, ...
 _CLASSES = {method_class(name).__name__: method_class(name) for name in list_methods()}
+_CLASSES |= {c.__name__: c for c in map(_vlm.find, (*_vlm.list_selectors(), *_vlm.list_droppers()))}
 globals().update(_CLASSES)
 
 
@@ -50,6 +54,7 @@ __all__ = [
     "Report",
     "count_macs",
     "create_method",
+    "expected_share",
     "explain",
     "is_patched",
     "learn_rates",
@@ -70,5 +75,7 @@ __all__ = [
     "tune",
     "unpatch_model",
     "update_method",
+    "visual_rows",
+    "vlm",
     *_CLASSES,
 ]

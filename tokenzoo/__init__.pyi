@@ -1,9 +1,11 @@
 # written by scripts/readme_tables.py: type checkers do not see what the registry exports
 from . import methods as methods
 from . import models as models
+from . import vlm as vlm
 from .adapters import register_family as register_family
 from .adapters.inspect import is_patched as is_patched
 from .adapters.inspect import list_backbones as list_backbones
+from .apply.expected import expected_share as expected_share
 from .apply.patch import patch_model as patch_model
 from .apply.patch import patched as patched
 from .apply.patch import recipe as recipe
@@ -24,6 +26,7 @@ from .cost.trace import MacReport as MacReport
 from .cost.trace import count_macs as count_macs
 from .view.explain import Explanation as Explanation
 from .view.explain import explain as explain
+from .vlm import visual_rows as visual_rows
 from .tuning import learn_rates as learn_rates
 from .tuning import tune as tune
 from .methods.algm import ALGM as ALGM
@@ -69,5 +72,33 @@ from .methods.topk import TopK as TopK
 from .methods.turbo import Turbo as Turbo
 from .methods.uniform import Uniform as Uniform
 from .methods.vggt import FastVGGT as FastVGGT
+from .vlm.selectors.catp import CATP as CATP
+from .vlm.selectors.cdpruner import CDPruner as CDPruner
+from .vlm.selectors.divprune import DivPrune as DivPrune
+from .vlm.selectors.fastervlm import FasterVLM as FasterVLM
+from .vlm.selectors.fopru import FoPru as FoPru
+from .vlm.selectors.fourier import FourierRows as FourierRows
+from .vlm.selectors.globalcom2 import GlobalCom2 as GlobalCom2
+from .vlm.selectors.hiprune import HiPrune as HiPrune
+from .vlm.selectors.hired import HiRED as HiRED
+from .vlm.selectors.holitom_tower import HoliTomTower as HoliTomTower
+from .vlm.selectors.mmtok import MMTok as MMTok
+from .vlm.selectors.mustdrop_tower import MustDropTower as MustDropTower
+from .vlm.selectors.pool import PoolRows as PoolRows
+from .vlm.selectors.prumerge import PruMerge as PruMerge
+from .vlm.selectors.random import RandomRows as RandomRows
+from .vlm.selectors.todre_tower import ToDRETower as ToDRETower
+from .vlm.selectors.uniform import UniformRows as UniformRows
+from .vlm.selectors.visiondrop_tower import VisionDropTower as VisionDropTower
+from .vlm.selectors.visionzip import VisionZip as VisionZip
+from .vlm.selectors.vispruner import VisPruner as VisPruner
+from .vlm.selectors.vtc_cls import VTCCLS as VTCCLS
+from .vlm.droppers.fastv import FastV as FastV
+from .vlm.droppers.holitom import HoliTom as HoliTom
+from .vlm.droppers.llavolta import LLaVolta as LLaVolta
+from .vlm.droppers.mustdrop import MustDrop as MustDrop
+from .vlm.droppers.pyramiddrop import PyramidDrop as PyramidDrop
+from .vlm.droppers.todre import ToDRE as ToDRE
+from .vlm.droppers.visiondrop import VisionDrop as VisionDrop
 
 __version__: str

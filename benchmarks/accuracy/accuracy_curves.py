@@ -1,28 +1,36 @@
-"""Accuracy of every method on real pictures, off the shelf and after fine-tuning: tables and curves.
+"""Accuracy of every method on real images, off the shelf and after fine-tuning: tables and curves.
 
-    python benchmarks/accuracy/accuracy_curves.py free --config benchmarks/models/tin100_vit.yaml --data-dir tin100 \
-        --output benchmarks/accuracy/tin100_free.csv
-    python benchmarks/accuracy/accuracy_curves.py tuned --config benchmarks/models/tin100_vit.yaml --data-dir tin100 \
-        --methods evit tome mctf ats pool --runs runs \
-        --output benchmarks/accuracy/tin100_tuned.csv --train --epochs 1 --lr 2e-4
+    python benchmarks/accuracy/draw_subset.py --source tin100 --output tin100_part --train 25 --val 10 --val-skip 20 \
+        --labels tin100_wnid_to_label.json
+    python benchmarks/accuracy/accuracy_curves.py free --config benchmarks/models/vit_tiny_tin200.yaml \
+        --data-dir tin100_part --output benchmarks/accuracy/tin200_free.csv
+    python benchmarks/accuracy/accuracy_curves.py tuned --config benchmarks/models/vit_tiny_tin200.yaml \
+        --data-dir tin100_part --methods evit tome mctf ats topk --runs runs \
+        --output benchmarks/accuracy/tin200_tuned.csv --train --epochs 1 --lr 2e-5
     python benchmarks/accuracy/plot_accuracy.py benchmarks/accuracy/*_free.csv benchmarks/accuracy/*_tuned.csv
 
 The configuration is one of `tokenzoo train` and names a model with its weights; DATA_DIR holds train/ and val/. `free`
-takes every method at four strengths, shares of the unpatched multiply-adds. `tuned` trains one model a method with the
-options behind its own, all from the same weights with the same budget, and the unpatched model beside them; runs that
-are complete already are only evaluated. Differences are paired, picture by picture.
+takes every method that needs no training at four shares of the unpatched multiply-adds, and names those that cannot
+have one. What was measured is kept beside the table (.jsonl): started again, it goes on. `--passes 2` takes every
+second image first, so that the whole table is there when half of the time is over. `tuned` trains one model per method
+with the options behind its own, all from the same weights with the same budget, and the unpatched model beside them;
+runs that are complete already are only evaluated. Differences are paired, image by image; times are those of batches
+that the unpatched model and the patched one run in turn, by the processor's clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
+import itertools
 import json
 import shlex
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,19 +39,23 @@ from plot_accuracy import plot  # beside this script
 from torch import Tensor, nn
 
 import tokenzoo
+from tokenzoo.core.learned import Learned
 from tokenzoo.evaluation import PictureLoader, data_config, environment, estimate, open_pictures, write_results
 from tokenzoo.evaluation.results import table
-from tokenzoo.evaluation.runs import forward_counted
+from tokenzoo.evaluation.runs import forward_counted, shared_copy
 from tokenzoo.training.build import build
 from tokenzoo.training.options import parse_options
+from tokenzoo.tuning.images import fingerprint
+from tokenzoo.tuning.state import State
 
-SHARES = (0.85, 0.7, 0.6, 0.5)
-# where a method cannot go as far down, it gets strengths above its floor
-SPARE = (0.95, 0.9, 0.8, 0.75, 0.65)
-FREE = ("setting", "method", "share", "top1", "top1_se", "diff", "diff_se", "tokens_out", "gmacs", "images")
+SHARES = (0.6, 0.7, 0.85, 0.5)  # in the order in which they are measured
+FREE = ("setting", "method", "asked", "share", "top1", "top1_se", "diff", "diff_se", "diff_random", "diff_random_se",
+        "time_ratio", "time_q1", "time_q3", "tokens_out", "gmacs", "images", "note")  # fmt: skip
+BATCH = 50
+TIMED = 4  # every how many batches the unpatched model runs too
 TUNED = ("setting", "method", "share", "top1", "top1_se", "diff", "diff_se", "free_top1", "diff_free", "diff_free_se",
          "diff_control", "diff_control_se", "tokens_out", "gmacs", "images")  # fmt: skip
-COUNTED = 16  # pictures that counts are averaged over where these depend on the picture
+COUNTED = 16  # images that counts are averaged over where these depend on the image
 
 
 class Result(NamedTuple):
@@ -87,12 +99,17 @@ def answer(model: nn.Module, pictures: Pictures) -> Result:
         logits, count = forward_counted(model, images)
         hits.append(logits.argmax(1) == targets)
         tokens.append(count)
+    return Result(torch.cat(hits), torch.cat(tokens).double().mean().item(), gmacs(model, pictures))
+
+
+def gmacs(model: nn.Module, pictures: Pictures) -> float:
+    """1e9 multiply-adds of an image; means over some images where counts depend on them."""
     report = tokenzoo.report(model, pictures.images.shape[2:])
     macs = float(report.total)
     if report.data_dependent:
-        some = pictures.images[:: len(pictures.images) // COUNTED][:COUNTED]
+        some = pictures.images[:: max(1, len(pictures.images) // COUNTED)][:COUNTED]
         macs = sum(tokenzoo.count_macs(model, image=image[None]).total for image in some) / len(some)
-    return Result(torch.cat(hits), torch.cat(tokens).double().mean().item(), macs / 1e9)
+    return macs / 1e9
 
 
 def row(setting: str, method: str, share: float, found: Result, base: Result) -> dict[str, Any]:
@@ -105,46 +122,107 @@ def row(setting: str, method: str, share: float, found: Result, base: Result) ->
     }  # fmt: skip
 
 
-def strengths(model: nn.Module) -> list[tuple[str, Any, float]]:
-    """(method, recipe, share asked for): every method that works on the model, four strengths that it can reach."""
+def recipes(model: nn.Module) -> list[tuple[str, Any]]:
+    """(method, recipe) of every method that needs no training; what is left out is said."""
     found = []
     for name in tokenzoo.list_methods():
-        recipe: Any = name
-        if tokenzoo.create_method(name).closes_span:  # rebuilds what clustering took away
-            recipe = [{"method": "cluster"}, {"method": name, "layers": "norm"}]
-        own: list[tuple[str, Any, float]] = []
-        reached: set[int] = set()
-        for share in (*SHARES, *SPARE):
-            trial = copy.deepcopy(model)
-            try:
-                tokenzoo.patch_model(trial, recipe, flops=share)
-            except (ValueError, TypeError) as error:
-                print(f"left out: {name} at {share}: {error}", flush=True)
-                if "cannot be reached" not in str(error):
-                    break
-                continue
-            total = tokenzoo.report(trial).total
-            if total not in reached and len(own) < len(SHARES):
-                reached.add(total)
-                own.append((name if isinstance(recipe, str) else f"cluster+{name}", recipe, share))
-        found += sorted(own, key=lambda item: -item[2])
+        if issubclass(tokenzoo.method_class(name), Learned):
+            print(f"left out: {name} learns what to decide", flush=True)
+        elif tokenzoo.create_method(name).closes_span:  # rebuilds what clustering took away
+            found.append((f"cluster+{name}", [{"method": "cluster"}, {"method": name, "layers": "norm"}]))
+        else:
+            found.append((name, name))
     return found
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, plain: nn.Module, pictures: Pictures) -> dict[str, Any]:
+    """What a model answers: a 0 or 1 per image, the mean count of tokens, and its time over the unpatched model's."""
+    hits, tokens, ratios = "", [], []
+    for index, (images, targets) in enumerate(zip(pictures.images.split(BATCH), pictures.targets.split(BATCH))):
+        start = time.process_time()
+        logits, count = forward_counted(model, images)
+        own = time.process_time() - start
+        if index % TIMED == 0:
+            start = time.process_time()
+            plain(images)
+            ratios.append(round(own / (time.process_time() - start), 4))
+        hits += "".join(str(int(hit)) for hit in logits.argmax(1) == targets)
+        tokens += count.double().tolist()
+    return {"hits": hits, "tokens": sum(tokens) / len(tokens), "ratios": ratios}
 
 
 def free(args: argparse.Namespace) -> None:
     """The table of methods put on the model as it is."""
     given = options(args)
     model = load(given)
-    pictures = read(model, given)
-    base = answer(model, pictures)
-    rows = [{**row("unpatched", "unpatched", 1.0, base, base), "command": evaluation(args, given, None, 0)}]
-    for name, recipe, share in strengths(model):
-        with tokenzoo.patched(model, recipe, flops=share):
-            found = answer(model, pictures)
-        rows.append(row(f"{name} flops={share}", name, found.gmacs / base.gmacs, found, base))
-        rows[-1]["command"] = evaluation(args, given, recipe, share)
-        print("  ".join(str(rows[-1][column]) for column in FREE), flush=True)
-    write(args, rows, FREE)
+    plain, pictures = shared_copy(model), read(model, given)
+    state = State(args.output.with_suffix(".jsonl"), {"images": fingerprint([*pictures]), "weights": given.model})
+    parts = [Pictures(*(t[i :: args.passes] for t in pictures)) for i in range(args.passes)]
+    names = [f"part {i} of {args.passes}" for i in range(args.passes)]
+    bases = [state.value(name, None, partial(measure, model, plain, part)) for name, part in zip(names, parts)]
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    answers: dict[tuple[str, float], Result] = {}
+    for through in range(1, args.passes + 1):
+        base = joined(bases[:through], 1.0)
+        first = {**row("unpatched", "unpatched", 1.0, base, base), "asked": 1.0, "note": ""}
+        first |= dict.fromkeys(("diff_random", "diff_random_se", "time_q1", "time_q3"), "") | {"time_ratio": 1.0}
+        first["command"] = evaluation(args, given, None, 0)
+        for share, (name, recipe) in itertools.product(args.shares, recipes(model)):
+            if args.methods and name not in args.methods:
+                continue
+            line = {"setting": f"{name} flops={share}", "method": name, "asked": share}
+            try:
+                tokenzoo.patch_model(model, recipe, flops=share)
+            except (ValueError, TypeError) as error:
+                if through == 1:
+                    print(f"left out: {name} at {share}: {error}", flush=True)
+                if "cannot be reached" in str(error):  # others do not work on this model at all
+                    rows[name, share] = dict.fromkeys(FREE, "") | line | {"note": str(error), "command": ""}
+                continue
+            try:
+                kept = [
+                    state.value(part, tokenzoo.recipe(model), partial(measure, model, plain, some))
+                    for part, some in zip(names[:through], parts)
+                ]
+                found = joined(kept, gmacs(model, pictures))
+            finally:
+                tokenzoo.unpatch_model(model)
+            base = joined(bases[:through], gmacs(model, pictures))
+            answers[name, share] = found
+            ratios = [ratio for k in kept for ratio in k["ratios"]]
+            quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            rows[name, share] = row(line["setting"], name, found.gmacs / base.gmacs, found, base) | line | {"note": ""}
+            rows[name, share] |= dict(zip(("time_q1", "time_ratio", "time_q3"), (round(q, 3) for q in quarters)))
+            rows[name, share]["command"] = evaluation(args, given, recipe, share)
+            to_random(rows, answers)
+            print("  ".join(str(rows[name, share][column]) for column in FREE), flush=True)
+            write_table(args, [first, *ordered(rows)], FREE)
+    state.close()
+    write(args, [first | {"gmacs": round(base.gmacs, 4)}, *ordered(rows)], FREE)
+
+
+def to_random(rows: dict[tuple[str, float], dict[str, Any]], answers: dict[tuple[str, float], Result]) -> None:
+    """Notes the paired difference to patches drawn at random at the same share, over the images that both saw."""
+    for (name, share), found in answers.items():
+        rows[name, share] |= {"diff_random": "", "diff_random_se": ""}
+        other = answers.get(("random", share))
+        if other is not None and name != "random" and len(other.hits) == len(found.hits):
+            diff = estimate(found.hits.double() - other.hits.double())
+            rows[name, share] |= {"diff_random": round(diff.mean, 2), "diff_random_se": round(diff.se, 2)}
+
+
+def ordered(rows: dict[tuple[str, float], dict[str, Any]]) -> list[dict[str, Any]]:
+    """By method, the largest share first."""
+    return [dict(rows[key]) for key in sorted(rows, key=lambda key: (key[0], -key[1]))]
+
+
+def joined(parts: Sequence[dict[str, Any]], macs: float) -> Result:
+    """What was measured on several parts of the images, as one."""
+    hits = torch.tensor([int(hit) for part in parts for hit in part["hits"]]).bool()
+    counts = [len(part["hits"]) for part in parts]
+    tokens = sum(part["tokens"] * count for part, count in zip(parts, counts)) / sum(counts)
+    return Result(hits, tokens, macs)
 
 
 def evaluation(args: argparse.Namespace, given: argparse.Namespace, recipe: Any, share: float) -> str:
@@ -155,6 +233,8 @@ def evaluation(args: argparse.Namespace, given: argparse.Namespace, recipe: Any,
     words += ["--num-classes", str(given.num_classes), "--img-size", *map(str, given.img_size)]
     words += ["--checkpoint", given.initial_checkpoint, "--data-dir", Path(args.data_dir).name]
     words += ["--split", given.val_split]
+    words += ["--class-map", Path(given.class_map).name] if given.class_map else []
+    words += ["--interpolation", given.interpolation] if given.interpolation else []
     words += ["--crop-pct", f"{given.crop_pct:g}", "--mean", *map(str, given.mean), "--std", *map(str, given.std)]
     words += [] if recipe is None else ["--method", recipe, f"flops={share}"]
     return f"tokenzoo eval {shlex.join(words)}"
@@ -207,13 +287,17 @@ def tool(args: argparse.Namespace) -> str:
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
     """The CSV file and its curves."""
+    print(table([[str(r[column]) for column in columns] for r in rows], columns))
+    write_table(args, rows, columns)
+    plot(args.output)
+
+
+def write_table(args: argparse.Namespace, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    """The CSV file."""
     record = environment("cpu", None)
     record["command"] = tool(args)
-    for line in rows:
-        line["row_command"] = line.pop("command")
-    print(table([[str(r[column]) for column in columns] for r in rows], columns))
+    rows = [{**line, "row_command": line["command"]} for line in rows]
     write_results(args.output, rows, (*columns, "row_command"), record)
-    plot(args.output)
 
 
 def main() -> None:
@@ -225,6 +309,10 @@ def main() -> None:
         command.add_argument("--data-dir", required=True)
         command.add_argument("--output", type=Path, required=True)
         command.add_argument("--threads", type=int, default=1)
+        if name == "free":
+            command.add_argument("--methods", nargs="+", default=None, help="names as in the table; all by default")
+            command.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+            command.add_argument("--passes", type=int, default=1, help="parts of the images, measured one by one")
         if name == "tuned":
             command.add_argument("--methods", nargs="+", required=True)
             command.add_argument("--flops", type=float, default=0.6)

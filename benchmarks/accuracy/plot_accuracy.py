@@ -21,7 +21,7 @@ NUMBERS = ("top1", "gmacs", "diff_se", "share", "free_top1", "diff_free_se")
 def plot(path: Path) -> None:
     """Draws one file."""
     with path.open(newline="") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        rows: list[dict[str, Any]] = [row for row in csv.DictReader(file) if row["top1"]]  # others are out of reach
     for row in rows:
         row |= {key: float(row[key]) for key in NUMBERS if row.get(key)}
     data, _, kind = path.stem.rpartition("_")

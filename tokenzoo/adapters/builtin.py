@@ -35,6 +35,7 @@ for _family in _FAMILIES:
 register_later("dinov2", "tokenzoo.adapters.dinov2_hub")
 register_later("open_clip", "tokenzoo.adapters.open_clip.model")
 register_later("transformers", "tokenzoo.adapters.hf.family")
+register_later("transformers", "tokenzoo.vlm.patching")
 
 # files that only newer releases of timm have -> module here
 _NEWER = {"qwen3_vit": "towers.qwen3", "deepseek_vit": "towers.deepseek", "gemma4_vit": "towers.gemma4"}

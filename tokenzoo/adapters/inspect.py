@@ -9,6 +9,7 @@ from ..core.recipe import Recipe
 from .backbone import BackboneInfo
 from .classes import unwrapped
 from .registry import families, find_family, load_installed
+from .wholes import whole_of
 from .wrappers import backbone_of, known_of
 
 
@@ -20,7 +21,8 @@ def list_backbones() -> dict[str, list[str]]:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether a model carries a recipe."""
-    return hasattr(backbone_of(model), "tokenzoo_recipe")
+    known = known_of(model)
+    return hasattr(known if whole_of(known) is not None else backbone_of(model), "tokenzoo_recipe")
 
 
 def describe(model: nn.Module, grid: tuple[int, int] | None = None, recipe: Recipe | None = None) -> BackboneInfo:

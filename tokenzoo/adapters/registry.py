@@ -18,7 +18,7 @@ from .walk import Walk
 
 _log = logging.getLogger(__name__)
 _FAMILIES: dict[str, Family] = {}
-_LATER: dict[str, str] = {}  # package of a model's class -> module of ours that registers the families of that package
+_LATER: dict[str, list[str]] = {}  # package of a model's class -> modules of ours that register its families
 _ORDER: list[str] = []  # those packages, met or not, as they stand in lists
 
 
@@ -29,12 +29,12 @@ def register_later(package: str, module: str) -> None:
         package: the package that the models come from ("transformers").
         module: full name of the module that calls `register_family`.
     """
-    _LATER[package] = module
+    _LATER.setdefault(package, []).append(module)
     if package not in _ORDER:
         _ORDER.append(package)
 
 
-def _meet(cls: type) -> None:
+def meet(cls: type) -> None:
     """Registers the families of the package that a class comes from, if it is one of those that are not yet."""
     for base in cls.__mro__:
         _load(base.__module__.partition(".")[0])
@@ -43,10 +43,11 @@ def _meet(cls: type) -> None:
 def _load(package: str) -> None:
     if package not in _LATER:
         return
-    try:
-        import_module(_LATER.pop(package))
-    except ImportError as error:  # another version of the package is no reason to refuse models of others
-        _log.warning("models of %s are not served: %s", package, error)
+    for module in _LATER.pop(package):
+        try:
+            import_module(module)
+        except ImportError as error:  # another version of the package is no reason to refuse models of others
+            _log.warning("models of %s are not served: %s", package, error)
 
 
 def load_installed() -> None:
@@ -70,7 +71,7 @@ def register_family(family: Family) -> Family:
         ValueError: its name is taken, or another family serves one of its model classes.
     """
     for plain in family.models:
-        _meet(plain)  # who serves it already has to be known
+        meet(plain)  # who serves it already has to be known
     for plain, known in family.around.items():
         if known.kind is not None and not issubclass(known.kind, plain):
             raise TypeError(f"{path_of(known.kind)} cannot stand for {path_of(plain)}: make it a subclass")
@@ -117,13 +118,13 @@ def families() -> tuple[Family, ...]:
 def family_of(model: nn.Module) -> Family | None:
     """The family that serves a model, patched or not; None where none does."""
     cls = class_of(model)
-    _meet(cls)
+    meet(cls)
     return next((f for f in families() if cls in f.models or cls in f.models.values()), None)
 
 
 def around_of(model: nn.Module) -> Around | None:
     """Where the backbone is in a model around one, which a family serves as a whole; None for all others."""
-    _meet(class_of(model))
+    meet(class_of(model))
     return next((known for f in families() if (known := f.around_of(model)) is not None), None)
 
 

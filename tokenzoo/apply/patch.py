@@ -9,27 +9,31 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.backbone import BackboneInfo, Family
 from ..adapters.classes import path_of, refuse_derived, refuse_wrapped
 from ..adapters.inspect import block_names, blocks_of, describe, is_patched, total_blocks
 from ..adapters.overrides import refuse_leftovers, refuse_overrides
 from ..adapters.registry import families, find_family, refuse_around
+from ..adapters.wholes import whole_of
 from ..adapters.wrappers import backbone_of, backbone_to_patch, known_of
 from ..core.learned import Learned
 from ..core.method import Method
 from ..core.mixins import Companion
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import check_options, declaring
+from .expected import solve_expected
 from .install import Change, install, keep_modules, prepare, remove
-from .solve import solve_flops
+from .solve import check_share, solve_flops
 
 _log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
 
-def patch_model(model: M, method: Any, *, flops: float | None = None, **options: Any) -> M:
+def patch_model(
+    model: M, method: Any, *, flops: float | None = None, images: Tensor | None = None, **options: Any
+) -> M:
     """Makes a model reduce tokens, in place; weights and their names stay as they are.
 
     Args:
@@ -38,6 +42,8 @@ def patch_model(model: M, method: Any, *, flops: float | None = None, **options:
         method: a name, a method object, a list of them (composition), a dict, or the path of a YAML recipe.
         flops: share of the unpatched model's multiply-adds to land on, at the model's own image size; the strength of
             the method is solved for. A dict or file may hold it too.
+        images: normalised images [B, C, H, W], some dozens. The method is put on in the form in which the images decide
+            how many tokens stay, and `flops` is what these images cost on average (`tokenzoo.expected_share`).
         **options: options of the method, and `merged_positions`, `dense` (forward_features gives all tokens back),
             `fill` (what dropped tokens get then), `protect` (tokens added behind the prefix, such as prompts) and
             `order` ("raster": patches stand row by row after every reduction), see `tokenzoo.core.recipe.Recipe`.
@@ -50,13 +56,21 @@ def patch_model(model: M, method: Any, *, flops: float | None = None, **options:
         ValueError: unknown method or option, a strength or budget that cannot be reached, a model already patched, a
             method set on the instance (`attn.forward = ...`) or hooks that a patched model would not run.
     """
-    new = put_on(model, method, flops, **options)
+    whole = whole_of(known_of(model))
+    if whole is not None:
+        if flops is not None:
+            raise ValueError(f"flops={flops}: a {whole.name} is dialled by prefill=, the share of reading a prompt")
+        whole.patch(known_of(model), method, **options if images is None else {"images": images, **options})
+        return model
+    new = put_on(model, method, flops, images, **options)
     if new:
         _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
     return model
 
 
-def put_on(model: nn.Module, method: Any, flops: float | None = None, **options: Any) -> list[str]:
+def put_on(
+    model: nn.Module, method: Any, flops: float | None = None, images: Tensor | None = None, **options: Any
+) -> list[str]:
     """What `patch_model` does; returns the names of new parameters, without a word about them."""
     backbone = backbone_to_patch(model)
     if hasattr(backbone, "tokenzoo_recipe"):
@@ -70,8 +84,10 @@ def put_on(model: nn.Module, method: Any, flops: float | None = None, **options:
     method, flops = take_flops(method, flops)
     recipe = Recipe.parse(method, **options)
     info = describe(backbone, recipe=recipe)
-    if flops is not None:
+    if flops is not None and images is None:
         recipe = _solved(backbone, family, recipe, info, flops)
+    elif images is not None:
+        recipe = _solved_on(model, backbone, family, recipe, info, flops, images)
     return install(backbone, family, recipe, _prepared(backbone, family, recipe, info, names), known_of(model))
 
 
@@ -99,6 +115,27 @@ def _solved(
 ) -> Recipe:
     _check_recipe(backbone, family, recipe, info, info.depth)
     return solve_flops(backbone, family, recipe, info, flops, at_most)
+
+
+def _solved_on(
+    model: nn.Module,
+    backbone: nn.Module,
+    family: Family,
+    recipe: Recipe,
+    info: BackboneInfo,
+    flops: float | None,
+    images: Tensor,
+) -> Recipe:
+    """The recipe in its image-dependent form, solved for what images cost on average."""
+    if flops is None:
+        raise ValueError("images are what flops=... is measured on; give both, or leave images out")
+    check_share(flops)
+    _check_recipe(backbone, family, recipe, info, info.depth)
+    training = model.training
+    try:
+        return solve_expected(model.eval(), recipe, flops, images, patched)[1]
+    finally:
+        model.train(training)
 
 
 def _prepared(
@@ -204,6 +241,10 @@ def unpatch_model(model: M) -> M:
     Raises:
         ValueError: the model is not patched, or a method was set on it since that would go on reducing tokens.
     """
+    whole = whole_of(known_of(model))
+    if whole is not None:
+        whole.unpatch(known_of(model))
+        return model
     backbone = _patched_backbone(model, "there is nothing to take off")
     family = find_family(backbone)
     refuse_leftovers(known_of(model), backbone, family)
@@ -237,6 +278,9 @@ def recipe(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model is not patched.
     """
+    known = known_of(model)
+    if whole_of(known) is not None and hasattr(known, "tokenzoo_recipe"):
+        return known.tokenzoo_recipe.to_dict()
     backbone = _patched_backbone(model, "it has no recipe")
     held, total = backbone.tokenzoo_recipe, total_blocks(backbone)
     left = len(blocks_of(backbone))

@@ -9,6 +9,12 @@ from ..core.recipe import Recipe
 from ..cost.rows import block_rows, read_costs
 
 
+def check_share(share: float) -> None:
+    """Refuses what is no share."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError(f"flops={share!r}; give a share of the unpatched multiply-adds in (0, 1], such as 0.6")
+
+
 def solve_flops(
     backbone: nn.Module, family: Family, recipe: Recipe, info: BackboneInfo, share: float, at_most: bool = False
 ) -> Recipe:
@@ -25,8 +31,7 @@ def solve_flops(
     Raises:
         ValueError: the share is outside (0, 1], or below what the methods can reach.
     """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ValueError(f"flops={share!r}; give a share of the unpatched multiply-adds in (0, 1], such as 0.6")
+    check_share(share)
     costs = read_costs(backbone, family, info)
     base = sum(row.macs for row in block_rows(costs, None))
 

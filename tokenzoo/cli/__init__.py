@@ -11,7 +11,9 @@ from .. import __version__
 from ..core.plugins import import_plugins
 from .common import add_import
 
-COMMANDS = ("list", "eval", "bench", "train", "segment", "show", "tune", "rates", "export", "serve", "completion")
+COMMANDS = (
+    "list", "eval", "bench", "train", "segment", "vlm", "show", "tune", "rates", "export", "serve", "completion",
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
-        if name not in ("train", "segment"):  # flags of the first can stand in a file, the other has parsers of its own
+        # flags of the first can stand in a file, the others have parsers of their own
+        if name not in ("train", "segment", "vlm"):
             add_import(sub)
         sub.set_defaults(run=module.run)
     return parser

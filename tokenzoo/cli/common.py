@@ -36,10 +36,10 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--model, --checkpoint, --pretrained, --num-classes, --img-size, --model-kwargs, --device, --threads, --seed."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", "-m", required=True, help="timm model name")
+    group.add_argument("--model", "-m", required=required, default=None, help="timm model name")
     group.add_argument("--checkpoint", default="", help="weights to load (.pth or .safetensors)")
     group.add_argument("--pretrained", action="store_true", help="timm's own weights (needs network or a warm cache)")
     group.add_argument("--num-classes", type=int, default=None)

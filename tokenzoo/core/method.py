@@ -99,6 +99,18 @@ class Method(Declared):
         """
         return dataclasses.replace(self, **self.schedule.dial(self, t, self.resolve_layers(depth), layout))
 
+    @final
+    def image_dial(self, t: float, depth: int, layout: Layout) -> Method | None:
+        """The same method in the form in which the images decide how many tokens stay; None where it has none.
+
+        Args:
+            t: relative strength, 0 to 1.
+            depth: blocks of the model.
+            layout: token layout at the resolution that counts.
+        """
+        options = self.schedule.image_dial(self, t, self.resolve_layers(depth), layout)
+        return None if options is None else dataclasses.replace(self, **options)
+
     # ---- the map
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> TokenMap | None:

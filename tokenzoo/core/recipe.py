@@ -10,11 +10,12 @@ from typing import Any
 
 from .cutting import cannot_cut, pinned
 from .dial import dial_in_parts
+from .handover import refuse_beyond
 from .lift import Fill
 from .method import PLACES, Method, Step
 from .mixins import Restoring
 from .recipe_files import read_yaml, take_flops
-from .registry import create_method
+from .registry import create_method, list_methods
 from .tokens import Layout, TraceStep
 
 __all__ = ["MERGED_POSITIONS", "Placed", "Recipe", "take_flops"]
@@ -187,6 +188,12 @@ class Recipe:
         layouts = {0: layout, **restarts}
         return replace(self, methods=tuple(dial_in_parts(m, t, depth, layouts) for m in self.methods))
 
+    def image_dial(self, t: float, depth: int, layout: Layout) -> Recipe:
+        """As `dial`, with the methods that have one in the form in which the images decide how many tokens stay."""
+        return replace(
+            self, methods=tuple(m.image_dial(t, depth, layout) or m.dial(t, depth, layout) for m in self.methods)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """A flat dict that `Recipe.parse` and `patch_model` take back; JSON and YAML safe."""
         extra: dict[str, Any] = {}
@@ -232,6 +239,8 @@ class Recipe:
         if isinstance(method, Method):
             _no_options(options, f"the method object {method.name}")
             return cls((method,), **common)
+        if not isinstance(method, str) or method not in list_methods():
+            refuse_beyond(method)
         if isinstance(method, str):
             return cls((create_method(method, **options),), **common)
         if isinstance(method, Sequence):

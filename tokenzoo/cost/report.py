@@ -10,7 +10,8 @@ from torch import nn
 from ..adapters.flow import Flow
 from ..adapters.inspect import block_names, describe, running_steps
 from ..adapters.registry import find_family
-from ..adapters.wrappers import backbone_of
+from ..adapters.wholes import whole_of
+from ..adapters.wrappers import backbone_of, known_of
 from ..core.recipe import Placed
 from .rows import BlockRow, block_rows, read_costs
 
@@ -74,17 +75,28 @@ class Report:
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def report(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Report:
+def report(model: nn.Module, img_size: int | tuple[int, int] | None = None, **options: Any) -> Any:
     """Tokens, multiply-adds and attention path of a model, block by block, by formula.
 
     Args:
         model: a served model, patched or not.
         img_size: image (height, width) or one side; None for the model's own.
+        **options: of vision-language models: `text` and `images`, see `tokenzoo.vlm.report.vlm_report`.
+
+    Returns:
+        A `Report`; of vision-language models a `VlmReport`.
 
     Raises:
         TypeError: a model that is not served.
         ValueError: the recipe cannot be met at this size.
     """
+    whole = whole_of(known_of(model))
+    if whole is not None:
+        if img_size is not None:
+            raise ValueError(f"img_size={img_size!r}: a {whole.name} counts images by their rows; give images=[...]")
+        return whole.report(known_of(model), **options)
+    if options:
+        raise TypeError(f"report() got {sorted(options)}, which are options of vision-language models")
     backbone = backbone_of(model)
     recipe = getattr(backbone, "tokenzoo_recipe", None)
     if recipe is not None:  # what runs, which may have lost blocks since it was patched

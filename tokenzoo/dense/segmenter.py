@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.rows import split_dim
-from .features import encode
+from .features import Encoded, encode
 
 
 class Segmenter(nn.Module):
@@ -79,7 +79,10 @@ class Segmenter(nn.Module):
 
     def class_maps(self, images: Tensor) -> Tensor:
         """Class scores per patch [B, K, H / P, W / P] of images in whole patches [B, 3, H, W]."""
-        encoded = encode(self.encoder, images)
+        return self.decode(encode(self.encoder, images))
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Class scores per patch [B, K, H / P, W / P] of what the encoder gave, see `tokenzoo.dense.encode`."""
         if encoded.restore_maps:
             prefix, masked = encoded.num_prefix, {}
             if encoded.valid is not None:

@@ -24,7 +24,7 @@ class ClusterMap(TokenMap):
         grid: centres (down, right).
         num_prefix: P.
         k: centres that a patch mixes on the way back, all where there are no more; -1 for all.
-        temperature: inverse temperature of the way back.
+        temperature: inverse temperature of the way back; one number, or one per image [B, 1, 1].
         norm: weights of a patch have this norm 1: "l2" (as released) or "l1" (a mean); "copy" reads the one centre
             nearest to it instead of a mix.
         tokens_seen: patches that no mask hides [B, N] bool, as they were given to `cluster`; None without a mask.
@@ -40,7 +40,7 @@ class ClusterMap(TokenMap):
         grid: tuple[int, int],
         num_prefix: int = 0,
         k: int = 20,
-        temperature: float = 0.02,
+        temperature: float | Tensor = 0.02,
         norm: str = "l1",
         tokens_seen: Tensor | None = None,
     ) -> None:

@@ -35,7 +35,8 @@ class SoftTransform(KeepRate):
     anchor are stored, per image and reduction.
 
     Args:
-        temperature: of the softmax over cosines; towards 0 each patch goes to its nearest anchor.
+        temperature: of the softmax over cosines; towards 0 each patch goes to its nearest anchor. Keys of trained
+            models are alike: 0.1 makes every anchor nearly the mean of all patches.
         mixture: "columns" shares each patch out among the anchors, so that sizes are conserved; "rows" makes each
             anchor a mean of all patches, whatever their sizes.
         features: what is compared, the mean of the keys over heads ("keys") or the tokens ("x").
@@ -44,7 +45,7 @@ class SoftTransform(KeepRate):
     2025.
     """
 
-    temperature: float = number(0.1, "give a positive number such as 0.1", above=0)
+    temperature: float = number(0.03, "give a positive number such as 0.03", above=0)
     mixture: str = choice("columns", MIXTURES)
     features: str = choice("keys", FEATURES)
     prop_attn: bool = False

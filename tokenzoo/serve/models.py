@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .uploads import Refused
 
+DEMO = "the demo's model, which knows twelve photographs and nothing else"
 MOST_MODELS = 4  # loaded by name at a time
 
 

@@ -97,7 +97,7 @@ def _refuse_empty_classes(pictures: Pictures, class_map: str | None) -> None:
     root = _folder(pictures)
     if root is None or not root.is_dir():
         return
-    full = {Path(file).resolve().parent for file, _ in _reader(pictures).samples}
+    full = {Path(file).parent.resolve() for file, _ in _reader(pictures).samples}
     leaves = [Path(place) for place, subfolders, _ in os.walk(root, followlinks=True) if not subfolders]
     empty = [leaf for leaf in leaves if leaf.resolve() not in full and not leaf.name.startswith(".")]
     if class_map is not None:  # folders that the map leaves out do not count

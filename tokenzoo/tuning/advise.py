@@ -25,6 +25,8 @@ from .scores import answer_of, choose_score
 from .search import Search
 from .state import State
 
+_MEASURED = 32  # images of the search that costs are measured on where they follow the images
+
 
 def tune(
     model: nn.Module,
@@ -124,7 +126,8 @@ def tune(
         if budgets[0].kind == "latency":
             batch = images[:1].expand(latency_batch, -1, -1, -1).to(device, precision.dtype).contiguous()
             timer = Timer(plain, own, batch, precision, latency_rounds, kept, forward)
-        fitter = Fitter(own, tuple(images.shape[-2:]), first.values.dim() > 2, timer)
+        some = images[list(parts.search[:_MEASURED])].to(device, precision.dtype)
+        fitter = Fitter(own, tuple(images.shape[-2:]), first.values.dim() > 2, timer, some)
         clock = Clock(budget_minutes, kept.seconds, judge)
         search = Search(judge, fitter, info, names, pairs, refine, clock, bar)
         findings = [found for budget in budgets for found in search.run(budget)]

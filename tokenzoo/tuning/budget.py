@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..apply.expected import solve_expected
 from ..apply.patch import patched, recipe, solve
+from ..core.recipe import Recipe
 from ..cost.report import report
 from ..evaluation.runs import Precision
 from ..evaluation.timing import clock_for, interleave
-from .candidates import Candidate
+from .candidates import BY_IMAGE, Candidate
 from .state import State
 
 KINDS = ("flops", "latency")
@@ -100,10 +102,18 @@ class Fitter:
         img_size: height and width that multiply-adds are counted at.
         dense: whether recipes give all tokens back.
         timer: needed for time.
+        images: some that the search may look at, for what is measured on images.
     """
 
-    def __init__(self, own: nn.Module, img_size: tuple[int, int], dense: bool = False, timer: Timer | None = None):
-        self.own, self.img_size, self.dense, self.timer = own, img_size, dense, timer
+    def __init__(
+        self,
+        own: nn.Module,
+        img_size: tuple[int, int],
+        dense: bool = False,
+        timer: Timer | None = None,
+        images: Tensor | None = None,
+    ) -> None:
+        self.own, self.img_size, self.dense, self.timer, self.images = own, img_size, dense, timer, images
         self._overhead: dict[str, float] = {}  # time beyond the share of multiply-adds, as last seen of each method
 
     def fit(self, candidate: Candidate, budget: Budget) -> Fitted:
@@ -117,6 +127,8 @@ class Fitter:
         return self._within_time(candidate, budget.share)
 
     def _at(self, candidate: Candidate, share: float) -> Fitted:
+        if candidate.schedule == BY_IMAGE:
+            return self._by_image(candidate, share)
         solved = solve(self.own, candidate.recipe(self.dense), share, self.img_size)
         before = {name for name, _ in self.own.named_parameters()}
         with patched(self.own, solved):
@@ -124,6 +136,16 @@ class Fitter:
             if added:
                 raise ValueError(f"{candidate.name} brings parameters that are not trained ({added[0]}, ...)")
             return Fitted(candidate, recipe(self.own), report(self.own, self.img_size).ratio)
+
+    def _by_image(self, candidate: Candidate, share: float) -> Fitted:
+        if self.images is None:
+            raise ValueError(f"{candidate.label} is measured on images, and none were given")
+        asked = Recipe.parse(candidate.parts[0].method(), dense=self.dense)
+        cost, solved = solve_expected(self.own, asked, share, self.images, patched, at_most=True)
+        if cost > share:
+            raise ValueError(f"{share:g} of the multiply-adds cannot be reached by {candidate.label}")
+        with patched(self.own, solved):
+            return Fitted(candidate, recipe(self.own), cost)
 
     def _within_time(self, candidate: Candidate, share: float) -> Fitted:
         overhead = self._overhead.get(candidate.name, 0.0)

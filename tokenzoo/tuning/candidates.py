@@ -12,6 +12,7 @@ from ..core.method import Method
 from ..core.registry import create_method, declaring, list_methods, method_class
 from .profile import Profiled, takes_profile
 
+BY_IMAGE = "by image"
 OUTSIDE = ("embed", "norm", "maps")  # places that no block of a list can move
 
 
@@ -39,7 +40,8 @@ class Candidate(NamedTuple):
 
     Attributes:
         parts: the methods.
-        schedule: a word for tables: "default", "every block", "early", "late", "refined".
+        schedule: a word for tables: "default", "every block", "early", "late", "refined", or "by image", where the
+            images decide how many tokens stay and the cost is what they come to on average.
     """
 
     parts: tuple[Part, ...]
@@ -94,6 +96,8 @@ def seeds(name: str, info: BackboneInfo) -> Iterator[Candidate]:
         yield from (Candidate((Part(opener), Part(name))) for opener in declaring("opens_span"))
         return
     yield Candidate((Part(name),))
+    if not info.restarts and method.image_dial(0.5, depth, layout) is not None:
+        yield Candidate((Part(name),), BY_IMAGE)
     if method.place in OUTSIDE or isinstance(method.layers, str):
         return
     own = tuple(sorted(method.resolve_layers(depth)))

@@ -157,9 +157,13 @@ class HfTower(PlainName, ReducingModel):
     def _shown(self, tokens: Tokens, dense: bool) -> Tensor:
         """Tokens between two layers as a tensor [B, N, C], all of them in their places if that is asked for."""
         if dense:
-            recipe = self.tokenzoo_recipe
-            return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, partial(self.tap, index=-1, norm=False))
+            return self.in_place(tokens)
         return tokens.x if tokens.valid is None else tokens.x * tokens.valid.unsqueeze(-1).to(tokens.x.dtype)
+
+    def in_place(self, tokens: Tokens) -> Tensor:
+        """All tokens [B, N, C] in their places, in front of the final norm; `tokens` have to keep their trace."""
+        recipe = self.tokenzoo_recipe
+        return lift(tokens.x, recipe.lift_trace(tokens.trace), recipe.fill, partial(self.tap, index=-1, norm=False))
 
     def check_size(self, images: Tensor | None, interpolate: Any) -> None:
         """Refuses what upstream refuses.

@@ -51,3 +51,7 @@ class Schedule:
     def dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
         """Options at relative strength t in [0, 1]."""
         raise ValueError(f"{method.name} has no strength that flops=... could solve for; set its own options instead")
+
+    def image_dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any] | None:
+        """Options at relative strength t under which the images decide how many tokens stay; None for no such form."""
+        return None

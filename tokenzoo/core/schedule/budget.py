@@ -40,4 +40,11 @@ class Budget(Schedule):
         return layout.num_prefix + min(n - layout.num_prefix, step.count(n, layout))
 
     def dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
-        return {"max_tokens": max(3, 1 + round((1 - t) * layout.num_patches))}
+        # an equal share goes in every block: one count for all would take everything in the first of them
+        rate = 1 - t * (1 - (2 / layout.num_patches) ** (1 / max(1, len(layers))))
+        counts = (layout.num_patches * rate ** (i + 1) for i in range(len(layers)))
+        return {"max_tokens": tuple(max(3, 1 + round(count)) for count in counts)}
+
+    def image_dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
+        # as many as patches, as published, in the middle; more of them pick more tokens
+        return {"max_tokens": None, "heights": max(2, round(8 * (1 - t) ** 3 * layout.num_patches))}

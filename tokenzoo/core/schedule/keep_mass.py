@@ -45,3 +45,7 @@ class KeepMass(Keep):
         if method.mass is None:
             return super().dial(method, t, layers, layout)
         return {"tokens": max(1, round((1 - t) * layout.num_patches))}  # what a budget can be held to
+
+    def image_dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
+        # the share of the scores that is held, in every block
+        return {"mass": 1 - 0.99 * t, "keep_rate": method.options()["keep_rate"], "tokens": None}

@@ -67,3 +67,6 @@ class Stages(Schedule):
             counts.append(round(t * most))
             left -= counts[-1] * (1 if index else math.prod(sides(method.window)) - 1)
         return {"r": tuple(counts)}
+
+    def image_dial(self, method: Any, t: float, layers: Sequence[int], layout: Layout) -> dict[str, Any]:
+        return {"r": None, "threshold": 1 - 2 * t}  # the range of a cosine

@@ -51,7 +51,7 @@ def cluster(
     grid: tuple[int, int],
     iterations: int = 5,
     window: int = 5,
-    temperature: float = 0.02,
+    temperature: float | Tensor = 0.02,
     visible: Tensor | None = None,
 ) -> Clusters:
     """Clusters the tokens of a map: average pooling on a grid, then soft k-means among neighbouring cells.
@@ -65,7 +65,8 @@ def cluster(
         grid: centres (down, right), at most as many as tokens in either direction.
         iterations: steps of k-means; 0 leaves average pooling.
         window: cells that a token sees in each direction, its own in the middle; odd.
-        temperature: inverse temperature, the factor of the squared distances.
+        temperature: inverse temperature, the factor of the squared distances; one number, or one per image [B, 1, 1]
+            (see `relative_temperature`).
         visible: [B, N] bool, False for tokens that a mask hides. Those are in no centre but of cells that hold nothing
             else, and decide nothing; None without a mask.
 
@@ -92,8 +93,38 @@ def cluster(
     return Clusters(cells.means(x).to(x.dtype), cells, seen)
 
 
+def relative_temperature(
+    x: Tensor, size: tuple[int, int], sharpness: float, visible: Tensor | None = None
+) -> Tensor:
+    """The inverse temperature at which the usual squared distance of neighbouring tokens counts `sharpness`.
+
+    Absolute numbers go with the scale of the features, which differs by orders of magnitude between models and depths.
+
+    Args:
+        x: patch tokens in raster order [B, N, C].
+        size: tokens (high, wide), N = high * wide.
+        sharpness: what the mean squared distance of tokens that touch, down or right, is to count in the exponent.
+        visible: [B, N] bool, False for tokens that a mask hides, which decide nothing; None without a mask.
+
+    Returns:
+        [B, 1, 1], at least float32.
+    """
+    image = x.detach().to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, tuple(size))
+    seen = torch.ones_like(image[..., 0]) if visible is None else visible.unflatten(1, tuple(size)).to(image.dtype)
+    squares, links = 0.0, 0.0
+    for dim in (1, 2):
+        length = size[dim - 1] - 1
+        linked = seen.narrow(dim, 0, length) * seen.narrow(dim, 1, length)
+        apart = (image.narrow(dim, 1, length) - image.narrow(dim, 0, length)).square().sum(3)
+        squares, links = squares + (apart * linked).sum((1, 2)), links + linked.sum((1, 2))
+    usual = squares / links.clamp(min=1)
+    # where neighbours coincide, all that is left of their distances is rounding, which must not be blown up
+    level = (image.square().sum(3) * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)
+    return (sharpness / torch.maximum(usual, 1e-6 * level + 1e-12)).view(-1, 1, 1)
+
+
 def _step(
-    tiles: Tiles, x: Tensor, offset: Tensor, bias: Tensor, temperature: float, kinds: Kinds | None = None
+    tiles: Tiles, x: Tensor, offset: Tensor, bias: Tensor, temperature: float | Tensor, kinds: Kinds | None = None
 ) -> Tensor:
     """One step of k-means: weights from the centres (see `from_middle`), and their weighted means of the tokens."""
     fold = Fold(tiles)
@@ -105,7 +136,7 @@ def _step(
 
 
 def _final_weights(
-    tiles: Tiles, x: Tensor, offset: Tensor, bias: Tensor, temperature: float, kinds: Kinds | None = None
+    tiles: Tiles, x: Tensor, offset: Tensor, bias: Tensor, temperature: float | Tensor, kinds: Kinds | None = None
 ) -> Tensor:
     """Weights of every token of every tile [B, T, P, S]."""
     parts = []
@@ -120,7 +151,7 @@ def _weights(
     tokens: Tensor,
     offset: Tensor,
     bias: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     start: int,
     stop: int,
     kinds: Kinds | None = None,
@@ -132,7 +163,8 @@ def _weights(
     if kinds is not None:
         others = tiles.take_centers(kinds.centers, start, stop).transpose(2, 3)
         barred = barred | (tiles.take_tokens(kinds.tokens, start, stop) != others)
-    logits = ((2 * logits - shift) * temperature).masked_fill(barred, float("-inf"))
+    factor = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+    logits = ((2 * logits - shift) * factor).masked_fill(barred, float("-inf"))
     return logits.softmax(dim=-1).masked_fill(barred, 0)  # rows of padding have no cell, nor have some hidden tokens
 
 
@@ -203,7 +235,8 @@ def row_slices(x: Tensor, centers: int) -> list[tuple[int, int]]:
 
 
 def _check(
-    x: Tensor, size: tuple[int, int], grid: tuple[int, int], iterations: int, window: int, temperature: float
+    x: Tensor, size: tuple[int, int], grid: tuple[int, int], iterations: int, window: int,
+    temperature: float | Tensor,
 ) -> None:
     if x.dim() != 3 or x.shape[1] != size[0] * size[1]:
         raise ValueError(f"cluster: tokens of shape {tuple(x.shape)} are no map of {size[0]} x {size[1]} (size)")
@@ -215,5 +248,5 @@ def _check(
         raise ValueError(f"cluster: iterations={iterations}; give 0 (average pooling) or more")
     if window < 1 or window % 2 == 0:
         raise ValueError(f"cluster: window={window}; give an odd number, so that a token's own cell is in the middle")
-    if temperature <= 0:
+    if not isinstance(temperature, Tensor) and temperature <= 0:
         raise ValueError(f"cluster: temperature={temperature}; the inverse temperature must be positive")

@@ -20,7 +20,7 @@ def reconstruct(
     values: Tensor,
     x: Tensor,
     centers: Tensor,
-    temperature: float = 0.02,
+    temperature: float | Tensor = 0.02,
     k: int = 20,
     norm: str = "l2",
     visible: Tensor | None = None,
@@ -36,7 +36,7 @@ def reconstruct(
         values: values of the centres [B, M, D].
         x: tokens before clustering [B, N, C].
         centers: final centres [B, M, C].
-        temperature: inverse temperature, the factor of the squared distances.
+        temperature: inverse temperature, the factor of the squared distances; one number, or one per image [B, 1, 1].
         k: centres to mix, all where there are no more; -1 for all.
         norm: "l2" (as released) or "l1".
         visible: [B, M] bool, False for centres of tokens that a mask hides: nobody mixes them; None without a mask.
@@ -56,7 +56,7 @@ def reconstruct(
         raise ValueError(f"reconstruct: norm={norm!r} is unknown; use 'l2' (as released) or 'l1' (weights sum to 1)")
     if values.shape[1] != count:
         raise ValueError(f"reconstruct: values of {values.shape[1]} centres, but {count} centres were clustered")
-    if temperature <= 0:
+    if not isinstance(temperature, Tensor) and temperature <= 0:
         raise ValueError(f"reconstruct: temperature={temperature}; the inverse temperature must be positive")
     x, centers = x.detach(), centers.detach()
     dtype = torch.promote_types(torch.promote_types(values.dtype, x.dtype), torch.float32)
@@ -70,7 +70,7 @@ def reconstruct(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _weights(distance: Tensor, temperature: float, k: int, norm: str) -> Tensor:
+def _weights(distance: Tensor, temperature: float | Tensor, k: int, norm: str) -> Tensor:
     """Weights of the centres for some tokens [B, n, M], from squared distances up to a number per token."""
     weights = (temperature * (distance.amin(2, keepdim=True) - distance)).exp()
     if 0 < k < weights.shape[2]:

@@ -1,0 +1,1 @@
+"""Scores of segmentation models, and the data that they are computed on."""

@@ -1,0 +1,136 @@
+"""Decisions that keep rows which differ from each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ops.rows import take_rows
+from .deciding import Cosines, deciding, ranked, row_of, unit
+
+
+@deciding
+def vispruner(score: Tensor, features: Tensor, keep: int, important: float = 0.5) -> Tensor:
+    """The rows with the most attention, and of the others those that are left when alike ones go.
+
+    Args:
+        score: attention of the class token [B, N].
+        features: what the tower gives [B, N, C].
+        keep: rows that stay.
+        important: share of them that is taken by attention.
+
+    Returns:
+        Rows that stay, rising [B, keep] int64.
+
+    Source: Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
+    ICCV 2025.
+    """
+    order, best = ranked(score), int(keep * important)
+    rest, count = order[:, best:], keep - best
+    if count == 0:
+        return order[:, :best].sort(dim=1).values
+    units = unit(features)
+    alike = torch.bmm(units, units.transpose(1, 2))
+    while rest.shape[1] > count:
+        a, b = rest[:, ::2], rest[:, 1::2]
+        gone = min(8, rest.shape[1] - count, a.shape[1])
+        nearest = take_rows(alike, a).gather(2, b.unsqueeze(1).expand(-1, a.shape[1], -1)).amax(-1)
+        rest = torch.cat([a.gather(1, ranked(nearest)[:, gone:]), b], dim=1)
+    return torch.cat([order[:, :best], rest], dim=1).sort(dim=1).values
+
+
+@deciding
+def divprune(x: Tensor, keep: int) -> Tensor:
+    """Rows whose smallest distance to each other is large, found greedily; distances are 1 - cosine.
+
+    Args:
+        x: rows as the language model would see them [B, N, D].
+        keep: rows that stay.
+
+    Returns:
+        Rows that stay, in the order in which they are chosen [B, keep] int64.
+
+    Source: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025.
+    """
+    alike = Cosines(x)
+    last = alike.nearest().argmin(dim=1)
+    chosen, nearest = [last], alike.row(last)
+    for _ in range(keep - 1):
+        nearest = nearest.scatter(1, last.unsqueeze(1), float("inf"))
+        last = nearest.argmin(dim=1)
+        chosen.append(last)
+        nearest = torch.maximum(nearest, alike.row(last))
+    return torch.stack(chosen, dim=1)
+
+
+@deciding
+def todre(x: Tensor, score: Tensor, keep: int) -> Tensor:
+    """From a pivot on, rows with the smallest sum of cosines to those already chosen.
+
+    Args:
+        x: rows [B, N, D].
+        score: the row with the highest one is the pivot [B, N].
+        keep: rows that stay.
+
+    Returns:
+        Rows that stay, in the order in which they are chosen [B, keep] int64.
+
+    Source: Li et al., "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", 2025.
+    """
+    alike, last = Cosines(x), score.argmax(dim=1)
+    chosen, total = [last], torch.zeros_like(x[..., 0], dtype=torch.float32)
+    for _ in range(keep - 1):
+        total = (total + alike.row(last)).scatter(1, last.unsqueeze(1), float("inf"))
+        last = total.argmin(dim=1)
+        chosen.append(last)
+    return torch.stack(chosen, dim=1)
+
+
+@deciding
+def relevance(image: Tensor, text: Tensor, batch: bool = False) -> Tensor:
+    """How far rows are from some texts, minus the mean cosine, brought to [0, 1]: what `cdpruner` weighs rows with.
+
+    Args:
+        image: rows in a space that they share with texts [B, N, E].
+        text: texts [T, E].
+        batch: smallest and largest values are those of the whole batch (the released code) and not of each image.
+
+    Returns:
+        [B, N] float32.
+    """
+    score = -torch.matmul(unit(image), unit(text).transpose(0, 1)).mean(-1)
+    dims = (0, 1) if batch else 1
+    low, high = score.amin(dims, keepdim=True), score.amax(dims, keepdim=True)
+    span = torch.where(high > low, high - low, torch.ones_like(high))  # rows that are all alike matter all alike
+    return (score - low + 1e-6) / span
+
+
+@deciding
+def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
+    """The most likely rows of a determinantal point process, whose kernel is weight * cosine * weight, greedily.
+
+    Args:
+        features: rows [B, N, D].
+        weight: how much each matters [B, N], see `relevance`.
+        keep: rows that stay.
+
+    Returns:
+        Rows that stay, in the order in which they are chosen [B, keep] int64.
+
+    Source: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
+    NeurIPS 2025; greedy inference of Chen et al., NeurIPS 2018.
+    """
+    alike = Cosines(features)
+    volume = weight.float().square() * alike.units.square().sum(-1)  # what a row would add to the determinant
+    chosen: list[Tensor] = []
+    parts = alike.units.new_zeros(*volume.shape, keep)  # of the Cholesky factor
+    for step in range(keep):
+        last = volume.argmax(dim=1)
+        chosen.append(last)
+        kernel = weight * alike.row(last) * weight.gather(1, last.unsqueeze(1))
+        done = torch.bmm(parts, row_of(parts, last).unsqueeze(-1)).squeeze(-1)
+        # once rows span the space, what is left of a volume is rounding, and may be negative
+        root = volume.gather(1, last.unsqueeze(1)).clamp(min=1e-12).sqrt()
+        parts[..., step] = (kernel - done) / root
+        volume = (volume - parts[..., step].square()).scatter(1, torch.stack(chosen, 1), float("-inf"))
+    return torch.stack(chosen, dim=1)
