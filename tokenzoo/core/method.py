@@ -99,6 +99,7 @@ class Method(Declared):
         """
         return dataclasses.replace(self, **self.schedule.dial(self, t, self.resolve_layers(depth), layout))
 
+    @final
     def image_dial(self, t: float, depth: int, layout: Layout) -> Method | None:
         """The same method in the form in which the images decide how many tokens stay; None where it has none.
 
