@@ -166,5 +166,5 @@ def test_weights_in_the_tree_are_few_and_small():
     folders = ("benchmarks", "configs", "docs", "examples", "scripts", "tokenzoo")
     paths = [path for folder in folders for path in ROOT.joinpath(folder).rglob("*.safetensors")]
     kept = [path for path in paths if path.parent != ROOT / "benchmarks" / "models"]  # where users put what cards name
-    assert {path.parent.name for path in kept} == {"examples"}
+    assert {path.parent.name for path in kept} == {"serve"}
     assert sum(path.stat().st_size for path in kept) <= 4_000_000

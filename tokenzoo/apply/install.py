@@ -13,7 +13,16 @@ from ..adapters.block import OUTSIDE, BlockPlan
 from ..adapters.classes import class_of, refuse_derived
 from ..adapters.inspect import blocks_of
 from ..adapters.swapping import become, swap_classes
+from ..core.mixins import Shaped
 from ..core.recipe import Placed, Recipe
+from ..core.step import BlockShape, Step
+from ..core.tokens import Layout
+
+
+def _module_of(shape: BlockShape, layout: Layout, step: Step) -> nn.Module | None:
+    """The learned module of a step in a block, None for none."""
+    method = step.method
+    return method.module_of(shape, layout, step) if isinstance(method, Shaped) else method.module(shape.dim, step)
 
 
 class Change(NamedTuple):
@@ -57,7 +66,7 @@ def prepare(
         kind, modules, kept = family.block_kind(block), {}, []
         for step, n, n_out in row:
             step = step.resolved(n, n_out, layout, padded)  # modules may have a row per token that is left
-            module = step.method.module_of(family.block_view(block).shape(), layout, step)
+            module = _module_of(family.block_view(block).shape(), layout, step)
             if module is not None:
                 like = next(block.parameters())
                 modules[step.key] = module.to(like.device, like.dtype).train(block.training)

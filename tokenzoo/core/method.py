@@ -99,6 +99,7 @@ class Method(Declared):
         """
         return dataclasses.replace(self, **self.schedule.dial(self, t, self.resolve_layers(depth), layout))
 
+    @final
     def image_dial(self, t: float, depth: int, layout: Layout) -> Method | None:
         """The same method in the form in which the images decide how many tokens stay; None where it has none.
 
@@ -150,16 +151,6 @@ class Method(Declared):
                 image size, for modules with a row per token.
         """
         return None
-
-    def module_of(self, shape: BlockShape, layout: Layout, step: Step) -> nn.Module | None:
-        """The same, for modules that need more than channels; those do not define `module`.
-
-        Args:
-            shape: channels, heads and their width.
-            layout: the sequence that the block belongs to, at the model's own image size.
-            step: see `module`.
-        """
-        return self.module(shape.dim, step)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         """Multiply-adds of deciding and applying the map, for one image."""

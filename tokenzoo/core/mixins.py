@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..maps import TokenMap
 from ..ops.attention import Heads
 from ..ops.map_reading import MapStatistics
-from .step import Step
+from .step import BlockShape, Step
 from .tokens import Layout, Tokens, TraceStep
 
 
@@ -120,7 +120,21 @@ class OwnAttention:
         return n * n
 
 
+class Shaped:
+    """Mixin of methods whose learned modules need to know more of a block than its channels."""
+
+    def module_of(self, shape: BlockShape, layout: Layout, step: Step) -> nn.Module | None:
+        """The learned module of one block, in place of `Method.module`; None for a block without.
+
+        Args:
+            shape: channels, heads and their width.
+            layout: the sequence that the block belongs to, at the model's own image size.
+            step: see `Method.module`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes modules by shape: define module_of(...)")
+
+
 HOOKS = {
     Scanning: "scan_rows", Restoring: "lift_trace", Companion: "check_recipe", Remembering: "remember",
-    OwnAttention: "attend",
+    OwnAttention: "attend", Shaped: "module_of",
 }  # fmt: skip

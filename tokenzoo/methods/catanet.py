@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.learned import Learned, Note, Teaching
 from ..core.method import BlockShape, Method, Step
-from ..core.mixins import Attended, Beside, Companion, OwnAttention
+from ..core.mixins import Attended, Beside, Companion, OwnAttention, Shaped
 from ..core.options import number
 from ..core.registry import register
 from ..core.signals import Signals
@@ -24,7 +24,7 @@ from ..ops.rows import stable_order, take_rows
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class CATANet(Companion, OwnAttention, Learned, Method):
+class CATANet(Companion, OwnAttention, Shaped, Learned, Method):
     """Replaces attention among patches by attention in groups of alike ones, and to shared centres; none is removed.
 
     Patches are sorted by their nearest centre and cut into groups, which look at themselves, the next group, the prefix

@@ -22,8 +22,7 @@ class Cluster(Method):
 
     Start: average pooling to the grid. Each step, a token is shared out among the centres of neighbouring cells by its
     distance. The patches have to form their full grid, so no other reduction may come first. Dense features come back
-    as a mix of the nearest centres, with the distances that held when clustering; add `reconstruct` to choose where
-    and how.
+    as a mix of the centres nearest when clustering; add `reconstruct` to choose where and how.
 
     Args:
         layers: the one block after which to cluster; by default at three eighths of the depth.
@@ -31,11 +30,10 @@ class Cluster(Method):
         scale: cells per axis as a share of the patches, rounded, in (0, 1]; 0.7 leaves half of the tokens.
         iterations: k-means steps; 0 is average pooling.
         window: a token sees window x window cells around its own (odd).
-        sharpness: inverse temperature of the shares over the mean squared distance of neighbouring patches, image by
-            image: what that distance counts in the exponent, whatever the scale of the features. Too low a value blurs
-            all centres.
-        temperature: the inverse temperature itself, weights exp(-temperature * squared distance), in place of
-            `sharpness`. It fits one model: 0.02 is the authors' for Segmenter ViT-L, 1.0 for SWAG L/16.
+        sharpness: inverse temperature of the shares over the mean squared distance of an image's neighbouring patches:
+            what that distance counts in the exponent. Too low a value blurs all centres.
+        temperature: in place of it, weights exp(-temperature * squared distance). It fits one model: 0.02 is the
+            authors' for Segmenter ViT-L, 1.0 for SWAG L/16.
         where: "after" or "before" the block.
         k: centres that a patch mixes when it is rebuilt (all where there are fewer); -1 for all.
 
@@ -76,14 +74,12 @@ class Cluster(Method):
             return None  # nothing to reduce
         size, prefix = tokens.layout.grid, tokens.layout.num_prefix
         visible = None if tokens.visible is None else tokens.visible[:, prefix:]
-        patches, temperature = tokens.x[:, prefix:], self.temperature
-        if temperature is None:
-            temperature = relative_temperature(patches, size, self.sharpness, visible)
+        patches = tokens.x[:, prefix:]
+        temperature = self.temperature or relative_temperature(patches, size, self.sharpness, visible)
         found = cluster(patches, size, cells, self.iterations, self.window, temperature, visible)
         return ClusterMap(tokens.x, found, size, cells, prefix, self.k, temperature, "l1", visible)
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         if n == n_out:
             return 0
-        cells = self.schedule.count(n, step, layout)
-        return cluster_macs(layout.grid, cells, self.iterations, self.window, shape.dim)
+        return cluster_macs(layout.grid, self.schedule.count(n, step, layout), self.iterations, self.window, shape.dim)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.learned import Learned, Note, Teaching
 from ..core.method import BlockShape, Method, Step
-from ..core.mixins import Attended, Beside, Companion, OwnAttention
+from ..core.mixins import Attended, Beside, Companion, OwnAttention, Shaped
 from ..core.options import number
 from ..core.registry import register
 from ..core.signals import Signals
@@ -24,16 +24,16 @@ from ..ops.rows import split_dim
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Sparsifiner(Companion, OwnAttention, Learned, Method):
+class Sparsifiner(Companion, OwnAttention, Shaped, Learned, Method):
     """Attends to the entries of the map that a low-rank predictor guesses to be the largest; no token is removed.
 
     No time is saved: attention is computed for all pairs of tokens, in every head, and masked, as in the released code,
-    and the predictor comes on top. Saving needs a sparse kernel. Block-sparse ones do not help (torch's flex attention skips blocks of 128 x 128
-    entries that are all closed, and entries chosen one by one leave next to none); `report` counts what runs. Prefix
-    tokens look at everything. The choice has no gradient: the predictor learns from the loss `reconstruction`, the
-    squared distance of its guess from the block's own map (theirs: from the teacher's, which is the same while the
-    backbone is frozen, as it is in their first phase). Bound to the image size that it was made for. Pruning as in the
-    paper is `topk` in the same recipe.
+    and the predictor comes on top. Saving needs a sparse kernel. Block-sparse ones do not help (torch's flex attention
+    skips blocks of 128 x 128 entries that are all closed, and entries chosen one by one leave next to none); `report`
+    counts what runs. Prefix tokens look at everything. The choice has no gradient: the predictor learns from the loss
+    `reconstruction`, the squared distance of its guess from the block's own map (theirs: from the teacher's, which is
+    the same while the backbone is frozen, as it is in their first phase). Bound to the image size that it was made for.
+    Pruning as in the paper is `topk` in the same recipe.
 
     Args:
         keep_rate: share of the entries of a row to look at.
