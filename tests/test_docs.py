@@ -28,6 +28,7 @@ from torch.distributed.run import get_args_parser
 import tokenzoo
 from tokenzoo.cli import build_parser
 from tokenzoo.cli.common import runs_of
+from tokenzoo.cli.vlm_common import recipes_of
 from tokenzoo.core import handover, registry
 from tokenzoo.core.mixins import OwnAttention
 from tokenzoo.training.options import options_of, parse_options
@@ -231,6 +232,8 @@ def test_commands_parse(command, monkeypatch):
     args = build_parser().parse_args(shlex.split(words, comments=True)[1:])
     if args.command == "train":
         check_training(options_of(vars(args)))
+    elif args.command == "vlm":
+        assert recipes_of(args)
     elif hasattr(args, "model"):
         assert timm.is_model(args.model)
         alone = ("tune", "rates", "serve")  # choose methods themselves
