@@ -85,7 +85,7 @@ class IARED2(Learned, Method):
         scores, left = signals.module(tokens.x[:, prefix:]), tokens.left[:, prefix:].detach() > 0.5
         with torch.no_grad():
             best = scores.masked_fill(~left, -1.0).argmax(1, keepdim=True)
-            safe = torch.zeros_like(left).scatter(1, best, torch.ones_like(best, dtype=torch.bool))
+            safe = torch.arange(left.shape[1], device=left.device) == best
             if signals.training:
                 gate = torch.where(safe, torch.ones_like(scores), self.draw(scores))
             else:
