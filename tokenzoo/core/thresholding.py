@@ -65,14 +65,15 @@ def judge(
             possible = source & target.any(1, keepdim=True)
             into = torch.where(possible, partner, index)
             best = best.masked_fill(~possible, -2.0)
-            importance = importance.masked_fill(~left, 0.0) * tokens.left.sum(1, keepdim=True)
+            # differences of maps give importances below 0; at a threshold of 0 everything stays
+            importance = importance.clamp(min=0).masked_fill(~left, 0.0) * tokens.left.sum(1, keepdim=True)
         taken = _above(best - alike.float(), temperature) * possible
         with torch.no_grad():
             hard = (taken > 0.5).float()
             importance = importance * (1 - hard) + torch.zeros_like(importance).scatter_add(1, into, importance * hard)
             remaining = left & (hard < 0.5)
             first = importance.masked_fill(~remaining, -1.0).argmax(1, keepdim=True)
-            safe = torch.zeros_like(left).scatter(1, first, True)
+            safe = index == first
         weighs = _above(importance - least.float(), temperature)
         weighs = torch.where(safe, torch.ones_like(weighs), weighs)
         return Verdict(into, taken, (1 - taken) * weighs * left, importance)
@@ -93,9 +94,9 @@ def _likest(units: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _above(margin: Tensor, temperature: float) -> Tensor:
-    """1 where the margin is positive, else 0, with the gradient of a sigmoid."""
+    """1 where the margin is not below 0, else 0, with the gradient of a sigmoid."""
     soft = (margin / temperature).sigmoid()
-    hard = (margin > 0).to(soft.dtype)
+    hard = (margin >= 0).to(soft.dtype)
     return soft + (hard - soft).detach() if soft.requires_grad else hard
 
 
@@ -111,7 +112,8 @@ def removed(verdict: Verdict, tokens: Tokens, most: int | None) -> TokenMap:
     stays = verdict.stays > 0.5
     if most is not None and most < patches:
         best = verdict.importance.masked_fill(~stays, -1.0).topk(most, dim=1).indices
-        stays = stays & torch.zeros_like(stays).scatter(1, best, True)
+        ranks = stays.float() * 0  # zeros of the mask itself: a traced graph would hold on to the batch of new ones
+        stays = stays & (ranks.scatter(1, best, best.float() * 0 + 1) > 0.5)
     counts = stays.sum(1, keepdim=True)
     if most is None:
         length, valid = settled_rows(counts, tokens)  # the one look of the host at the data

@@ -213,7 +213,8 @@ def key_bias(size: Tensor | None, valid: Tensor | None) -> Tensor | None:
     """
     if size is None and valid is None:
         return None
-    bias = torch.zeros(valid.shape, device=valid.device) if size is None else size.squeeze(-1).log()
+    # zeros from the mask itself: a traced graph would hold on to the batch of new ones
+    bias = valid.float() * 0 if size is None else size.squeeze(-1).log()
     if valid is not None:
         bias = bias.masked_fill(~valid, float("-inf"))
     return bias[:, None, None, :]
