@@ -175,7 +175,10 @@ def test_others_are_traced_too(name):
         torch.testing.assert_close(traced(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-@families
+HOLDS_ON = ("ia_red2", "thresholds")  # to the batch, in the exporter of old, see docs/export.md
+
+
+@pytest.mark.parametrize("family,method", [pair for pair in FAMILIES if pair[1] not in HOLDS_ON])
 @torch.no_grad()
 def test_torchscript_onnx_keeps_the_batch_open(family, method):
     onnxruntime = pytest.importorskip("onnxruntime")

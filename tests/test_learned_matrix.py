@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -308,7 +309,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 @rows
 def test_goes_on_bit_equal_after_sigkill(name, main, data, tmp_path):  # noqa: F811
     options = {key: value for key, value in recipe(name).items() if key != "method"}
-    more = ["--method", recipe(name)["method"], "--method-kwargs", *(f"{key}={v}" for key, v in options.items())]
+    pairs = [f"{key}={json.dumps(value)}" for key, value in options.items()]
+    more = ["--method", recipe(name)["method"], "--method-kwargs", *pairs]
     more += ["--epochs", "4", "--recovery-interval", "1", "--deterministic", "--model-ema"]
     more += ["--kd-model-name", "unpatched", "--kd-token-weight", "0.5", "--new-lr-scale", "5", "--freeze-epochs", "1"]
     assert main(words(data, tmp_path / "whole", *more)) == 0

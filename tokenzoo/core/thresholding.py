@@ -100,8 +100,8 @@ def _above(margin: Tensor, temperature: float) -> Tensor:
     return soft + (hard - soft).detach() if soft.requires_grad else hard
 
 
-def removed(verdict: Verdict, tokens: Tokens, most: int | None) -> TokenMap:
-    """The map that removes what does not stay; patches keep their order.
+def removed(verdict: Verdict, tokens: Tokens, most: int | None) -> TokenMap | None:
+    """The map that removes what does not stay, None where all stay; patches keep their order.
 
     Args:
         verdict: from `judge`.
@@ -117,6 +117,8 @@ def removed(verdict: Verdict, tokens: Tokens, most: int | None) -> TokenMap:
     counts = stays.sum(1, keepdim=True)
     if most is None:
         length, valid = settled_rows(counts, tokens)  # the one look of the host at the data
+        if length == patches and valid is None:
+            return None  # nothing goes
     else:
         length = min(most, patches)
         valid = real_rows(counts, length, prefix)
