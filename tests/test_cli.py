@@ -1,6 +1,7 @@
 """The commands list, show and export, called in this process; the help of all of them."""
 
 import json
+import re
 import shlex
 from importlib import import_module
 
@@ -48,9 +49,19 @@ def test_help_has_an_example_that_parses(command, capsys, monkeypatch):
     if command == "train":
         monkeypatch.chdir(ROOT)
         assert options_of(vars(args)).method["method"] == "evit"
-    elif command not in ("list", "tune", "vlm"):
+    elif command not in ("list", "vlm") and hasattr(args, "method"):
         for run in runs_of(args):  # names and options of methods are checked as the command would
             assert run.method is None or run.recipe().methods
+
+
+def test_completion_and_version(capsys):
+    """Scripts for every shell that knows the commands; `--version` is the package's."""
+    for shell in ("bash", "zsh", "tcsh"):
+        assert main(["completion", shell]) == 0
+        assert {"serve", "tune"} <= set(re.findall(r"\w+", capsys.readouterr().out)), shell
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"tokenzoo {tokenzoo.__version__}\n"
 
 
 def test_list(capsys):

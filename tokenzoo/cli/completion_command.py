@@ -7,7 +7,7 @@ import argparse
 from .common import say
 
 HELP = "print a completion script for a shell"
-EXAMPLE = "tokenzoo completion bash > ~/.local/share/bash-completion/completions/tokenzoo"
+EXAMPLE = "tokenzoo completion bash"
 SHELLS = ("bash", "zsh", "tcsh")
 
 
