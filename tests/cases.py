@@ -27,7 +27,7 @@ from torch import nn
 
 from tokenzoo import create_method, method_class
 from tokenzoo.adapters.inspect import describe
-from tokenzoo.core.learned import Learned
+from tokenzoo.core.learned import Learned, needs_training
 from tokenzoo.models import LVViT, T2TViT
 
 # method -> (options that remove nothing, options that reduce, options of a static shape where they differ)
@@ -73,7 +73,10 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "uniform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "vggt": ({"ratio": 0.0}, {"ratio": 0.25, "protected": 0.2}, {}),
 }
-METHODS = sorted(ZOO)
+EVERY = sorted(ZOO)
+# those without parameters of their own: a method that learns starts anew wherever it is put on, so tests that compare
+# two patched models, or names of weights, take these alone; test_learned_matrix.py holds the others to the same
+METHODS = [name for name in EVERY if not needs_training(method_class(name))]
 # methods that only make sense after another one
 COMPANION = {"reconstruct": "cluster"}
 # methods after which all tokens are there again: no shorter sequence, nothing in the trace

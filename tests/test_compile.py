@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import METHODS, VIT, build, given, images
+from cases import EVERY, VIT, build, given, images
 
 import tokenzoo
 
@@ -18,7 +18,7 @@ PAPERS = [(backbone, method) for backbone in ("t2t_vit", "lv_vit") for method in
 
 
 @pytest.mark.parametrize("backbone,method", [
-    *((backbone, method) for backbone in ("registers", "rope_mixed") for method in METHODS), *PAPERS,
+    *((backbone, method) for backbone in ("registers", "rope_mixed") for method in EVERY), *PAPERS,
     ("dinov2_like", "sta"), ("beit", "evit"), ("beit_shared", "tome"), ("relpos_mlp", "mctf"), ("naflex_mixed", "tome"),
 ])  # fmt: skip
 def test_one_graph(method, backbone):

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 import yaml
-from cases import KEEPS_LENGTH, METHODS, build, given, images
+from cases import EVERY, KEEPS_LENGTH, build, given, images
 
 import tokenzoo
 
@@ -62,7 +62,7 @@ def _grid_depends_on_images(first, second):
     return first == "ia_red2" and second in ("cluster", "reconstruct", "sta") or (first, second) == ("sta", "ia_red2")
 
 
-@pytest.mark.parametrize("first,second", list(product(METHODS, METHODS)))
+@pytest.mark.parametrize("first,second", list(product(EVERY, EVERY)))
 def test_two_methods(first, second, tmp_path):
     model = build("deit")
     x = images(model)

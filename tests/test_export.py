@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import METHODS, VIT, build, given, images
+from cases import EVERY, VIT, build, given, images
 
 import tokenzoo
 from tokenzoo.apply import export as exporting
@@ -37,7 +37,7 @@ def check(model, path, batch=5):
     torch.testing.assert_close(RUN[path.suffix](path, x), model(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_every_method_with_any_batch(tmp_path, monkeypatch, method):
     # sizes, validity or a fused token meet a second reduction
     again = method in ("algm", "ats", "evit", "mctf", "tome")

@@ -58,7 +58,7 @@ def test_the_released_rule_looks_at_batch_mates():
         model = tokenzoo.patch_model(build("deit"), "flowcut", tokens=2, layers=(0, 3), batch_rule=rule)
         own = [model.forward_tokens(image.unsqueeze(0), trace=True).trace[0].map.n_out for image in images]
         maps = model.forward_tokens(images, trace=True).trace[0].map
-        lengths[rule] = own, maps.n_out if maps.valid is None else maps.valid.sum(1).tolist()
+        lengths[rule] = own, [maps.n_out] * 4 if maps.valid is None else maps.valid.sum(1).tolist()
     own, together = lengths[False]
     assert together == own and len(set(own)) > 1
     assert set(lengths[True][1]) == {min(own)}

@@ -8,6 +8,7 @@ from cases import VIT, build, images, shaken
 from torch import Tensor
 
 import tokenzoo
+from tokenzoo.core.mixins import Beside
 from tokenzoo.core.signals import Signals
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import KeepMap
@@ -128,8 +129,8 @@ def step_of(tokens: Tokens, **options):
     step = tokenzoo.core.step.Step(method, 0, 4)
     heads, bias = given_tokens_heads(tokens), key_bias(None, tokens.valid if tokens.visible is None else tokens.visible)
     signals = Signals(heads, bias, tokens)
-    found = method.attend(heads, bias, tokens) if method.attends else None
-    signals.seen = None if found is None else found[1]
+    found = method.attend(heads, bias, tokens, Beside(tokens.x, step)) if method.attends else None
+    signals.seen = None if found is None else found.seen
     return method.map(tokens.remembering(method.remember(tokens, step), 0), signals, step)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from cases import COMPANION, METHODS, backbone_names, build, given, serves, size_of
+from cases import COMPANION, EVERY, backbone_names, build, given, serves, size_of
 from fvcore.nn import FlopCountAnalysis
 
 import tokenzoo
@@ -58,7 +58,7 @@ def test_published_counts_on_lv_vit(rate, gmacs):
     assert tokenzoo.report(model).total / 1e9 == pytest.approx(gmacs, abs=0.06)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("backbone", backbone_names())
 def test_formula_is_what_tracing_counts(method, backbone):
     model = build(backbone)
@@ -74,7 +74,7 @@ def test_formula_is_what_tracing_counts(method, backbone):
     assert [macs for name, macs in traced.rows if "blocks." in name] == pytest.approx(blocks, rel=0.02)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("size", [224, 384, (240, 160)])
 def test_budgets(method, size):
     """Within 1 % of the share asked for, or no neighbour on the method's dial is nearer."""

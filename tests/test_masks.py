@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import METHODS, VIT, ZOO, backbone_names, build, given, images, serves
+from cases import EVERY, METHODS, VIT, ZOO, backbone_names, build, given, images, serves
 from torch import Tensor
 
 import tokenzoo
@@ -413,4 +413,4 @@ def test_compiled_and_exported_models_follow_masks():
 
 
 def test_every_method_is_covered():
-    assert set(ZOO) == set(METHODS) and set(FOLLOW) | {"sta"} == set(METHODS) and "topk" not in MIX
+    assert set(ZOO) == set(EVERY) and set(FOLLOW) | {"sta"} == set(METHODS) and "topk" not in MIX

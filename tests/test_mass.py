@@ -47,7 +47,8 @@ def test_against_a_slow_reference(seed, patches, share, most, hide, pad):
             for real in (visible, valid):
                 own = own if real is None else own * real[image, 1:]
             wanted = reference(own.tolist(), share)[: budget or patches]
-            found = keep.idx[image, 1:][keep.valid[image, 1:]].sub(1).tolist()
+            rows = keep.idx[image, 1:] if keep.valid is None else keep.idx[image, 1:][keep.valid[image, 1:]]
+            found = rows.sub(1).tolist()
             if own.sum() > 0:
                 assert found == wanted
             assert 1 <= len(found) and (valid is None or valid[image, 1:][found].all())

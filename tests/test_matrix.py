@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import KEEPS_LENGTH, METHODS, backbone_names, build, given, images, serves
+from cases import EVERY, KEEPS_LENGTH, backbone_names, build, given, images, serves
 from scan_cases import SCAN_METHODS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,14 +20,14 @@ def models():
     return {name: build(name) for name in backbone_names()}
 
 
-pairs = pytest.mark.parametrize("method", METHODS)
+pairs = pytest.mark.parametrize("method", EVERY)
 backbones = pytest.mark.parametrize("backbone", backbone_names())
 
 
 def test_the_table_has_a_row_for_every_method():
     """In the table of models that attend, or in that of models that scan."""
     scanning = {name for name in tokenzoo.list_methods() if tokenzoo.create_method(name).reads_scan}
-    assert sorted({*METHODS, *SCAN_METHODS}) == tokenzoo.list_methods() and set(SCAN_METHODS) - set(METHODS) == scanning
+    assert sorted({*EVERY, *SCAN_METHODS}) == tokenzoo.list_methods() and set(SCAN_METHODS) - set(EVERY) == scanning
 
 
 @pairs
@@ -284,7 +284,7 @@ def test_blocks_without_their_model(method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "pool"])
+@pytest.mark.parametrize("method", [m for m in EVERY if m != "pool"])
 def test_attention_mask_follows_the_tokens(method):
     """Hiding patches by a mask equals hiding them by any other formulation: a mask of zeros changes nothing, and what a
     mask hides has no influence."""

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from cases import COMPANION, METHODS
+from cases import COMPANION, EVERY
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,7 +60,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "atc"])  # a round of merging per patch
+@pytest.mark.parametrize("method", [name for name in EVERY if name != "atc"])  # a round of merging per patch
 @torch.no_grad()
 def test_largest_tensor(method, class_token):
     torch.manual_seed(0)

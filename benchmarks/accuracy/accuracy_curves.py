@@ -39,7 +39,7 @@ from plot_accuracy import plot  # beside this script
 from torch import Tensor, nn
 
 import tokenzoo
-from tokenzoo.core.learned import Learned
+from tokenzoo.core.learned import needs_training
 from tokenzoo.evaluation import PictureLoader, data_config, environment, estimate, open_pictures, write_results
 from tokenzoo.evaluation.results import table
 from tokenzoo.evaluation.runs import forward_counted, shared_copy
@@ -126,7 +126,7 @@ def recipes(model: nn.Module) -> list[tuple[str, Any]]:
     """(method, recipe) of every method that needs no training; what is left out is said."""
     found = []
     for name in tokenzoo.list_methods():
-        if issubclass(tokenzoo.method_class(name), Learned):
+        if needs_training(tokenzoo.method_class(name)):
             print(f"left out: {name} learns what to decide", flush=True)
         elif tokenzoo.create_method(name).closes_span:  # rebuilds what clustering took away
             found.append((f"cluster+{name}", [{"method": "cluster"}, {"method": name, "layers": "norm"}]))

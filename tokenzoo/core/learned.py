@@ -135,3 +135,8 @@ class Learned:
         if moves is not None:
             return GatedMergeMap(gate, moves.behind(prefix), sees_itself, decision)
         return GateMap(gate, sees_itself, decision)
+
+
+def needs_training(cls: type) -> bool:
+    """Whether a method, as it comes, has modules that have to be trained (`learned=False` switches them off)."""
+    return issubclass(cls, Learned) and bool(getattr(cls, "learned", True))

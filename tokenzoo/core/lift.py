@@ -118,6 +118,8 @@ def _nearest(x: Tensor, step: TraceStep, fill: Fill) -> Tensor:
     kept = take_rows(step.before, heads[:, prefix:].clamp(min=0))
     # where images may drop different numbers of tokens, every token is looked at
     count = token_map.n_in if token_map.num_dropped is None else token_map.num_dropped
+    if count == 0:
+        return token_map.lift(x)
     lost = stable_order((~dropped).long())[:, :count]
     mixed = _mix(take_rows(step.before, lost), kept, usable, x[:, prefix:], fill)
     slot = scatter_values(token_map.n_in, lost, torch.arange(count, device=x.device).expand_as(lost), 0)

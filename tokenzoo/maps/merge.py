@@ -74,10 +74,12 @@ class MergeMap(TokenMap):
         return cls(order, src, assign.gather(1, src), n_in, weight, reduce, valid, counted, drops)
 
     @classmethod
-    def of_pairs(cls, pairs: Pairs, n_in: int, weight: Tensor | None = None, reduce: str = "mean") -> MergeMap:
-        """The map of a matching, in which every source has a slot unless there is padding."""
+    def of_pairs(
+        cls, pairs: Pairs, n_in: int, weight: Tensor | None = None, reduce: str = "mean", complete: bool = True
+    ) -> MergeMap:
+        """The map of a matching, in which every source has a slot unless there is padding, or it is not `complete`."""
         found = cls(pairs.order, pairs.src, pairs.slot, n_in, weight, reduce, pairs.valid)
-        found.complete = pairs.valid is None
+        found.complete = complete and pairs.valid is None
         return found
 
     @property

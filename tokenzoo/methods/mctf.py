@@ -92,7 +92,7 @@ class MCTF(Method):
             )  # fmt: skip
             weight = {"attention": received.unsqueeze(-1) * size, "size": size}.get(self.pooling)
         reduce = "max" if self.pooling == "max" else "mean"
-        return MergeMap.of_pairs(pairs, n, weight, reduce)
+        return MergeMap.of_pairs(pairs, n, weight, reduce, complete=False)  # maps that subtract leave some unmatched
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         received = n * n * shape.entry

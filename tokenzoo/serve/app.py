@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.learned import Learned
+from ..core.learned import needs_training
 from ..core.mixins import Companion
 from ..core.registry import list_methods, method_class
 from .models import Shelf
@@ -78,7 +78,7 @@ def create_app(shelf: Shelf, samples: Mapping[str, bytes] | None = None, hosts: 
 def methods_shown() -> list[dict[str, str]]:
     """Registered methods that stand alone and need no training."""
     classes = [method_class(name) for name in list_methods()]
-    alone = [cls for cls in classes if not issubclass(cls, (Learned, Companion))]
+    alone = [cls for cls in classes if not needs_training(cls) and not issubclass(cls, Companion)]
     return [{"name": cls.name, "kind": cls.kind, "source": cls.source, "summary": _summary(cls)} for cls in alone]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..adapters.backbone import BackboneInfo
-from ..core.learned import Learned
+from ..core.learned import needs_training
 from ..core.method import Method
 from ..core.registry import create_method, declaring, list_methods, method_class
 from .profile import Profiled, takes_profile
@@ -88,7 +88,7 @@ def seeds(name: str, info: BackboneInfo) -> Iterator[Candidate]:
     Raises:
         ValueError, TypeError: a method that needs training, or options that have no default.
     """
-    if issubclass(method_class(name), Learned):
+    if needs_training(method_class(name)):
         raise ValueError(f"{name} learns what to decide, and is not trained here; see docs/learned.md")
     method = create_method(name)
     depth, layout = info.depth, info.layout
