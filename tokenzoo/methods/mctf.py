@@ -90,7 +90,8 @@ class MCTF(Method):
                 tokens.x.detach(), received, tokens.size, r, prefix, (self.tau_sim, self.tau_info, self.tau_size),
                 self.bidirectional, tokens.valid, own_r, tokens.visible,
             )  # fmt: skip
-            weight = {"attention": received.unsqueeze(-1) * size, "size": size}.get(self.pooling)
+            # attention that is a difference of two maps can be negative, which no mean can be weighted by
+            weight = {"attention": received.clamp(min=0).unsqueeze(-1) * size, "size": size}.get(self.pooling)
         reduce = "max" if self.pooling == "max" else "mean"
         return MergeMap.of_pairs(pairs, n, weight, reduce, complete=False)  # maps that subtract leave some unmatched
 
