@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -75,6 +75,10 @@ class Report:
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+@overload
+def report(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Report: ...
+@overload
+def report(model: nn.Module, img_size: int | tuple[int, int] | None = None, **options: Any) -> Any: ...
 def report(model: nn.Module, img_size: int | tuple[int, int] | None = None, **options: Any) -> Any:
     """Tokens, multiply-adds and attention path of a model, block by block, by formula.
 
