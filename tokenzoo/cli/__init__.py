@@ -9,7 +9,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..core.plugins import import_plugins
-from .common import add_import
+from .common import add_import, add_parser
 
 COMMANDS = (
     "list", "eval", "bench", "train", "segment", "vlm", "show", "tune", "rates", "export", "serve", "completion",
@@ -25,14 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f"{__name__}.{name}_command")
-        sub = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=f"example:\n  {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(sub)
+        sub = add_parser(commands, name, module)
         # flags of the first can stand in a file, the others have parsers of their own
         if name not in ("train", "segment", "vlm"):
             add_import(sub)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +23,25 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def say(text: str = "") -> None:
     """Writes one line to standard output."""
     sys.stdout.write(text + "\n")
+
+
+def add_parser(parsers: Any, name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of one command or action, with the help, the example and the flags of its file.
+
+    Args:
+        parsers: what `add_subparsers` gave.
+        name: what users type.
+        module: its file, with HELP, EXAMPLE and `add_arguments`.
+    """
+    parser = parsers.add_parser(
+        name,
+        help=module.HELP,
+        description=module.HELP,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return parser
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

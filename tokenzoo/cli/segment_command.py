@@ -6,7 +6,7 @@ import argparse
 from importlib import import_module
 from importlib.util import find_spec
 
-from .common import add_import
+from .common import add_import, add_parser
 
 # an action is its file: what is not there is not offered
 ACTIONS = tuple(name for name in ("eval", "predict", "train") if find_spec(f"{__package__}.segment_{name}"))
@@ -19,15 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name in ACTIONS:
         module = import_module(f"{__package__}.segment_{name}")
-        sub = actions.add_parser(
-            name,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=f"example:\n  {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(sub)
-        add_import(sub)
+        add_import(add_parser(actions, name, module))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-from .common import add_import
+from .common import add_import, add_parser
 
 ACTIONS = ("bench", "show")
 HELP = f"vision-language models of transformers: {', '.join(ACTIONS)}"
@@ -17,15 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name in ACTIONS:
         module = import_module(f"{__package__}.vlm_{name}")
-        sub = actions.add_parser(
-            name,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=f"example:\n  {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(sub)
-        add_import(sub)
+        add_import(add_parser(actions, name, module))
 
 
 def run(args: argparse.Namespace) -> int:
