@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import tokenzoo
+from tokenzoo.core.learned import needs_training
 from tokenzoo.evaluation import Run, bench, environment, evaluate, write_results
 from tokenzoo.view.curves import plot_curves
 from tokenzoo.view.panels import compose
@@ -211,7 +212,8 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="folder for tables, images and the page")
-    attending = [name for name in tokenzoo.list_methods() if not tokenzoo.create_method(name).reads_scan]
+    ready = [name for name in tokenzoo.list_methods() if not needs_training(tokenzoo.method_class(name))]
+    attending = [name for name in ready if not tokenzoo.create_method(name).reads_scan]
     parser.add_argument("--methods", nargs="+", default=attending, help="all for models that attend by default")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each model")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of what is timed, by default one")
