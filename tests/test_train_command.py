@@ -7,11 +7,16 @@ import shlex
 import sys
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 from test_train_imagenet import data, main, result_of, same  # noqa: F401 (main and data are fixtures)
 from training_data import ROOT, words
 
+from tokenzoo import load, save
 from tokenzoo.cli import build_parser
 from tokenzoo.cli import main as tokenzoo
+from tokenzoo.evaluation.runs import Run
 from tokenzoo.training.options import build_parser as every_option
 from tokenzoo.training.options import options_of, parse_options
 
@@ -81,3 +86,52 @@ def test_errors_name_the_command(capsys):
     assert capsys.readouterr().err == (
         "tokenzoo train: --model is missing; give it on the command line or in the YAML file\n"
     )
+
+
+def test_the_folder_of_a_run_is_a_model_and_a_method(data, tmp_path, capsys):  # noqa: F811
+    """Learned modules come with it: a run can be loaded, compared, exported and drawn."""
+    folder = tmp_path / "run"
+    assert tokenzoo(["train", *words(data, folder, "--epochs", "1", "--method", "dynamicvit")]) == 0
+    trained = result_of(capsys.readouterr().out)
+    model = load(folder)
+    assert [m.name for m in model.tokenzoo_recipe.methods] == ["dynamicvit"]
+    same(folder / "model.safetensors", save(model, tmp_path / "again") / "model.safetensors")
+    start = tmp_path / "start.safetensors"  # other weights, which must not be those that answer, nor change
+    torch.manual_seed(3)
+    kind = json.loads((folder / "model.json").read_text())["timm"]
+    save_file(timm.create_model(kind["name"], **kind["options"]).state_dict(), start)
+    side = kind["options"].pop("img_size")
+    given = ["--model", kind["name"], "--num-classes", str(kind["options"].pop("num_classes")), "--img-size", str(side)]
+    given += ["--model-kwargs", *(f"{key}={value}" for key, value in kind["options"].items())]
+    given += ["--checkpoint", str(start), "--method", str(folder)]
+    assert tokenzoo(["eval", *given, "--data-dir", str(data), "--split", "val", "--device", "cpu"]) == 0
+    rows = result_of(capsys.readouterr().out, whole=True)
+    assert [row["method"] for row in rows] == ["unpatched", "dynamicvit"]
+    assert rows[1]["top1"] == pytest.approx(trained["eval_top1"])
+    assert tokenzoo(["export", *given, "--output", str(tmp_path / "run.pt2"), "--device", "cpu"]) == 0
+    x = torch.randn(2, 3, side, side)
+    exported = torch.export.load(tmp_path / "run.pt2").module()
+    torch.testing.assert_close(exported(x), model(x), atol=1e-5, rtol=0)
+    assert tokenzoo(["eval", *given, "keep_rate=0.5", "--data-dir", str(data)]) == 2
+    assert "brings a recipe of its own; leave keep_rate out" in capsys.readouterr().err
+    assert tokenzoo(["eval", "--model", kind["name"], "--method", "runs/none", "--data-dir", str(data)]) == 2
+    assert "runs/none is no method, and no folder" in capsys.readouterr().err
+    (folder / "model.safetensors").unlink()
+    assert tokenzoo(["eval", *given, "--data-dir", str(data)]) == 2
+    assert "holds no model.safetensors" in capsys.readouterr().err
+
+
+def test_the_folder_of_an_unpatched_run_is_one_row(data, tmp_path, capsys):  # noqa: F811
+    folder = tmp_path / "run"
+    assert tokenzoo(["train", *words(data, folder, "--epochs", "1")]) == 0
+    capsys.readouterr()
+    runs = [Run(), Run(str(folder)), Run(str(folder), {})]
+    assert [run.methods for run in runs] == [(), (), ()] and runs[1].name == "unpatched"
+    torch.manual_seed(3)
+    kind = json.loads((folder / "model.json").read_text())["timm"]
+    model = timm.create_model(kind["name"], **kind["options"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    own = runs[1].put_on(model)
+    same(folder / "model.safetensors", save(own, tmp_path / "again") / "model.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not torch.equal(next(own.parameters()), next(model.parameters()))

@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,10 +44,11 @@ def data(tmp_path_factory) -> Path:
     return draw(tmp_path_factory.mktemp("data") / "ten")
 
 
-def result_of(text: str) -> dict:
+def result_of(text: str, whole: bool = False) -> Any:
+    """The record behind what a command prints: its first row, or all."""
     lines = text.strip().splitlines()
     assert lines[-2] == "--result"
-    return json.loads(lines[-1])[0]
+    return json.loads(lines[-1]) if whole else json.loads(lines[-1])[0]
 
 
 def same(one: Path, other: Path, atol: float = 0.0) -> None:

@@ -13,9 +13,9 @@ The configuration is one of `tokenzoo train` and names a model with its weights;
 takes every method that needs no training at four shares of the unpatched multiply-adds, and names those that cannot
 have one. What was measured is kept beside the table (.jsonl): started again, it goes on. `--passes 2` takes every
 second image first, so that the whole table is there when half of the time is over. `tuned` trains one model per method
-with the options behind its own, all from the same weights with the same budget, and the unpatched model beside them;
-runs that are complete already are only evaluated. Differences are paired, image by image; times are those of batches
-that the unpatched model and the patched one run in turn, by the processor's clock.
+with the options behind its own and those of tuned.yaml, all from the same weights with the same budget, and the
+unpatched model beside them; runs that are complete already are only evaluated. Differences are paired, image by image; times are those
+of batches that the unpatched model and the patched one run in turn, by the processor's clock.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from plot_accuracy import plot  # beside this script
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tokenzoo
@@ -55,6 +58,7 @@ BATCH = 50
 TIMED = 4  # every how many batches the unpatched model runs too
 TUNED = ("setting", "method", "share", "top1", "top1_se", "diff", "diff_se", "free_top1", "diff_free", "diff_free_se",
          "diff_control", "diff_control_se", "tokens_out", "gmacs", "images")  # fmt: skip
+OWN = Path(__file__).with_name("tuned.yaml")  # what some methods are trained with, besides
 COUNTED = 16  # images that counts are averaged over where these depend on the image
 
 
@@ -247,18 +251,25 @@ def tuned(args: argparse.Namespace) -> None:
     pictures = read(model, given)
     base, rows, control = answer(model, pictures), [], None
     rows.append({**row("unpatched, as it was", "unpatched", 1.0, base, base), "command": ""})
+    own = yaml.safe_load(OWN.read_text())
     for name in ("unpatched", *args.methods):
-        method = [] if name == "unpatched" else ["--method", name, "--flops", str(args.flops)]
         folder = args.runs / name
+        brought = own.get(name, "").format(flops=args.flops, runs=args.runs).split()
+        method = [] if name == "unpatched" else brought if "--method" in brought else ["--method", name, *brought]
+        if method and "--method-kwargs" not in brought and method[1] == name:
+            method += ["--flops", str(args.flops)]
         words = ["-c", args.config, "--data-dir", args.data_dir, "--output", str(folder), *method, *args.train]
         if not (folder / "model.safetensors").is_file() or not finished(folder, words):
             subprocess.run([sys.executable, "train_imagenet.py", *words, "--resume"], check=True)
-        after = load(options(args, "--initial-checkpoint", str(folder / "model.safetensors")))
-        before = base
-        if method:
-            with tokenzoo.patched(model, name, flops=args.flops):
+        before, recipe = base, json.loads((folder / "recipe.json").read_text())
+        if recipe is not None:
+            torch.manual_seed(given.seed)  # modules that have not learned yet
+            with warnings.catch_warnings(), tokenzoo.patched(model, recipe):
                 before = answer(model, pictures)
-            tokenzoo.patch_model(after, name, flops=args.flops)
+        after = load(given)
+        if recipe is not None:
+            tokenzoo.patch_model(after, recipe)
+        after.load_state_dict(load_file(folder / "model.safetensors"))
         found = answer(after, pictures)
         control = control or found
         rows.append(row(f"{name}, fine-tuned", name, found.gmacs / base.gmacs, found, base))

@@ -42,12 +42,9 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, **option
     folder = Path(folder)
     if options and name is None:
         raise ValueError(f"options {sorted(options)} are for timm.create_model; give the name of the model too")
-    found: dict[str, Any] = {"format": FORMAT, "class": path_of(type(model)), "recipe": None, "timm": None}
+    found = said_of(model, name, **options)
     state, shared = _apart(model.state_dict())
-    if is_patched(model):
-        found["recipe"] = recipe(model)
     if name is not None:
-        found["timm"] = {"name": name, "options": _plain(options)}
         _check_created(found, state | {alias: state[other] for alias, other in shared.items()})
     kinds = {str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()}
     found |= {"dtype": kinds.pop() if len(kinds) == 1 else None, "shared": shared}
@@ -60,6 +57,36 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, **option
         write(str(part))
         os.replace(part, folder / file)
     return folder
+
+
+def said_of(model: nn.Module, name: str | None, **options: Any) -> dict[str, Any]:
+    """What `model.json` says of a model besides its weights: its class, its recipe, and how timm creates it.
+
+    Args:
+        model: patched or not.
+        name: timm's name of the model, None for none.
+        **options: what `timm.create_model` needs besides.
+
+    Raises:
+        ValueError: options that are no JSON.
+    """
+    timm = None if name is None else {"name": name, "options": _plain(options)}
+    own = recipe(model) if is_patched(model) else None
+    return {"format": FORMAT, "class": path_of(type(model)), "recipe": own, "timm": timm}
+
+
+def is_saved(method: Any) -> bool:
+    """Whether something names a folder that `save` or `tokenzoo train` wrote."""
+    return isinstance(method, (str, Path)) and (Path(method) / RECIPE).is_file()
+
+
+def saved_recipe(folder: str | Path) -> dict[str, Any] | None:
+    """The recipe of a folder that `save` wrote, None of an unpatched model.
+
+    Raises:
+        ValueError: no such folder, or a format of another version.
+    """
+    return _said(Path(folder))["recipe"]
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -162,21 +189,26 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for file in (RECIPE, WEIGHTS):
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder} holds no {file}; give a folder that tokenzoo.save wrote")
-    found = parse_json((folder / RECIPE).read_bytes(), str(folder / RECIPE))
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"class", "recipe", "timm"} <= found.keys():
-        raise ValueError(
-            f"{folder / RECIPE} has format {found.get('format') if isinstance(found, dict) else found!r}, and this "
-            f"version reads {FORMAT}; use the version of tokenzoo that wrote it"
-        )
+    found = _said(folder)
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is no safetensors file: {error}") from error
     shared = found.get("shared", {})  # a name that is not there is missing, and said to be
     return found, state | {name: state[other] for name, other in shared.items() if other in state}
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    for file in (RECIPE, WEIGHTS):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} holds no {file}; give a folder that tokenzoo.save or tokenzoo train wrote")
+    found = parse_json((folder / RECIPE).read_bytes(), str(folder / RECIPE))
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"class", "recipe", "timm"} <= found.keys():
+        raise ValueError(
+            f"{folder / RECIPE} has format {found.get('format') if isinstance(found, dict) else found!r}, and this "
+            f"version reads {FORMAT}; use the version of tokenzoo that wrote it"
+        )
+    return found
 
 
 def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:

@@ -78,7 +78,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar=("NAME", "KEY=VALUE"),
-        help=f"a method and its options, repeatable; NAME is one of {', '.join(list_methods())} or a recipe.yaml; "
+        help=f"a method and its options, repeatable; NAME is one of {', '.join(list_methods())}, a "
+        "recipe.yaml, or the folder of a `tokenzoo train` run, whose weights the model then has too; "
         "flops=0.6 solves for a share of the unpatched multiply-adds",
     )
     parser.add_argument(
@@ -145,7 +146,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
     runs = [Run(None, {})]
     for name, *pairs in args.method:
         run = Run(name, {**common, **key_values(pairs, "--method")})
-        run.recipe()  # reports an unknown name or option before anything is loaded
+        _ = run.methods  # reports an unknown name or option before anything is loaded
         runs.append(run)
     return runs
 

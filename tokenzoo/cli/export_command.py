@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ..apply.export import check_target, export
-from ..apply.patch import patch_model
 from ..evaluation.runs import image_size
 from .common import add_method_arguments, add_model_arguments, load_model, runs_of, say
 
@@ -37,8 +36,7 @@ def run(args: argparse.Namespace) -> None:
     check_target(Path(args.output))
     model = load_model(args)
     size = image_size(model, args.img_size)
-    if runs[-1].method is not None:
-        patch_model(model, runs[-1].method, **runs[-1].options)
+    model = runs[-1].put_on(model)
     generator = torch.Generator().manual_seed(args.seed)
     example = torch.randn(args.batch_size, *size, generator=generator).to(args.device)
     done = export(model, args.output, example, dynamic_batch=not args.static_batch, atol=args.atol)

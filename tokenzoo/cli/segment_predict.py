@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..apply.patch import patch_model
 from ..dense.segmenter import pad_to_patches
 from ..evaluation.runs import shared_copy
 from ..evaluation.segmentation.inference import Predictor
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     inference = inference_of(args, model, "folder")
     plain = reduced = Predictor(model, model.mean, model.std, inference, args.device)
     if runs:  # two models on the same weights
-        own = patch_model(shared_copy(model), runs[0].recipe(), flops=runs[0].flops)
+        own = runs[0].put_on(shared_copy(model))
         reduced = Predictor(own, model.mean, model.std, inference, args.device)
     palette = class_colours(model.num_classes, model.classes)
     classes = model.classes or [f"class {i}" for i in range(model.num_classes)]
@@ -125,9 +124,7 @@ def _pictures(source: Path) -> list[Path]:
     stems = [path.stem for path in found]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
-        raise ValueError(
-            f"--input {source} holds two images called {twice}; their results would overwrite each other"
-        )
+        raise ValueError(f"--input {source} holds two images called {twice}; their results would overwrite each other")
     return found
 
 

@@ -14,6 +14,8 @@ from ..adapters.inspect import describe, is_patched
 from ..adapters.registry import around_of, family_of
 from ..adapters.wrappers import backbone_of
 from ..apply.patch import patch_model
+from ..apply.saving import is_saved, load, saved_recipe
+from ..core.method import Method
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import list_methods
 from ..cost.report import report
@@ -25,7 +27,8 @@ class Run(NamedTuple):
     """One row of a comparison: a method with its options, or the unpatched model (method None).
 
     Attributes:
-        method: whatever `tokenzoo.patch_model` takes as its method, None for the unpatched model.
+        method: whatever `tokenzoo.patch_model` takes as its method, or a folder that `tokenzoo.save` or `tokenzoo
+            train` wrote, whose weights the model then has too; None for the unpatched model.
         options: its options, `flops` included.
     """
 
@@ -35,29 +38,64 @@ class Run(NamedTuple):
     @property
     def label(self) -> str:
         """Short text for tables and legends."""
-        first = self.method if isinstance(self.method, str) else self.name
+        first = str(self.method) if isinstance(self.method, str) or is_saved(self.method) else self.name
         return " ".join([first, *(f"{k}={v}" for k, v in self.options.items())])
 
     @property
     def name(self) -> str:
         """Names of the methods, "unpatched" without one."""
-        return "unpatched" if self.method is None else "+".join(m.name for m in self.recipe().methods)
+        return "+".join(m.name for m in self.methods) or "unpatched"
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods in order; none of an unpatched model, nor of a folder that holds one.
+
+        Raises:
+            ValueError: an unknown method or option.
+        """
+        bare = self.method is None or is_saved(self.method) and not self.options and saved_recipe(self.method) is None
+        return () if bare else self.recipe().methods
 
     def settings(self) -> dict[str, Any]:
         """The options as given, or the whole recipe where they stand in an object or a file."""
-        if self.method is None or self.method in list_methods():
+        if not self.methods or self.method in list_methods():
             return dict(self.options)
         return {**self.recipe().to_dict(), **self.options}
 
     def recipe(self) -> Recipe:
-        """The recipe of a reducing run (without `flops`, which patch_model takes itself)."""
+        """The recipe of a reducing run (without `flops`, which patch_model takes itself).
+
+        Raises:
+            ValueError: an unknown method or option; a folder with options beside it, which it brings itself.
+        """
+        if is_saved(self.method):
+            if self.options:
+                raise ValueError(f"{self.method} brings a recipe of its own; leave {', '.join(self.options)} out")
+            return Recipe.parse(saved_recipe(self.method))
+        if isinstance(self.method, str) and "/" in self.method and not self.method.endswith((".yaml", ".yml")):
+            raise ValueError(f"{self.method} is no method, and no folder that tokenzoo.save or tokenzoo train wrote")
         method, _ = take_flops(self.method, self.options.get("flops"))
         return Recipe.parse(method, **{k: v for k, v in self.options.items() if k != "flops"})
 
     @property
     def flops(self) -> float | None:
         """The budget, from the options or from a recipe file."""
+        if is_saved(self.method):
+            return None
         return take_flops(self.method, self.options.get("flops"))[1]
+
+    def put_on(self, model: nn.Module) -> nn.Module:
+        """The model of this run: the one given, patched in place, or a copy of it with the weights of the folder.
+
+        Raises:
+            ValueError: a run that cannot be reached on the model, or weights that do not fit it.
+            TypeError: a model that the method cannot be put on.
+        """
+        if self.method is None:
+            return model
+        if is_saved(self.method):
+            return load(self.method, copy.deepcopy(model))  # the model may share its weights with others
+        return patch_model(model, self.recipe(), flops=self.flops)
 
 
 class Precision(NamedTuple):
@@ -133,9 +171,7 @@ def prepare(
         model = copy.deepcopy(model).to(dtype)
     candidates = []
     for run in (Run(), *(r for r in runs if r.method is not None)):
-        own = shared_copy(model).eval()
-        if run.method is not None:
-            patch_model(own, run.recipe(), flops=run.flops)
+        own = run.put_on(shared_copy(model).eval())
         costs = report(own, input_size[1:]) if is_served(own) else None
         # the formula equals tracing and is immediate; counts that depend on the image have to be traced on one
         by_formula = costs is not None and not costs.data_dependent

@@ -81,7 +81,7 @@ def compiled(candidate: Candidate, compiler: str | None) -> Callable[[Tensor], T
         usual = ", ".join(torch.compiler.list_backends())
         raise ValueError(f"--torchcompile {compiler!r} is not a backend of torch.compile; use one of {usual}")
     # fullgraph: a graph break or a full cache must not fall back to eager unseen; data-dependent counts need breaks
-    dynamic = candidate.run.method is not None and any(m.data_dependent for m in candidate.run.recipe().methods)
+    dynamic = any(m.data_dependent for m in candidate.run.methods)
     return torch.compile(candidate.model, backend=compiler, dynamic=None if dynamic else False, fullgraph=not dynamic)
 
 

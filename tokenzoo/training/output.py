@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from ..apply.saving import RECIPE
 from .loggers import Loggers
 
 _log = logging.getLogger(__name__)
@@ -50,13 +51,20 @@ class Output:
             raise ValueError(f"--output {folder} holds a run already; add --resume to go on, or give another folder")
         self.loggers = Loggers(folder, args)
 
-    def describe(self, recipe: dict[str, Any] | None) -> None:
-        """args.yaml and recipe.json; a run that goes on leaves them as they are."""
+    def describe(self, recipe: dict[str, Any] | None, said: dict[str, Any]) -> None:
+        """args.yaml, recipe.json and model.json; a run that goes on leaves them as they are.
+
+        Args:
+            recipe: of the run, None without a method.
+            said: of the model, from `tokenzoo.apply.saving.said_of`: with it the folder is one for `tokenzoo.load`.
+        """
         kept = {key: value for key, value in vars(self.args).items() if key not in ("config", "resume")}
         if not (self.args.resume and (self.folder / "args.yaml").is_file()):
             _replace(self.folder / "args.yaml", yaml.safe_dump(kept, sort_keys=False))
         if not (self.args.resume and (self.folder / "recipe.json").is_file()):
             _replace(self.folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+        if not (self.args.resume and (self.folder / RECIPE).is_file()):
+            _replace(self.folder / RECIPE, json.dumps(said, indent=2) + "\n")
 
     def table(self, rows: Sequence[dict[str, Any]]) -> None:
         """summary.csv and curve.png from all rows."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..apply.saving import said_of
 from ..core.plugins import import_plugins
 from ..cost.report import report
 from ..evaluation.distributed import World, join
@@ -78,6 +79,12 @@ def _diverged(value: float, epoch: int, batch: int) -> str:
     )
 
 
+def _said(args: argparse.Namespace, model: nn.Module, num_classes: int) -> dict[str, Any]:
+    """What `tokenzoo.load` needs to create the model of this run."""
+    size = {"img_size": args.img_size[0] if len(args.img_size) == 1 else list(args.img_size)} if args.img_size else {}
+    return said_of(model, args.model, num_classes=num_classes, **size, **args.model_kwargs)
+
+
 class _Run:
     """The parts of one run."""
 
@@ -93,6 +100,7 @@ class _Run:
         self.home = torch.device("cpu") if args.fsdp else world.device
         built = build(args, splits.num_classes, self.home)
         self.model, self.recipe, self.num_classes = built.model, built.recipe, splits.num_classes
+        self.said = _said(args, built.model, splits.num_classes)
         config = data_config(self.model, args.img_size, args.crop_pct, None, args.interpolation, args.mean, args.std)
         self.input_size = config["input_size"]
         batches = TrainBatches(splits, config, args, world)
@@ -171,7 +179,7 @@ class _Run:
     def go(self, progress: Callable[[dict[str, Any]], None] | None, argv: Sequence[str] | None) -> Any:
         place = self._resume() if self.args.resume else Place(0, 0)
         if self.output is not None:
-            self.output.describe(self.recipe)
+            self.output.describe(self.recipe, self.said)
             self.output.loggers.open(place.epoch)
         engine, epochs = self.engine, self.engine.schedule.epochs
         for epoch in range(place.epoch, epochs):

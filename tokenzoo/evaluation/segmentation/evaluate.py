@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 from ...adapters.inspect import is_patched
-from ...apply.patch import patch_model
 from ..broken import Broken
 from ..distributed import ALONE, World
 from ..memory import free_memory, is_out_of_memory
@@ -199,9 +198,7 @@ def _candidates(model: nn.Module, runs: Sequence[Run], precision: Precision) -> 
         model = copy.deepcopy(model).to(precision.dtype)
     candidates = []
     for run in (Run(), *(r for r in runs if r.method is not None)):
-        own = shared_copy(model).eval()
-        if run.method is not None:
-            patch_model(own, run.recipe(), flops=run.flops)
+        own = run.put_on(shared_copy(model).eval())
         candidates.append(Candidate(run, own, 0.0, ""))
     return candidates
 
