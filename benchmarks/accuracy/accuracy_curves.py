@@ -14,8 +14,8 @@ takes every method that needs no training at four shares of the unpatched multip
 have one. What was measured is kept beside the table (.jsonl): started again, it goes on. `--passes 2` takes every
 second image first, so that the whole table is there when half of the time is over. `tuned` trains one model per method
 with the options behind its own and those of tuned.yaml, all from the same weights with the same budget, and the
-unpatched model beside them; runs that are complete already are only evaluated. Differences are paired, image by image; times are those
-of batches that the unpatched model and the patched one run in turn, by the processor's clock.
+unpatched model beside them; runs that are complete already are only evaluated. Differences are paired, image by image;
+times are those of batches that the unpatched model and the patched one run in turn, by the processor's clock.
 """
 
 from __future__ import annotations
