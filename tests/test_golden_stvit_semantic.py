@@ -1,4 +1,4 @@
-"""Semantic tokens (STViT-R) against the published implementation: blocks, both forms of a unit, the stage around them."""
+"""Semantic tokens (STViT-R) against the published implementation: blocks, both forms of a unit, the stage."""
 
 from functools import partial
 

@@ -18,7 +18,7 @@ from torch import nn
 import tokenzoo
 from tokenzoo.models import LVViT, STViTR, SViT, T2TViT, lv_vit, t2t_vit
 from tokenzoo.models.lv_vit_mix import box_mask, random_box
-from tokenzoo.models.stvit import model as stvit
+from tokenzoo.models.stvit import sizes as stvit
 from tokenzoo.models.svit import model as svit
 from tokenzoo.models.t2t_tokens import TokenPerformer, TokensToToken, TokenTransformer
 from tokenzoo.training.token_label import TokenLabelLoss
@@ -87,7 +87,8 @@ def skeleton(name):
 
 def test_table_is_complete():
     assert set(PUBLISHED) == {name for module in (stvit, svit, t2t_vit, lv_vit) for name in module.default_cfgs} - {
-        "stvit_r_small_dense", "stvit_r_base_dense"
+        "stvit_r_small_dense",
+        "stvit_r_base_dense",
     }
     assert all(timm.is_model(name) for name in PUBLISHED)
 
@@ -168,7 +169,7 @@ def test_intermediates(name):
     x = image()
     final, maps = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
-    depth = 4 if name == "svit" else 3
+    depth = 4 if name in ("svit", "stvit") else 3
     assert len(maps) == depth and all(m.dim() == 4 for m in maps)
     only = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
     assert len(only) == 1 and torch.equal(only[0], maps[1])

@@ -55,7 +55,8 @@ class CrossAttention(nn.Module):
         if bias is not None:
             bias = bias.repeat_interleave(self.num_heads, 0)[None, :, None]  # [1, M * H, 1, K]
         dropout = self.attn_drop.p if self.training else 0.0
-        heads = Heads(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), self.scale, fused=self.fused_attn)
+        q, k, v = (rows.flatten(1, 2).contiguous() for rows in (q, k, v))
+        heads = Heads(q, k, v, self.scale, fused=self.fused_attn)
         out = attend(heads._replace(dropout=dropout), bias)  # [B, n / M, M * C]
         out = out.unflatten(2, (windows, -1)).transpose(1, 2).flatten(1, 2)
         return self.proj_drop(self.proj(out))

@@ -12,23 +12,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-from timm.layers import SelectAdaptivePool2d, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .._config import config
 from .._place import made_on
-from .checkpoint import rename_released
 from .forms import Whole, Windowed
-from .masks import MASKS
-from .stage import SemanticStage, SwinStage, semantic_blocks, swin_blocks
+from .options import SEMANTIC, check_options
+from .stage import SemanticStage, SwinStage, init_weights, semantic_blocks, swin_blocks
 from .stem import ConvStem
 from .swin import PatchMerging
 
-FORMS = ("classification", "dense")
-_SEMANTIC = 2  # the stage with semantic tokens
+_NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
 class STViTR(nn.Module):
@@ -93,7 +88,7 @@ class STViTR(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Any = partial(nn.LayerNorm, eps=1e-5),
+        norm_layer: Any = _NORM,
         img_size: int | tuple[int, int] = 224,
         device: Any = None,
         dtype: Any = None,
@@ -101,7 +96,7 @@ class STViTR(nn.Module):
         super().__init__()
         dense = form == "dense"
         use_global = not dense if use_global is None else use_global
-        _check(form, depths, num_heads, window_size, sample_window_size, use_global, reach, pad_mask)
+        check_options(form, depths, num_heads, window_size, sample_window_size, use_global, reach, pad_mask)
         self.form = form
         self.in_chans = in_chans
         self.embed_dim = embed_dim
@@ -123,7 +118,7 @@ class STViTR(nn.Module):
                 dim, own = embed_dim * 2**stage, rates[sum(depths[:stage]) :][:depth]
                 options = {"num_heads": num_heads[stage], **shared}
                 step = PatchMerging(dim, norm_layer) if stage + 1 < len(depths) else nn.Identity()
-                if stage == _SEMANTIC:
+                if stage == SEMANTIC:
                     direct = dense if shortcut is None else shortcut
                     blocks = semantic_blocks(dim, own, window_size, direct, init_values, **options)
                     self.layers.append(SemanticStage(blocks, step, shape, dim if use_global else 0))
@@ -139,7 +134,7 @@ class STViTR(nn.Module):
             self.norm = norm_layer(self.num_features)
             self.head_drop = nn.Dropout(drop_rate)
             self._set_classifier(num_classes, global_pool)
-            self.apply(_init_weights)
+            self.apply(init_weights)
         self.to(dtype=dtype)
 
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
@@ -152,12 +147,14 @@ class STViTR(nn.Module):
 
     def _check_size(self, grid: tuple[int, int]) -> None:
         """Refuses a map of the first stage that the third cannot take."""
-        high, wide = (-(-side // 2**_SEMANTIC) for side in grid)
+        high, wide = (-(-side // 2**SEMANTIC) for side in grid)
         self._shape.check((high, wide))
 
     # ---- timm's conventions
 
-    @torch.jit.ignore
+    def __prepare_scriptable__(self) -> nn.Module:
+        return self.layers[SEMANTIC].__prepare_scriptable__()  # refuses in a sentence
+
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Images of another size from now on, in pixels, one number or (high, wide).
 
@@ -172,12 +169,10 @@ class STViTR(nn.Module):
             self.patch_embed.set_input_size(before)
             raise
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter groups for layer-wise learning rates: one group per stage (coarse), or per block."""
         if coarse:
@@ -188,13 +183,11 @@ class STViTR(nn.Module):
         ]  # fmt: skip
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The classifier."""
         return self.head
@@ -303,83 +296,3 @@ class STViTR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _check(
-    form: str, depths: tuple[int, ...], num_heads: tuple[int, ...], window: int, sample: int, use_global: bool,
-    reach: tuple[int, int, int], mask: str | None,
-) -> None:  # fmt: skip
-    """Refuses options that there is no model for."""
-    if form not in FORMS:
-        raise ValueError(f"STViTR: form={form!r} is unknown; choose 'classification' or 'dense'")
-    if len(depths) <= _SEMANTIC or len(num_heads) != len(depths):
-        raise ValueError(
-            f"STViTR: depths={depths} and num_heads={num_heads} do not name at least three stages alike; give one of each"
-        )
-    least = 4 if form == "classification" else 1  # patches of neighbouring windows begin window - 3 tokens apart
-    if window < least or not 1 <= sample <= window:
-        raise ValueError(
-            f"STViTR: window_size={window} with sample_window_size={sample} is no window in form {form!r}; give a window "
-            f"of at least {least} and a sample of 1 to the window"
-        )
-    if mask not in MASKS:
-        raise ValueError(f"STViTR: pad_mask={mask!r} is unknown; choose one of {MASKS}")
-    if len(reach) != 3 or reach[0] < window or reach[1] < window or reach[2] < sample:
-        raise ValueError(
-            f"STViTR: reach={reach} is less than a window of {window} image tokens or {sample} semantic ones a side; "
-            "give three sides, such as (14, 21, 27)"
-        )
-    if form == "dense" and use_global:
-        raise ValueError("STViTR: use_global=True needs a fixed number of semantic tokens; leave it, or form='dense'")
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-# name -> options
-_SIZES: dict[str, dict[str, Any]] = {
-    "stvit_r_small": {},
-    "stvit_r_base": {"embed_dim": 128, "num_heads": (4, 8, 16, 32)},
-}
-_DENSE = {"form": "dense", "output_norms": True}
-_VARIANTS = {**_SIZES, **{f"{name}_dense": {**options, **_DENSE} for name, options in _SIZES.items()}}
-default_cfgs = generate_default_cfgs({
-    name: config(first_conv="patch_embed.proj.0", pool_size=(7, 7), fixed_input_size=not name.endswith("dense"))
-    for name in _VARIANTS
-})  # fmt: skip
-
-
-def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> STViTR:
-    options = {**_VARIANTS[variant], **kwargs}
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "norm": options.get("output_norms", False)}
-    return build_model_with_cfg(
-        STViTR, variant, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=rename_released, **options
-    )
-
-
-@register_model
-def stvit_r_small(pretrained: bool = False, **kwargs: Any) -> STViTR:
-    """STViT-R-Swin-S for images of 224: 49.6 M parameters, 5.6 GMACs."""
-    return _create("stvit_r_small", pretrained, kwargs)
-
-
-@register_model
-def stvit_r_base(pretrained: bool = False, **kwargs: Any) -> STViTR:
-    """STViT-R-Swin-B for images of 224: 87.8 M parameters, 9.9 GMACs."""
-    return _create("stvit_r_base", pretrained, kwargs)
-
-
-@register_model
-def stvit_r_small_dense(pretrained: bool = False, **kwargs: Any) -> STViTR:
-    """STViT-R-Swin-S for images of any size, as a backbone for dense prediction."""
-    return _create("stvit_r_small_dense", pretrained, kwargs)
-
-
-@register_model
-def stvit_r_base_dense(pretrained: bool = False, **kwargs: Any) -> STViTR:
-    """STViT-R-Swin-B for images of any size, as a backbone for dense prediction."""
-    return _create("stvit_r_base_dense", pretrained, kwargs)

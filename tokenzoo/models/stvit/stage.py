@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...layers.semantic_block import SemanticBlock
 from .forms import Places, Whole, Windowed
-from .swin import PatchMerging, SwinBlock
+from .swin import SwinBlock
 
 UNIT = 6  # blocks: Swin, generate, refine, two of self-attention, restore
 
@@ -48,6 +49,7 @@ class SwinStage(nn.Module):
         return self.downsample(self.run_blocks(x))
 
 
+@register_notrace_module  # sizes decide
 class SemanticStage(SwinStage):
     """Units of six blocks: of a Swin block's tokens a few semantic ones are made, refined, and read back by all tokens.
 
@@ -65,6 +67,12 @@ class SemanticStage(SwinStage):
         self.semantic_token2 = nn.Parameter(torch.zeros(1, 4 * form.sample**2, prompt)) if prompt else None
         if prompt:
             trunc_normal_(self.semantic_token2, std=0.02)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            "SemanticStage cannot be compiled by torch.jit.script: what its tokens see is worked out from the size of "
+            "the map while it runs; use torch.jit.trace, torch.compile or torch.export instead"
+        )
 
     def run_blocks(self, x: Tensor) -> Tensor:
         """The blocks alone: [B, H, W, C] -> [B, H, W, C].
@@ -132,3 +140,11 @@ def semantic_blocks(
             own = {"shortcut": shortcut or i % UNIT != 1, "init_values": init_values, "drop_path": rate}
             found.append(SemanticBlock(dim, **own, **options))
     return found
+
+
+def init_weights(module: nn.Module) -> None:
+    """Starting values of one module, as published."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

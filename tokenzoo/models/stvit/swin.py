@@ -1,4 +1,4 @@
-"""Parts of Swin that STViT-R stands on: attention in windows with a relative position bias, block, step to the next stage.
+"""Parts of Swin that STViT-R stands on: attention in windows, block, step to the next stage.
 
 Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021.
 """
@@ -58,7 +58,7 @@ class WindowAttention(nn.Module):
         place = torch.arange(side, device=table.device)
         apart = place[:, None] - place[None] + side - 1  # [query, key] along one direction
         index = apart[:, None, :, None] * (2 * side - 1) + apart[None, :, None, :]
-        return table[index.flatten()].unflatten(0, (side * side, side * side)).permute(2, 0, 1)
+        return table[index.flatten()].unflatten(0, (side * side, side * side)).permute(2, 0, 1).contiguous()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Windows [B, M, N, C], and what is added to their logits [M, N, N] -> [B, M, N, C]."""
@@ -67,7 +67,9 @@ class WindowAttention(nn.Module):
         added = self.position_bias()[None]
         added = added.expand(windows, -1, -1, -1) if bias is None else added + bias[:, None]
         # windows stand beside the heads, so that the bias is the same for all images and needs no copies
-        heads = Heads(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), self.scale, fused=self.fused_attn)
+        # (contiguous: else the ONNX exporter loses track of the strides of a single window)
+        q, k, v = (rows.flatten(1, 2).contiguous() for rows in (q, k, v))
+        heads = Heads(q, k, v, self.scale, fused=self.fused_attn)
         dropout = self.attn_drop.p if self.training else 0.0
         out = attend(heads._replace(dropout=dropout), added.flatten(0, 1)[None])  # [B, N, M * C]
         return self.proj_drop(self.proj(out.unflatten(2, (windows, -1)).transpose(1, 2)))
@@ -162,6 +164,7 @@ def shifted_bias(grid: tuple[int, int], window: int, shift: int, like: Tensor) -
     return (labels[:, :, None] != labels[:, None]).to(like.dtype) * _APART
 
 
+@register_notrace_module  # sizes decide
 class PatchMerging(nn.Module):
     """Puts the channels of 2 x 2 tokens together, norms and halves them; an odd side is filled up with zeros.
 
