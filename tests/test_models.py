@@ -16,8 +16,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import tokenzoo
-from tokenzoo.models import LVViT, SViT, T2TViT, lv_vit, t2t_vit
+from tokenzoo.models import LVViT, STViTR, SViT, T2TViT, lv_vit, t2t_vit
 from tokenzoo.models.lv_vit_mix import box_mask, random_box
+from tokenzoo.models.stvit import sizes as stvit
 from tokenzoo.models.svit import model as svit
 from tokenzoo.models.t2t_tokens import TokenPerformer, TokensToToken, TokenTransformer
 from tokenzoo.training.token_label import TokenLabelLoss
@@ -30,6 +31,7 @@ PUBLISHED = {
     "t2t_vit_t_14": (21.54, 6.11), "t2t_vit_t_19": (39.2, 9.8), "t2t_vit_t_24": (64.1, 15.0),
     "lvvit_tiny": (8.53, 2.88), "lvvit_small": (26.15, 6.57), "lvvit_medium": (55.83, 12.70),
     "lvvit_large": (150.5, None),
+    "stvit_r_small": (49.6, None), "stvit_r_base": (87.8, None),  # see test_stvit.py
 }  # fmt: skip
 
 # name -> tiny model
@@ -47,9 +49,13 @@ TINY = {
         "img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "skip_lam": 2.0,
         "num_classes": 7, **kw,
     }),
+    "stvit": lambda **kw: STViTR(**{
+        "embed_dim": 8, "depths": (1, 2, 6, 1), "num_heads": (1, 2, 2, 4), "form": "dense", "window_size": 4,
+        "sample_window_size": 2, "reach": (6, 8, 6), "init_values": 0.5, "num_classes": 7, **kw,
+    }),
 }  # fmt: skip
 tiny = pytest.mark.parametrize("name", TINY)
-vits = pytest.mark.parametrize("name", [name for name in TINY if name != "svit"])
+vits = pytest.mark.parametrize("name", [name for name in TINY if name not in ("svit", "stvit")])
 
 
 def build(name, seed=0, **options):
@@ -80,7 +86,10 @@ def skeleton(name):
 
 
 def test_table_is_complete():
-    assert set(PUBLISHED) == {name for module in (svit, t2t_vit, lv_vit) for name in module.default_cfgs}
+    assert set(PUBLISHED) == {name for module in (stvit, svit, t2t_vit, lv_vit) for name in module.default_cfgs} - {
+        "stvit_r_small_dense",
+        "stvit_r_base_dense",
+    }
     assert all(timm.is_model(name) for name in PUBLISHED)
 
 
@@ -160,7 +169,7 @@ def test_intermediates(name):
     x = image()
     final, maps = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
-    depth = 4 if name == "svit" else 3
+    depth = 4 if name in ("svit", "stvit") else 3
     assert len(maps) == depth and all(m.dim() == 4 for m in maps)
     only = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
     assert len(only) == 1 and torch.equal(only[0], maps[1])

@@ -18,6 +18,7 @@ from torch import nn
 import tokenzoo.models
 from tokenzoo.models import lv_vit, t2t_vit
 from tokenzoo.models.plain_mamba import model as plain_mamba
+from tokenzoo.models.stvit import sizes as stvit
 from tokenzoo.models.svit import model as svit
 from tokenzoo.models.vim import sizes as vim_sizes
 
@@ -50,6 +51,15 @@ ROWS = {
         },
         maps=True,
     ),
+    "stvit": Row(
+        "stvit_r_small",
+        {
+            "embed_dim": 8, "depths": (1, 2, 6, 1), "num_heads": (1, 2, 2, 4), "form": "dense", "window_size": 4,
+            "sample_window_size": 2, "reach": (6, 8, 6),
+        },
+        maps=True,
+        scripts=False,
+    ),
     "performer": Row("t2t_vit_7", {"embed_dim": 32, "depth": 3, "num_heads": 2, "token_dim": 8}),
     "transformer": Row("t2t_vit_t_14", {"embed_dim": 32, "depth": 3, "num_heads": 2, "token_dim": 8}),
     "lvvit": Row("lvvit_small", {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}),
@@ -67,7 +77,7 @@ families = pytest.mark.parametrize("family", ROWS)
 PLACED = "device" in inspect.signature(VisionTransformer).parameters
 ON_VIT = ("performer", "transformer", "lvvit")
 placed = pytest.mark.parametrize("family", [family for family in ROWS if PLACED or family not in ON_VIT])
-modules = (svit, t2t_vit, lv_vit, vim_sizes, plain_mamba)
+modules = (stvit, svit, t2t_vit, lv_vit, vim_sizes, plain_mamba)
 
 
 def build(family: str, seed: int = 0, **options: Any) -> nn.Module:
@@ -130,7 +140,7 @@ def test_configuration(name: str):
         for layer in named:
             assert f"{layer}.weight" in weights, (entry, layer)
     assert model.get_classifier().weight.shape[0] == cfg["num_classes"]
-    assert cfg["pool_size"] is None or isinstance(model, tokenzoo.models.SViT)
+    assert cfg["pool_size"] is None or isinstance(model, tokenzoo.models.SViT | tokenzoo.models.STViTR)
 
 
 def test_weights_for_other_channels():

@@ -29,6 +29,9 @@ _SMALL = "timm's vit_tiny_patch16_224 or deit_tiny_patch16_224"
 WINDOWS = Unserved("attends inside windows of a fixed size, cut from the whole map: no token can leave one", _VIT)
 MAPS = WINDOWS._replace(nearest=_MAPS)
 POOLED = Unserved("shrinks its map from stage to stage, or inside of attention, by steps over the whole grid", _STAGES)
+SEMANTIC = Unserved(
+    "attends inside windows, and goes through a few semantic tokens of its own: its reduction is trained in", _VIT
+)
 CONVOLVED = Unserved("attends on maps of a convolutional network, whose convolutions need the whole grid", _SMALL)
 CONVOLUTIONS = Unserved("is a convolutional network: its layers need the whole grid", _VIT)
 MIXED = Unserved("mixes tokens by weights as long as the sequence: none can leave it", _VIT)
@@ -74,6 +77,7 @@ _ROWS: dict[str, Unserved] = {
     "timm.models.efficientvim": Unserved("convolves the grid around a state space", "vim_tiny of tokenzoo.models"),
     "timm.models.sequencer": Unserved("runs recurrent layers along rows and columns of the grid", _VIT),
     "timm.models.tnt": Unserved("runs the pixels of every patch through a transformer beside that of patches", _VIT),
+    "tokenzoo.models.stvit.model": SEMANTIC,
     "open_clip.modified_resnet": CONVOLUTIONS._replace(nearest="an open_clip model with a ViT tower (ViT-B-32)"),
     **{form.format(name): row for form, row, names in _MODULES for name in names.split()},
 }

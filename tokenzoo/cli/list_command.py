@@ -11,6 +11,7 @@ from typing import Any
 from ..adapters.registry import families, load_installed
 from ..core.method import plain
 from ..core.registry import list_methods, method_class
+from ..models import list_models
 from ..vlm.registry import find, list_droppers, list_selectors
 from .common import say
 
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
         for f in families()
     ]
     if args.json:
-        say(json.dumps({"methods": methods, **_beyond(), "backbones": backbones}, indent=2))
+        found = {"methods": methods, **_beyond(), "backbones": backbones, "models": list_models()}
+        say(json.dumps(found, indent=2))
         return
     _say_methods("methods", methods)
     for title, found in _beyond().items():
@@ -58,6 +60,9 @@ def run(args: argparse.Namespace) -> None:
         if family["around"]:
             say(f"    around these: {', '.join(family['around'])}")
         say(f"    {family['summary']}{'; tried on ' + family['tried'] if family['tried'] else ''}")
+    say("\nmodels that timm lacks, for timm.create_model")
+    for name, summary in list_models().items():
+        say(f"  {name}: {summary}")
 
 
 def _beyond() -> dict[str, list[dict[str, Any]]]:

@@ -6,6 +6,7 @@ from .scan.backends import choose_backend, scan_backend
 from .scan.gaps import gaps_of, stretch
 from .scan.selective_scan import selective_scan
 from .segment_medoids import SegmentMedoids
+from .semantic_block import SemanticBlock
 from .super_token import SuperTokenAttention
 
 __path__ += [f"{__path__[0]}/../kept/layers"]  # where modules stood that have moved
@@ -13,6 +14,7 @@ __path__ += [f"{__path__[0]}/../kept/layers"]  # where modules stood that have m
 __all__ = [
     "RMSNorm",
     "SegmentMedoids",
+    "SemanticBlock",
     "SuperTokenAttention",
     "causal_conv1d",
     "choose_backend",
