@@ -28,6 +28,10 @@ class Views(NamedTuple):
         """Views of an image."""
         return self.offsets.shape[1]
 
+    def to(self, device: torch.device) -> Views:
+        """The same views on a device."""
+        return self._replace(offsets=self.offsets.to(device), flips=self.flips.to(device))
+
     def sources(self) -> Tensor:
         """Where every patch of every view stands in the image [B, V, H, W, 2] (down, right), -1 outside of it."""
         (high, wide), device = self.grid, self.offsets.device

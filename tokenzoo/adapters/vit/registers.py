@@ -103,7 +103,7 @@ def _check(model: nn.Module) -> None:
     if type(model) is not VisionTransformer:
         raise TypeError(
             f"{path_of(type(model))} cannot be given register tokens, or lose them; only timm's VisionTransformer "
-            "itself is known (ViT, DeiT without distillation token, DeiT-3, CLIP, SigLIP, DINOv2), so give the backbone "
+            "itself is known (ViT, DeiT without distillation token, DeiT-3, CLIP, SigLIP, DINOv2); give the backbone "
             "inside, or a model that was trained with registers"
         )
     if not isinstance(model.pos_embed, nn.Parameter):
