@@ -26,7 +26,7 @@ def _recipe(first, second):
     return out
 
 
-OWN = {"catanet", "sparsifiner"}  # run attention themselves
+OWN = {"catanet", "sparsifiner", "tap"}  # run attention themselves
 INSIDE = {"ats", "evo", "gtp", "mctf", "mod", "sta", "tomesd", "vggt"}  # act in it, around it, or run it too
 
 

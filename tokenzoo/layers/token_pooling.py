@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.rows import split_dim
+
 
 class DilationPredictor(nn.Module):
     """How much of every scale a token reads.
@@ -58,6 +60,22 @@ class TokenAveragePooling(nn.Module):
         means = [F.conv2d(x, kernel, padding=i, dilation=i, groups=x.shape[1]) for i in range(1, self.num_scales)]
         return [x, *means]
 
+    def shares(self, x: Tensor, grid: tuple[int, int], num_prefix: int = 0) -> Tensor:
+        """How much every patch takes of every scale [B, K, H, W]; arguments as for `forward`."""
+        high, wide = grid
+        if x.shape[1] != num_prefix + high * wide:
+            raise ValueError(
+                f"TokenAveragePooling: {x.shape[1]} tokens for {num_prefix} prefix tokens and {high} x {wide} patches; "
+                "give all patches in their places"
+            )
+        return self.dilation_predictor(_as_map(x, grid, num_prefix))
+
+    def mix(self, x: Tensor, shares: Tensor, num_prefix: int = 0) -> Tensor:
+        """Tokens [B, N, C] pooled by given shares [B, K, H, W]."""
+        patches = _as_map(x, shares.shape[2:], num_prefix)
+        pooled = sum(share.unsqueeze(1) * each for share, each in zip(shares.unbind(1), self.scales(patches)))
+        return torch.cat([x[:, :num_prefix], pooled.flatten(2).transpose(1, 2).to(x.dtype)], dim=1)
+
     def forward(self, x: Tensor, grid: tuple[int, int], num_prefix: int = 0) -> Tensor:
         """Pooled tokens [B, N, C].
 
@@ -69,15 +87,10 @@ class TokenAveragePooling(nn.Module):
         Raises:
             ValueError: tokens that are not all patches of the grid.
         """
-        high, wide = grid
-        if x.shape[1] != num_prefix + high * wide:
-            raise ValueError(
-                f"TokenAveragePooling: {x.shape[1]} tokens for {num_prefix} prefix tokens and {high} x {wide} patches; "
-                "give all patches in their places"
-            )
-        if self.num_scales == 1:
-            return x
-        patches = x[:, num_prefix:].transpose(1, 2).unflatten(2, (high, wide))
-        shares = self.dilation_predictor(patches)
-        pooled = sum(share.unsqueeze(1) * each for share, each in zip(shares.unbind(1), self.scales(patches)))
-        return torch.cat([x[:, :num_prefix], pooled.flatten(2).transpose(1, 2)], dim=1)
+        shares = self.shares(x, grid, num_prefix)
+        return x if self.num_scales == 1 else self.mix(x, shares, num_prefix)
+
+
+def _as_map(x: Tensor, grid: tuple[int, int], num_prefix: int) -> Tensor:
+    """Patches as a map [B, C, H, W]."""
+    return split_dim(x[:, num_prefix:].transpose(1, 2), 2, *grid)
