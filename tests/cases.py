@@ -64,7 +64,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "soft_transform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "sparsifiner": ({"keep_rate": 1.0}, {"keep_rate": 0.4, "coefficients": 2}, {}),
     "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),
-    "tap": ({"num_scales": 1, "adl_weight": 0.0}, {"num_scales": 3}, {}),
+    "tap": ({"num_scales": 1, "adl_weight": 0.0}, {"num_scales": 3, "layers": (0,)}, {}),
     "thresholds": ({}, {"alike": 0.7, "least": 0.4}, {"max_tokens": 12}),
     "tofu": ({"r": 0}, {"r": 2}, {}),
     "tome": ({"r": 0}, {"r": 2}, {}),
