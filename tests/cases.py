@@ -64,6 +64,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "soft_transform": ({"keep_rate": 1.0}, {"keep_rate": 0.6}, {}),
     "sparsifiner": ({"keep_rate": 1.0}, {"keep_rate": 0.4, "coefficients": 2}, {}),
     "sta": ({"cell": 1}, {"cell": 2, "layers": (0,)}, {}),
+    "tap": ({"num_scales": 1, "adl_weight": 0.0}, {"num_scales": 3, "layers": (0,)}, {}),
     "thresholds": ({}, {"alike": 0.7, "least": 0.4}, {"max_tokens": 12}),
     "tofu": ({"r": 0}, {"r": 2}, {}),
     "tome": ({"r": 0}, {"r": 2}, {}),
@@ -80,7 +81,7 @@ METHODS = [name for name in EVERY if not needs_training(method_class(name))]
 # methods that only make sense after another one
 COMPANION = {"reconstruct": "cluster"}
 # methods after which all tokens are there again: no shorter sequence, nothing in the trace
-KEEPS_LENGTH = {"catanet", "evo", "mod", "reconstruct", "sparsifiner", "sta", "tomesd", "vggt"}
+KEEPS_LENGTH = {"catanet", "evo", "mod", "reconstruct", "sparsifiner", "sta", "tap", "tomesd", "vggt"}
 
 
 def released_numbers(model: nn.Module) -> int:

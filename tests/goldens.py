@@ -37,7 +37,7 @@ LANDED = (
     "segmentation_eval", "super_token_attention", "t2t_vit", "lv_vit", "dtop",
     "plain_mamba", "vision_mamba", "uniformer_light", "r_meeto", "famba_v", "ssm_token_pruning", "pitome", "ppt",
     "gtp", "diffrate", "dynamicvit", "sit",
-    "sparsifiner", "catanet_aggregation", "stvit_semantic",
+    "sparsifiner", "catanet_aggregation", "stvit_semantic", "ph_reg", "tap_adl",
 )  # fmt: skip
 # folders with cases of several methods, not all of which are in the library
 PARTLY = ("tokenreduction_zoo", "vlm")

@@ -26,7 +26,7 @@ def _recipe(first, second):
     return out
 
 
-OWN = {"catanet", "sparsifiner"}  # run attention themselves
+OWN = {"catanet", "sparsifiner", "tap"}  # run attention themselves
 INSIDE = {"ats", "evo", "gtp", "mctf", "mod", "sta", "tomesd", "vggt"}  # act in it, around it, or run it too
 
 
@@ -36,7 +36,7 @@ def _refusal(first, second):
     if OWN & both:
         other = both - {first} if first in OWN else both - {second}
         if first == second or other & (INSIDE | OWN):
-            return "chooses among what|replaces the attention that|names a block twice"
+            return "chooses among what|replaces the attention that|looks at the attention that|names a block twice"
     if "cts" in both and {"cluster", "reconstruct"} & both:
         return "cluster before any other reduction"  # shared groups are no grid
     if "evo" in both and "reconstruct" in both:
@@ -44,6 +44,8 @@ def _refusal(first, second):
     if both <= {"evo", "mod", "tomesd", "vggt"} and "evo" in both:
         return "both merge around the branches of block 1"
     grid_is_gone = {"cluster", "cts", "reconstruct"} & both or first in ("sta", "tomesd", "vggt")
+    if "tap" in both and {"cluster", "cts", "reconstruct"} & both:
+        return "needs all 4 x 4 patches in their grid"
     if second == "sta" and grid_is_gone or first == "sta" and {"cluster", "cts", "reconstruct"} & both:
         return "needs all 4 x 4 patches in their grid"
     return None
@@ -59,7 +61,8 @@ def _move(model, name):
 
 def _grid_depends_on_images(first, second):
     """Whether a method that needs the whole grid comes after one that leaves what the images ask for."""
-    return first == "ia_red2" and second in ("cluster", "reconstruct", "sta") or (first, second) == ("sta", "ia_red2")
+    needs = ("cluster", "reconstruct", "sta", "tap")
+    return first == "ia_red2" and second in needs or second == "ia_red2" and first in ("sta", "tap")
 
 
 @pytest.mark.parametrize("first,second", list(product(EVERY, EVERY)))

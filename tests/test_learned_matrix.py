@@ -97,6 +97,7 @@ ROWS: dict[str, Row] = {
         fixed=False,
     ),
     "mod": Row({"keep_rate": 0.5, "layers": (0, 2)}),
+    "tap": Row({"num_scales": 3}, zero={"num_scales": 1, "adl_weight": 0.0}, stays=False),
     "sparsifiner": Row({"keep_rate": 0.4, "coefficients": 2}),
     "thresholds": Row(
         {"alike": 0.6, "least": 0.2, "layers": (1, 2), "max_tokens": 24}, zero={"alike": 1.0, "least": 0.0},

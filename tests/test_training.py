@@ -490,7 +490,7 @@ def test_training_configuration_loads_and_patches(path, tmp_path):
     names = [part["method"] for part in names] if isinstance(names, list) else [names]
     assert path.parent.name in names
     report = tokenzoo.report(built.model)
-    assert report.ratio < 1 or report.data_dependent
+    assert report.ratio < 1 or report.data_dependent or path.parent.name == "tap"  # which pools, and removes nothing
     assert (built.teacher is not None) == (args.kd_model_name is not None)
     # the training-free settings of the same backbone stand beside it, and are those that are trained with
     tokenzoo.patch_model(beside, path.parent / f"{args.model}.yaml")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from . import methods, models, vlm
 from .adapters import builtin, register_family  # noqa: F401 (registers the families of the package)
 from .adapters.inspect import is_patched, list_backbones
+from .adapters.vit.registers import add_registers, remove_registers
 from .apply.expected import expected_share
 from .apply.patch import patch_model, patched, recipe, unpatch_model, update_method
 from .apply.released import rename_released
@@ -52,6 +53,7 @@ __all__ = [
     "Method",
     "Recipe",
     "Report",
+    "add_registers",
     "count_macs",
     "create_method",
     "expected_share",
@@ -69,6 +71,7 @@ __all__ = [
     "recipe",
     "register",
     "register_family",
+    "remove_registers",
     "rename_released",
     "report",
     "save",

@@ -5,6 +5,8 @@ from . import vlm as vlm
 from .adapters import register_family as register_family
 from .adapters.inspect import is_patched as is_patched
 from .adapters.inspect import list_backbones as list_backbones
+from .adapters.vit.registers import add_registers as add_registers
+from .adapters.vit.registers import remove_registers as remove_registers
 from .apply.expected import expected_share as expected_share
 from .apply.patch import patch_model as patch_model
 from .apply.patch import patched as patched
@@ -64,6 +66,7 @@ from .methods.soft_transform import SoftTransform as SoftTransform
 from .methods.sparsifiner import Sparsifiner as Sparsifiner
 from .methods.ssm_prune import SSMPrune as SSMPrune
 from .methods.sta import STA as STA
+from .methods.tap import TAP as TAP
 from .methods.thresholds import Thresholds as Thresholds
 from .methods.tofu import ToFu as ToFu
 from .methods.tome import ToMe as ToMe

@@ -181,8 +181,9 @@ class Attending:
 
     def _attended(self, index: int) -> Tensor:
         """Output of one layer: the layer's own attention, or that of a method which reads its map on the way."""
-        heads, alone = self.parts[index], not self.ahead and not self.kept and self.merge is None
-        for step in self.block.tokenzoo.at("between") if alone else ():
+        heads, alone = self.parts[index], not self.ahead and not self.kept
+        alone = alone and (self.merge is None or self.merge.in_place)
+        for step in self.block.tokenzoo.steps if alone else ():
             if not step.method.attends:
                 continue
             module = getattr(self.block, step.key, None) if step.key else None

@@ -20,6 +20,7 @@ from .mix import MixMap
 from .mlerp import MlerpMap
 from .note import NoteMap
 from .partial import PartialMap
+from .pooled import PooledMap
 from .propagate import PropagateMap
 from .replace import ReplaceMap
 from .restore import RestoreMap
@@ -44,6 +45,7 @@ __all__ = [
     "MlerpMap",
     "Moves",
     "NoteMap",
+    "PooledMap",
     "PropagateMap",
     "PartialMap",
     "ReplaceMap",

@@ -32,6 +32,7 @@ class TokenMap(ABC):
     grid_out: tuple[int, int] | None = None  # grid (down, right) that the new patches form, None where they form none
     gate: Tensor | None = None  # how open every token is in training [B, N], None for maps that really reduce
     sees_itself: bool = False  # of a map with gates: they do not count on the diagonal of attention
+    in_place: bool = False  # every token stays in its place, with another value
     notes: bool = False  # nothing is changed: the map is there for its decision alone
     decision: Any | None = None  # what a learned method notes for its losses, see `tokenzoo.core.learned.Decision`
 

@@ -6,13 +6,14 @@ import argparse
 import copy
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.inspect import is_patched
+from ..adapters.vit.registers import add_registers
 from ..apply.patch import patch_model, recipe
 from ..core.learned import Learned
 from ..core.recipe import Recipe, take_flops
@@ -51,15 +52,31 @@ def build(args: argparse.Namespace, num_classes: int, device: torch.device) -> B
         model = model.to(memory_format=torch.channels_last)
     model = model.to(device)
     teacher = _teacher(args, model, num_classes, device, _asks(method, args))
+    if args.registers:
+        add_registers(model, args.registers)
     if args.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"{type(model).__name__} has no gradient checkpointing; leave --grad-checkpointing out")
         model.set_grad_checkpointing(True)
-    if method is None:
-        return Built(model, teacher, None)
-    seed_everything(args.seed, METHOD)
-    patch_model(model, method, flops=args.flops, **args.method_kwargs)
-    return Built(model, teacher, recipe(model))
+    if method is not None:
+        seed_everything(args.seed, METHOD)
+        patch_model(model, method, flops=args.flops, **args.method_kwargs)
+    if args.train_only is not None:
+        _freeze(model, args.train_only)
+    return Built(model, teacher, None if method is None else recipe(model))
+
+
+def _freeze(model: nn.Module, starts: Sequence[str]) -> None:
+    """Leaves the parameters learning whose names begin in one of some ways, and those that a method brought."""
+    names = [name for name, _ in model.named_parameters()]
+    for start in starts:
+        if not any(name.startswith(start) for name in names):
+            raise ValueError(
+                f"--train-only {start}: no parameter of {type(model).__name__} begins so; there are "
+                f"{', '.join(dict.fromkeys(name.split('.')[0] for name in names))}"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".tokenzoo_" in name or name.startswith(tuple(starts)))
 
 
 def _parsed(args: argparse.Namespace) -> Any:

@@ -41,6 +41,11 @@ def _model(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=int, nargs="+", default=None, help="one side or height width")
     add("--drop", type=float, default=0.0, help="dropout")
     add("--drop-path", type=float, default=0.0, help="stochastic depth")
+    add("--registers", type=int, default=0, help="register tokens to add to a ViT without any; the teacher has none")
+    add(
+        "--train-only", nargs="+", default=None, metavar="NAME",
+        help="beginnings of the names of parameters that learn, such as reg_token blocks.11.; a method's own always do",
+    )  # fmt: skip
     add("--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass")
     add("--channels-last", action="store_true")
     add("--torchcompile", action="store_true")
@@ -75,6 +80,13 @@ def _method(parser: argparse.ArgumentParser) -> None:
     add("--kd-weight", type=float, default=0.5, help="weight of the Kullback-Leibler divergence from the teacher")
     add("--kd-temperature", type=float, default=1.0)
     add("--kd-token-weight", type=float, default=0.0, help="weight of the distance from the teacher's tokens (0.5)")
+    add(
+        "--kd-token-loss", choices=("squares", "cosine_squares"), default="squares",
+        help="distance of tokens: squared, or 1 minus the cosine besides",
+    )  # fmt: skip
+    add("--kd-views", type=int, default=1, help="shifted and flipped views that the teacher's tokens are averaged over")
+    add("--kd-shift", type=float, default=0.15, help="largest shift of these views, as a share of the patch grid")
+    add("--task-weight", type=float, default=1.0, help="weight of the cross-entropy; 0 learns without labels")
     add(
         "--kd-token-scores", action="store_true",
         help="compare what a second classifier says of the tokens, not the tokens themselves (LV-ViT)",

@@ -16,9 +16,10 @@ from ..core.learned import Teaching
 from ..core.tokens import Layout, Tokens
 from ..cost.prices import prices_of
 from ..evaluation.runs import shared_copy
+from ..ops.views import WHITE, draw_views
 from .consistency import token_consistency
 from .owed import asked, learned_methods, losses_owed, names_owed
-from .seeds import STRENGTH, seed_of
+from .seeds import STRENGTH, VIEWS, seed_of
 from .token_distillation import (
     check_scores,
     check_tokens,
@@ -28,6 +29,7 @@ from .token_distillation import (
     score_distillation,
     token_distillation,
 )
+from .viewing import viewed_tokens
 
 # new parts come last: the sums in a checkpoint go by place
 PARTS = ("task", "distillation", "second_task", "consistency", "token_distillation")
@@ -90,13 +92,20 @@ class TrainStep(nn.Module):
         model: the model to train, patched or not.
         teacher: frozen unpatched model that answers the same images, None for none.
         args: options of the run.
+        white: a white pixel behind the normalisation of the images, which stands outside of shifted ones.
 
     Raises:
         ValueError: consistency for a recipe without one number r, or a model without class token; distillation of
             tokens without a teacher, or from or into a model without them.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, args: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        args: argparse.Namespace,
+        white: tuple[float, ...] = WHITE,
+    ) -> None:
         super().__init__()
         self.model = model
         self.smoothing, self.seed = args.smoothing, args.seed
@@ -116,6 +125,13 @@ class TrainStep(nn.Module):
         self.token_scores = args.kd_token_scores
         if self.token_scores:
             check_scores(model, teacher, self.token_weight)
+        self.cosine, self.task_weight = args.kd_token_loss == "cosine_squares", args.task_weight
+        self.views, self.shift, self.white = args.kd_views, args.kd_shift, white
+        if self.views > 1 and not (self.token_weight or "tokens" in self.asked):
+            raise ValueError(
+                f"--kd-views {self.views} averages the teacher's tokens, which nothing compares with; give "
+                "--kd-token-weight and --kd-model-name, or --kd-views 1"
+            )
         self.consistency, self.limit = args.consistency, args.consistency_r
         self.strength: int | float = 0
         self.owed = names_owed(model)
@@ -126,6 +142,8 @@ class TrainStep(nn.Module):
         self._teacher = [teacher]
         self._second = [self._weaker(model) if args.consistency else None]
         self._forward = torch.compile(_answer) if args.torchcompile else _answer
+        if not self.task_weight and len(self.parts) == 1:
+            raise ValueError("--task-weight 0 leaves no loss to learn from; give a teacher, or a weight")
 
     def _weaker(self, model: nn.Module) -> nn.Module:
         methods = backbone_of(model).tokenzoo_recipe.methods if is_patched(model) else ()
@@ -175,15 +193,16 @@ class TrainStep(nn.Module):
             target: class indices [B], or soft targets [B, K].
             update: number of the update since the start of the run.
         """
-        second, (teaching, layout) = self._second[0], self._taught(images)
+        second, (teaching, layout) = self._second[0], self._taught(images, update)
         owing = len(self.owed) > 0
         if owing:
             teaching = teaching._replace(target=target, prices=self._prices)
         logits, token, apart, owed = self._forward(
-            self.model, images, second is not None, teaching, layout, owing, self.token_scores
+            self.model, images, second is not None, teaching, layout, owing, self.token_scores, self.cosine
         )
         parts = {"task": self._task(logits, target)}
-        loss = parts["task"]
+        # without a weight nothing of it reaches the head, so that its weights do not decay either
+        loss = self.task_weight * (parts["task"] if self.task_weight else parts["task"].detach())
         if teaching.logits is not None:
             parts["distillation"] = distillation(logits, teaching.logits, self.kd_temperature)
             loss = loss + self.kd_weight * parts["distillation"]
@@ -203,7 +222,7 @@ class TrainStep(nn.Module):
         return {"loss": loss, **parts, **owed}
 
     @torch.no_grad()
-    def _taught(self, images: Tensor) -> tuple[Teaching, Layout | None]:
+    def _taught(self, images: Tensor, update: int = 0) -> tuple[Teaching, Layout | None]:
         """What the teacher says, and the sequence of a student that is not patched (patched ones say themselves)."""
         teacher = self._teacher[0]
         if teacher is None:
@@ -219,7 +238,12 @@ class TrainStep(nn.Module):
         if not self.token_weight and "tokens" not in self.asked:
             return Teaching(logits, None, layers), None
         layout = None if is_patched(self.model) else full_layout(self.model, images)
-        tokens = patch_tokens(features, full_layout(teacher, images))
+        full = full_layout(teacher, images)
+        tokens = patch_tokens(features, full)
+        if self.views > 1:
+            drawn = torch.Generator().manual_seed(seed_of(self.seed, VIEWS, update))
+            views = draw_views(len(images), tuple(full.grid), self.views, self.shift, drawn).to(images.device)
+            tokens = viewed_tokens(teacher, images, views, self.white, tokens)
         return Teaching(logits, teacher.aux_head(tokens) if self.token_scores else tokens, layers), layout
 
     def _task(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -235,6 +259,7 @@ def _answer(
     layout: Layout | None = None,
     owing: bool = False,
     scores: bool = False,
+    cosine: bool = False,
 ) -> _Answer:
     """One forward pass; losses on tokens are part of it, so that a compiled one hands out tensors only.
 
@@ -246,6 +271,7 @@ def _answer(
         layout: sequence of a model that is not patched, needed with the teacher's tokens.
         owing: also return what methods owe.
         scores: what the teacher says of the tokens are class scores, and so is what the student says.
+        cosine: the distance of tokens has a cosine part.
     """
     places = teaching.tokens
     if not with_token and places is None and not owing:
@@ -259,7 +285,7 @@ def _answer(
     if places is not None and scores:
         apart = score_distillation(tokens._replace(x=model.aux_head(tokens.x)), places)
     elif places is not None:
-        apart = token_distillation(tokens, places)
+        apart = token_distillation(tokens, places, cosine)
     logits = model.forward_head(x)
     owed = losses_owed(model, tokens, teaching._replace(answers=logits)) if owing else {}
     return _Answer(logits, tokens.x[:, 0] if with_token else None, apart, owed)

@@ -21,10 +21,12 @@ FREE = frozenset({
 })  # fmt: skip
 _POSITIVE = (
     "batch_size", "epochs", "grad_accum_steps", "lr_base_size", "eval_every", "log_interval", "kd_temperature",
+    "kd_views",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "workers", "shrink_start_epoch", "shrink_epochs", "consistency", "consistency_task", "kd_weight", "freeze_epochs",
-    "kd_token_weight", "warmup_epochs", "aug_repeats", "mixup_off_epoch", "recovery_interval", "seed",
+    "kd_token_weight", "warmup_epochs", "aug_repeats", "mixup_off_epoch", "recovery_interval", "seed", "registers",
+    "task_weight",
 )  # fmt: skip
 
 
@@ -179,5 +181,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--kd-token-weight {args.kd_token_weight:g} compares tokens with those of a teacher; give --kd-model-name "
             "unpatched, or --kd-token-weight 0"
         )
+    if not 0 <= args.kd_shift < 1:
+        raise ValueError(f"--kd-shift {args.kd_shift:g} is not in [0, 1), a share of the patch grid")
     if not args.data_dir and not args.dataset:
         raise ValueError("no pictures named; give --data-dir (a folder with train/ and val/) or --dataset")

@@ -106,7 +106,8 @@ class _Run:
         batches = TrainBatches(splits, config, args, world)
         self.val = None if splits.val is None else ValBatches(splits, config, args, world)
         self.precision = Precision(amp=getattr(torch, args.amp_dtype) if args.amp else None)
-        step = TrainStep(self.model, built.teacher, args)
+        white = tuple((1 - mean) / std for mean, std in zip(config["mean"], config["std"]))
+        step = TrainStep(self.model, built.teacher, args, white)
         self.unused = self._probe(step)
         self.costs = report(self.model, self.input_size[1:]) if self.recipe is not None else None
         self.sharded: Callable[[torch.Tensor], torch.Tensor] | None = None  # what evaluation calls

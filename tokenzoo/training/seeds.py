@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-MODEL, METHOD, ORDER, PICTURE, BATCH, STRENGTH = range(6)  # what the numbers are for
+MODEL, METHOD, ORDER, PICTURE, BATCH, STRENGTH, VIEWS = range(7)  # what the numbers are for
 
 
 def seed_of(*parts: int) -> int:

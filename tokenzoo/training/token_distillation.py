@@ -14,7 +14,7 @@ from ..ops.attention import full_precision
 from ..ops.scan_order import from_scan
 
 
-def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
+def token_distillation(student: Tokens, teacher: Tensor, cosine: bool = False) -> Tensor:
     """Mean squared difference of the student's tokens and the teacher's at their places, over the real patch tokens.
 
     A kept token is compared with the teacher's at its place; a merged one with the mean of the teacher's tokens that it
@@ -27,6 +27,7 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
         student: normed tokens from `forward_tokens(images, trace=True)`; gradients flow into their values alone, not
             into the weights of the maps.
         teacher: normed patch tokens [B, H * W, C] in raster order, without prefix tokens, detached here.
+        cosine: add 1 minus the cosine between both, as PH-Reg does (Chen et al., NeurIPS 2025).
 
     Returns:
         Scalar in float32 at least: the mean over channels and over the tokens of all images together; 0 without any.
@@ -39,8 +40,17 @@ def token_distillation(student: Tokens, teacher: Tensor) -> Tensor:
     """
     kind = torch.promote_types(student.x.dtype, torch.float32)
     wanted = _at_places(student, teacher, kind)
-    apart = (student.x[:, student.layout.num_prefix :].to(kind) - wanted).square().mean(2)
+    own = student.x[:, student.layout.num_prefix :].to(kind)
+    apart = (own - wanted).square().mean(2)
+    if cosine:
+        apart = apart + cosine_distance(own, wanted)
     return _mean_of_real(apart, student)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 minus the cosine between tokens [B, M, C] and a teacher's, of every token [B, M]; norms plus 1e-8."""
+    lengths = (student.norm(dim=-1) + 1e-8) * (teacher.norm(dim=-1) + 1e-8)
+    return 1 - (student * teacher).sum(-1) / lengths
 
 
 def score_distillation(student: Tokens, teacher: Tensor) -> Tensor:
