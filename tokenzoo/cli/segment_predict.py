@@ -125,9 +125,7 @@ def _pictures(source: Path) -> list[Path]:
     stems = [path.stem for path in found]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
-        raise ValueError(
-            f"--input {source} holds two images called {twice}; their results would overwrite each other"
-        )
+        raise ValueError(f"--input {source} holds two images called {twice}; their results would overwrite each other")
     return found
 
 

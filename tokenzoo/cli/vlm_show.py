@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"show draws one recipe, {len(runs)} were given; give one --method (a recipe.yaml holds more)")
     targets = plan(Path(args.images), Path(args.output))
     model, processor = load(args)
-    (label, method, options), = runs
+    ((label, method, options),) = runs
     patch_model(model, method, **options)
     if args.random:
         say("weights are random: the images show the selector, not a trained model")
