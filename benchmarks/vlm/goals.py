@@ -5,8 +5,8 @@
 A CLIP-like tower of 12 layers and 384 channels at 336 pixels, a Llama-like model of 12 layers and 768 channels; 576
 rows of an image and 64 of words. Goals: the language model's prefill gets faster by at least 0.95 of its multiply-add
 ratio; a selector, marks included, takes at most 2 % of the tower's time; a step of decoding takes at most 1 % more than
-one of the unpatched model on a cache of the same rows; the cache has exactly the bytes of the report. All sides take turns;
-processor time, medians and quartiles of the ratio of each round. Times do not depend on weights.
+one of the unpatched model on a cache of the same rows; the cache has exactly the bytes of the report. All sides
+take turns; processor time, medians and quartiles of the ratio of each round. Times do not depend on weights.
 """
 
 from __future__ import annotations

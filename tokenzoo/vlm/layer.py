@@ -52,7 +52,10 @@ class ReducingDecoderLayer:
         if t is None and span.visual is not None and plan.index >= plan.start:
             t = _begun(hidden_states, span)
         if t is None:
-            held = span.held(plan.index)
+            known = span.before.get(plan.index)
+            # without a mask, padding and renumbered positions the layer's own cache is all that it needs
+            plain = known is None or (span.rotary is known.valid is kwargs.get("attention_mask") is None)
+            held = None if plain else span.held(plan.index)
             if held is not None:
                 kwargs |= _decoding(hidden_states, held, span, plan, kwargs)
             return super().forward(hidden_states, **kwargs)
@@ -129,9 +132,7 @@ def _held(t: LmTokens, span: Span, plan: LayerPlan) -> Held:
     return held
 
 
-def _rope(
-    t: LmTokens, span: Span, plan: LayerPlan, table: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def _rope(t: LmTokens, span: Span, plan: LayerPlan, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rows that are left; a gather, unless cuts renumber positions."""
     if span.rotary is None:
         return tuple(_take_table(part, t.rows) for part in table)
