@@ -115,7 +115,9 @@ class VLMFamily:
         """
         return list(values)
 
-    def places(self, inner: nn.Module, modality: str, seen: dict[Any, Any], given: dict[str, Any]) -> list[Tensor]:
+    def places(
+        self, inner: nn.Module, modality: str, seen: dict[Any, Any], given: dict[str, Any]
+    ) -> list[Tensor]:
         """(crop, row, column) of every row of every image [n, 3] float32 on the host, infinity for rows that stay.
 
         Args:

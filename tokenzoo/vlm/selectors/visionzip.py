@@ -44,7 +44,9 @@ class VisionZip(Selector):
         if not rows.inside or token is None or token.shape[-1] != values.shape[-1]:
             token = values[:, :0]
         contextual = min(round(keep * self.contextual), keep - token.shape[1])
-        plan = visionzip(signals.importance(-2), signals.mean_keys(-2), keep - token.shape[1] - contextual, contextual)
+        plan = visionzip(
+            signals.importance(-2), signals.mean_keys(-2), keep - token.shape[1] - contextual, contextual
+        )
         dominant = values.gather(1, plan.dominant.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
         new = torch.cat([token.to(values.dtype), dominant, plan.contextual(values)], dim=1)
         # a class token takes the place of the first row that goes
