@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gather import both, compact, take, take_mask
 from .layer_signals import LayerRows, LayerSignals, Reading
-from .passing import Held, LmTokens, Span, Stage
+from .passing import CUTS, Held, LmTokens, Span, Stage
 from .standing_in import named
 
 SPAN = "tokenzoo_span"
@@ -85,6 +85,9 @@ class ReducingDecoderLayer:
             reading = Reading(self, t.x, _rope(t, span, plan, table), rows.real)
         left = dropper.decide(rows, LayerSignals(reading, rows), number)
         gone = t.visual & ~left.keep
+        notes = CUTS.get()
+        if notes is not None:
+            notes.append((plan.index, t.rows, gone))
         padding = None if t.valid is None else ~t.valid
         order, valid = compact(gone if padding is None else gone | padding, span.right)
         before = gone.long().cumsum(1) - gone.long()
