@@ -13,13 +13,15 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from vlm_cases import build, prompts
+from vlm_cases import IMAGE, build, prompts
 
 import tokenzoo
 from tokenzoo.cli import build_parser, main
 from tokenzoo.cli.vlm_command import ACTIONS
 from tokenzoo.cli.vlm_common import recipes_of
 from tokenzoo.view.rows import draw_rows, parts_of
+from tokenzoo.vlm.cache import CACHE
+from tokenzoo.vlm.telling import dropped_rows
 
 TEMPLATE = "{% for m in messages %}{% for c in m['content'] %}{{ ' <image> ' if c['type'] == 'image' else c['text'] }}"
 TEMPLATE += "{% endfor %}{% endfor %}"
@@ -74,6 +76,9 @@ def test_bench_measures_what_it_says(tmp_path, capsys):
     # keys and values of four layers, 64 channels, four bytes
     assert [row["cache_bytes"] for row in rows[:2]] == [2 * 4 * 64 * 4 * n for n in (68, 20)]
     assert rows[0]["gmac_ratio"] == 1 and 0.4 < rows[3]["gmac_ratio"] <= 0.5
+    # never less than the hidden rows of one MLP of the tower, nor more for fewer rows
+    peaks = [row["prefill_peak_bytes"] for row in rows]
+    assert peaks[1] <= peaks[0] and min(peaks) > 65 * 128 * 4
     assert all(0 < row["lm_ms"] < row["prefill_ms"] and row["decode_ms"] > 0 for row in rows)
     assert "cpu time" in said and len(json.loads(out.read_text())["results"]) == 4
 
@@ -93,12 +98,38 @@ def test_show_draws_every_image(image, tmp_path, capsys):
     assert "weights are random" in capsys.readouterr().out and (tmp_path / "out" / "a.png").is_file()
 
 
+def test_cuts_between_layers_are_told_and_drawn(image, tmp_path):
+    """Rows left behind each cut are those whose cache entries layers hold; a panel each."""
+    model = build("llava")
+    recipe = [tokenzoo.UniformRows(keep=12), tokenzoo.PyramidDrop(layers=(1, 3), shares=(0.5, 0.25))]
+    tokenzoo.patch_model(model, recipe)
+    inputs = prompts("llava", model, counts=(2,))
+    cuts = dropped_rows(model, **inputs)
+    seen = torch.stack([told.keep for told in tokenzoo.visual_rows(model, **inputs)])
+    assert [layer for layer, _ in cuts] == [1, 3]
+    first, second = (torch.stack(left) for _, left in cuts)
+    assert [int(t.sum()) for t in (seen, first, second)] == [24, 12, 6]
+    assert not bool((first & ~seen).any() or (second & ~first).any())
+    # with the dropped rows taken away by hand, the order of what entered gives the rows of the last layer's cache
+    kept = model(**inputs, use_cache=True)[CACHE].kept
+    visual = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
+    entered = kept.index[0]
+    for layer, left in cuts:
+        held = entered[kept.layers[layer].cols[0]]
+        assert torch.equal(held[torch.isin(held, visual)], visual[torch.cat(left)])
+    out = tmp_path / "cuts.png"
+    assert main(shlex.split(f"vlm show --random tiny --device cpu --method pyramiddrop --images {image} -o {out}")) == 0
+    one = tmp_path / "one.png"
+    assert main(shlex.split(f"vlm show --random tiny --device cpu --method pool keep=9 --images {image} -o {one}")) == 0
+    assert Image.open(out).width > 2 * Image.open(one).width  # the image, seen, and three cuts
+
+
 @pytest.mark.parametrize(("words", "message"), [
     ("bench --random tiny --method nothing", "is unknown"),
     ("bench --random tiny --method uniform kep=4", "did you mean 'keep'"),
     ("bench --random tiny --rounds 0", "positive"),
     ("show --random tiny --images {0} --output o.png", "draws one recipe"),
-    ("show --random tiny --images {0} --output o.png --method fastv", "selector first"),
+    ("show --random tiny --images {0} --output o.png --method tower:tome r=2", "selector first"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_one_line(words, message, image, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

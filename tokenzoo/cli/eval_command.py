@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--class-map", default=None, help="text file, one class folder per line; line number = class index"
     )
-    data.add_argument(
-        "--skip-broken", action="store_true", help="leave unreadable images out and name them at the end"
-    )
+    data.add_argument("--skip-broken", action="store_true", help="leave unreadable images out and name them at the end")
     data.add_argument("--batch-size", "-b", type=int, default=64, help="halved when memory runs out")
     data.add_argument("--workers", "-j", type=int, default=2, help="processes that decode, 0 for none")
     data.add_argument("--crop-pct", type=float, default=None)

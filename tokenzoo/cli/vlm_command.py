@@ -7,7 +7,7 @@ from importlib import import_module
 
 from .common import add_import, add_parser
 
-ACTIONS = ("bench", "show")
+ACTIONS = ("eval", "bench", "show")
 HELP = f"vision-language models of transformers: {', '.join(ACTIONS)}"
 EXAMPLE = "tokenzoo vlm bench --random tiny --rounds 5 --method uniform keep=16 --method fastv layers=2"
 

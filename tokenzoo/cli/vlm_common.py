@@ -20,18 +20,25 @@ _IMAGE = 250  # the placeholder of random models
 _OF_PATCHING = ("prefill", "text", "images")
 
 
-def add_vlm_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model or --random, --method, and where it runs."""
+def add_vlm_arguments(parser: argparse.ArgumentParser, words: bool = True) -> None:
+    """--model or --random, --method, and where it runs.
+
+    Args:
+        parser: gets them.
+        words: whether there is one prompt of --prompt, so that random models, which know no words, will do.
+    """
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", default=None, help="name on the Hugging Face hub, or a folder of save_pretrained")
-    which.add_argument("--random", choices=_SIZES, default=None, help="a LLaVA with random weights")
+    if words:
+        which.add_argument("--random", choices=_SIZES, default=None, help="a LLaVA with random weights")
     group.add_argument("--attn", default="sdpa", help="attention implementation of transformers")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--threads", type=int, default=None, help="CPU threads")
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and images")
-    group.add_argument("--prompt", default="Describe the image.", help="words beside the image")
+    if words:
+        group.add_argument("--prompt", default="Describe the image.", help="words beside the image")
     parser.add_argument(
         "--method",
         action="append",
@@ -61,7 +68,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     options = {"attn_implementation": args.attn, "dtype": getattr(torch, args.dtype)}
-    if args.random is None:
+    if getattr(args, "random", None) is None:
         model = transformers.AutoModelForImageTextToText.from_pretrained(args.model, **options)
         return model.to(args.device).eval(), transformers.AutoProcessor.from_pretrained(args.model)
     width, depth, heads, side, patch = _SIZES[args.random]

@@ -13,6 +13,7 @@ from ..apply.patch import patch_model
 from ..vlm.cache import CACHE
 from ..vlm.family import vlm_family_of
 from ..vlm.report import VlmReport, vlm_report
+from .peak import peak_bytes
 from .timing import Spread, clock_for, interleave
 
 
@@ -26,6 +27,8 @@ class VlmSpeed(NamedTuple):
         language_model: the language model's part of it.
         decode: one step behind the prompt.
         cache_bytes: of keys and values behind the prompt, as they lie in memory.
+        peak_bytes: that tensors take at once while a prompt is read, beyond weights and inputs; None on devices whose
+            allocations torch does not count. See `tokenzoo.evaluation.peak`.
         macs: of the language model's layers, by formula.
         ratio: of multiply-adds to those of the unpatched model.
         speed_up: of the language model against the unpatched one, of each round.
@@ -37,6 +40,7 @@ class VlmSpeed(NamedTuple):
     language_model: Spread
     decode: Spread
     cache_bytes: int
+    peak_bytes: int | None
     macs: int
     ratio: float
     speed_up: Spread
@@ -84,6 +88,9 @@ def vlm_bench(
         prefill = interleave([one.read for one in made], rounds, clock)
         interleave([one.decode for one in made], 1, clock)
         decode = interleave([one.decode for one in made], rounds, clock)
+        for one in made:
+            one.cache = None
+        peaks = [one.peak() for one in made]
     family = vlm_family_of(plain)
     tokens = family.placeholders(family.inner(plain).config)
     visual = int(torch.isin(inputs["input_ids"], torch.tensor(tokens, device=inputs["input_ids"].device)).sum())
@@ -95,7 +102,8 @@ def vlm_bench(
         rows.append(
             VlmSpeed(
                 label, (one.held[0], one.held[-1]), Spread.of(prefill[i]), Spread.of(one.inside),
-                Spread.of([t / steps for t in decode[i]]), one.bytes, cost.prefill, cost.ratio, Spread.of(gains),
+                Spread.of([t / steps for t in decode[i]]), one.bytes, peaks[i], cost.prefill, cost.ratio,
+                Spread.of(gains),
             )
         )  # fmt: skip
     return rows, name
@@ -134,6 +142,12 @@ class _Timed:
         layers = self.cache.layers
         self.held = [layer.keys.shape[2] for layer in layers]
         self.bytes = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+
+    def peak(self) -> int | None:
+        """Bytes that reading the prompt takes at most, the cache that it makes included; not timed."""
+        return peak_bytes(
+            lambda: self.model(**self.inputs, use_cache=True, logits_to_keep=1), self.inputs["input_ids"].device
+        )
 
     def decode(self) -> None:
         """Some steps behind the prompt, on one cache that grows."""

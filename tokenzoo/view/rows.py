@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -56,9 +57,14 @@ def parts_of(place: Tensor) -> list[Part]:
 
 
 def draw_rows(
-    images: Sequence[Image.Image], parts: Sequence[Part], assign: Tensor, side: int = 320, title: str = ""
+    images: Sequence[Image.Image],
+    parts: Sequence[Part],
+    assign: Tensor,
+    side: int = 320,
+    title: str = "",
+    later: Sequence[tuple[int, Tensor]] = (),
 ) -> Image.Image:
-    """Draws every crop, and beside it which of its patches the language model sees.
+    """Draws every crop, and beside it which of its patches the language model sees, at its entry and behind cuts.
 
     Args:
         images: of the crops.
@@ -66,23 +72,38 @@ def draw_rows(
         assign: row whose place each row of the image went to [n], itself where it stays, -1 where it was dropped.
         side: pixels of a panel's longer side, at least.
         title: line above everything.
+        later: layer in front of which rows leave the language model, and which rows are left then [n] bool.
     """
     panels, seen = [], set()
-    goes = np.append(assign.cpu().numpy(), -1)  # the last one is read by cells without a row
-    slots = np.unique(goes[goes >= 0])
+    known = assign.cpu()
+    steps = [("seen", known)]
+    for layer, left in later:  # rows that were merged go with the row whose place they went to
+        there = left.cpu()[known.clamp(min=0)] & (known >= 0)
+        steps.append((f"from layer {layer} on", torch.where(there, known, -1)))
     for image, part in zip(images, parts):
         cell = max(4, -(-side // max(part.grid)))
         picture = image.convert("RGB").resize((part.grid[1] * cell, part.grid[0] * cell), Image.Resampling.LANCZOS)
-        target = goes[part.rows]
-        token = np.where(target >= 0, np.searchsorted(slots, target), -1)
-        where = {row: spot for spot, row in enumerate(part.rows.tolist()) if row >= 0}
-        origin = np.array([where.get(slot, -1) for slot in slots.tolist()])
-        kind = patch_kinds(token, origin)
-        pixels = np.asarray(picture, dtype=np.float64) / 255
-        labels, kinds = (pixel_labels(values, part.grid, pixels.shape[:2]) for values in (token, kind))
-        drawn = to_image(paint(pixels, labels, kinds, token_colors(token, origin), max(1, cell // 12)))
-        before, after = int((part.rows >= 0).sum()), sum(slot in where for slot in slots.tolist())
+        before = int((part.rows >= 0).sum())
         crop = "image" if len(parts) == 1 else f"crop {part.number}"
-        panels += [(picture, crop, f"{before} rows"), (drawn, "seen", f"{before} -> {after} rows")]
-        seen |= set(kind.tolist())
-    return compose(panels, [(swatch(kind), LEGEND[kind]) for kind in sorted(seen)], title, 2)
+        panels.append((picture, crop, f"{before} rows"))
+        for name, target in steps:
+            drawn, after, kinds = _painted(picture, part, target, cell)
+            panels.append((drawn, name, f"{before} -> {after} rows"))
+            before = after
+            seen |= kinds
+    return compose(panels, [(swatch(kind), LEGEND[kind]) for kind in sorted(seen)], title, 1 + len(steps))
+
+
+def _painted(picture: Image.Image, part: Part, assign: Tensor, cell: int) -> tuple[Image.Image, int, set[int]]:
+    """A crop with the patches that are left, how many these are, and which kinds of patches it shows."""
+    goes = np.append(assign.numpy(), -1)  # the last one is read by cells without a row
+    slots = np.unique(goes[goes >= 0])
+    target = goes[part.rows]
+    token = np.where(target >= 0, np.searchsorted(slots, target), -1)
+    where = {row: spot for spot, row in enumerate(part.rows.tolist()) if row >= 0}
+    origin = np.array([where.get(slot, -1) for slot in slots.tolist()], dtype=np.int64)
+    kind = patch_kinds(token, origin)
+    pixels = np.asarray(picture, dtype=np.float64) / 255
+    labels, kinds = (pixel_labels(values, part.grid, pixels.shape[:2]) for values in (token, kind))
+    drawn = to_image(paint(pixels, labels, kinds, token_colors(token, origin), max(1, cell // 12)))
+    return drawn, sum(slot in where for slot in slots.tolist()), set(kind.tolist())

@@ -57,6 +57,10 @@ class Kept:
             valid = None if valid is None else torch.cat([valid, torch.ones_like(new, dtype=torch.bool)], 1)
         return index, valid
 
+    def real(self) -> Tensor | None:
+        """Which held rows are no padding of ours; None for all, without tensor work, as in most decoding."""
+        return None if self.valid is None else self.rows()[1]
+
     def append(self, n: int) -> None:
         """Notes rows of which none is dropped."""
         self.tail += n

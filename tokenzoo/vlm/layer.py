@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gather import both, compact, take, take_mask
 from .layer_signals import LayerRows, LayerSignals, Reading
-from .passing import Held, LmTokens, Span, Stage
+from .passing import CUTS, Held, LmTokens, Span, Stage
 from .standing_in import named
 
 SPAN = "tokenzoo_span"
@@ -52,7 +52,10 @@ class ReducingDecoderLayer:
         if t is None and span.visual is not None and plan.index >= plan.start:
             t = _begun(hidden_states, span)
         if t is None:
-            held = span.held(plan.index)
+            known = span.before.get(plan.index)
+            # without a mask, padding and renumbered positions the layer's own cache is all that it needs
+            plain = known is None or (span.rotary is known.valid is kwargs.get("attention_mask") is None)
+            held = None if plain else span.held(plan.index)
             if held is not None:
                 kwargs |= _decoding(hidden_states, held, span, plan, kwargs)
             return super().forward(hidden_states, **kwargs)
@@ -82,6 +85,9 @@ class ReducingDecoderLayer:
             reading = Reading(self, t.x, _rope(t, span, plan, table), rows.real)
         left = dropper.decide(rows, LayerSignals(reading, rows), number)
         gone = t.visual & ~left.keep
+        notes = CUTS.get()
+        if notes is not None:
+            notes.append((plan.index, t.rows, gone))
         padding = None if t.valid is None else ~t.valid
         order, valid = compact(gone if padding is None else gone | padding, span.right)
         before = gone.long().cumsum(1) - gone.long()
@@ -129,9 +135,7 @@ def _held(t: LmTokens, span: Span, plan: LayerPlan) -> Held:
     return held
 
 
-def _rope(
-    t: LmTokens, span: Span, plan: LayerPlan, table: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def _rope(t: LmTokens, span: Span, plan: LayerPlan, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rows that are left; a gather, unless cuts renumber positions."""
     if span.rotary is None:
         return tuple(_take_table(part, t.rows) for part in table)

@@ -81,7 +81,7 @@ class ReducingLm:
             self._check_windows(kept.held + n)
         if cuts:
             self._check_checkpoints()
-        past, tail, past_valid, before = kept.held, kept.tail, kept.rows()[1], kept.layers
+        past, tail, past_valid, before = kept.held, kept.tail, kept.real(), kept.layers
         positions = given.get("position_ids")
         if positions is None:
             positions = (torch.arange(n, device=x.device) + kept.length).unsqueeze(0)
@@ -117,9 +117,7 @@ class ReducingLm:
         rotary = self._rotary(x) if plan.drops and plan.positions == "contiguous" else None
         asking = None if note is None or note.asking is None or order is None else take(note.asking, order)
         right = note is not None and note.right
-        span = Span(
-            visual, real, valid, counts, asking, past, tail, past_valid, before, positions, rotary, right
-        )
+        span = Span(visual, real, valid, counts, asking, past, tail, past_valid, before, positions, rotary, right)
         return given, span, order
 
     def _check_windows(self, rows: int) -> None:
@@ -216,8 +214,8 @@ def translated(mask: Any, kept: Kept, length: int) -> Any:
     Raises:
         ValueError: a mask of another length.
     """
-    index, valid = kept.rows()
     if mask is None:
+        valid = kept.real()
         return None if valid is None else torch.cat([valid, valid.new_ones(len(valid), length)], 1).long()
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return mask
@@ -226,5 +224,6 @@ def translated(mask: Any, kept: Kept, length: int) -> Any:
             f"attention_mask has {mask.shape[1]} columns, but {kept.length} rows were put in and {length} come: give "
             f"{kept.length + length} columns, one per row ever put in (dropped ones too)"
         )
+    index, valid = kept.rows()
     past = mask[:, : kept.length].gather(1, index)
     return torch.cat([past if valid is None else past * valid, mask[:, kept.length :]], 1)

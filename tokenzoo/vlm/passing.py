@@ -157,6 +157,8 @@ PROMPT: ContextVar[Prompt | None] = ContextVar("tokenzoo_prompt", default=None)
 SEEN: ContextVar[dict[Any, Any] | None] = ContextVar("tokenzoo_seen", default=None)  # inputs of layers that are read
 TOLD: ContextVar[list[Any] | None] = ContextVar("tokenzoo_told", default=None)  # decisions, for `visual_rows`
 
+CUTS: ContextVar[list[Any] | None] = ContextVar("tokenzoo_cuts", default=None)  # what droppers drop, for `dropped_rows`
+
 
 @contextmanager
 def during(variable: ContextVar, value: Any) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.wrappers import known_of
 from .family import vlm_family_of
-from .passing import PROMPT, TOLD, Prompt, during
+from .passing import CUTS, PROMPT, TOLD, Prompt, during
 
 
 class ImageRows(NamedTuple):
@@ -57,3 +57,38 @@ def visual_rows(model: nn.Module, **inputs: Any) -> list[ImageRows]:
     if not told:
         raise ValueError("no images were given; pass what the model is called with (pixel_values=...)")
     return [ImageRows(*each) for each in told]
+
+
+@torch.no_grad()
+def dropped_rows(model: nn.Module, **inputs: Any) -> list[tuple[int, list[Tensor]]]:
+    """Which rows of images droppers leave, cut by cut; the language model reads the prompt for that.
+
+    Args:
+        model: patched with a selector too (one that keeps all will do), which says where rows stand.
+        **inputs: what the model is called with: one prompt with images and no videos.
+
+    Returns:
+        The layer in front of which each cut is, and which rows of every image are left behind it [n] bool.
+
+    Raises:
+        ValueError: several prompts, or no selector.
+    """
+    ids = inputs["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"{len(ids)} prompts were given; give one, whose rows are told cut by cut")
+    images = visual_rows(model, **inputs)
+    model = known_of(model)
+    family = vlm_family_of(model)
+    with during(CUTS, []) as cuts:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    tokens = torch.tensor(family.placeholders(family.inner(model).config), device=ids.device)
+    visual = torch.isin(ids[0], tokens).nonzero().flatten()
+    sizes = [len(image.keep) for image in images]
+    left = torch.cat([image.keep for image in images])
+    there = torch.ones_like(ids[0], dtype=torch.bool)
+    there[visual] = left
+    order, found = there.nonzero().flatten(), []  # rows of the prompt that entered the language model
+    for layer, rows, gone in cuts:
+        there[order[rows[0][gone[0]]]] = False
+        found.append((layer, list(there[visual].split(sizes))))
+    return found

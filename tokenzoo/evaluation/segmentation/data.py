@@ -58,8 +58,7 @@ def open_dataset(
         raise ValueError(f"{count} classes do not fit into 8-bit masks with 255 for ignored pixels; give 1 to 255")
     if masks and all(pair.mask is None for pair in pairs):
         raise ValueError(
-            f"none of the {len(pairs)} images in {files} has a mask, such as {pairs[0].image}; expected "
-            f"{about.layout}"
+            f"none of the {len(pairs)} images in {files} has a mask, such as {pairs[0].image}; expected {about.layout}"
         )
     # the first colour is black: for a background only
     palette = about.palette or (colours(count) if about.background else colours(1 + (count or 255))[1:])

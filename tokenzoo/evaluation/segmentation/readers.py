@@ -89,9 +89,7 @@ def listed(
         names_at, images_at, masks_at = base + folder, base + images.format(split), base + masks.format(split)
         listing = f"{names_at}/{list_file.format(split)}"
         if listing not in set(files.names(names_at)):
-            raise ValueError(
-                f"{files} holds no {listing}, the list of images of the split; fetch it with the data set"
-            )
+            raise ValueError(f"{files} holds no {listing}, the list of images of the split; fetch it with the data set")
         stems = [line.split()[0] for line in files.read(listing).decode("utf-8").splitlines() if line.strip()]
         there = set(files.names(masks_at))
         masks_of = {stem: f"{masks_at}/{stem}{suffix}" for stem in stems}

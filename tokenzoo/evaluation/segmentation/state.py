@@ -98,9 +98,7 @@ class StateFile:
                     area[:, index] = values
                 self.rows[name] = Row(area, agreeing, finite)
         except (ValueError, TypeError, IndexError, RecursionError) as error:
-            raise ValueError(
-                f"state file {path} is damaged ({error}); delete it to start this run anew"
-            ) from error
+            raise ValueError(f"state file {path} is damaged ({error}); delete it to start this run anew") from error
 
     def _write(self, line: str) -> None:
         os.write(self._file, (line + "\n").encode())
