@@ -78,6 +78,28 @@ def take_mask(mask: Any, rows: Tensor, cols: Tensor, valid: Tensor | None) -> An
     return mask.masked_fill(~valid[:, None, None, :], torch.finfo(mask.dtype).min)
 
 
+def widened(mask: Any, cache: Any, queries: int) -> Any:
+    """A mask with closed columns for what a static cache has no rows for yet; those of two dimensions need none.
+
+    Args:
+        mask: see `take_mask`, of as many columns as there are rows or more.
+        cache: a `ReducedStaticCache`.
+        queries: rows that come.
+    """
+
+    def of(mask: Any, sliding: bool) -> Any:
+        if mask is None or mask.dim() != 4:
+            return mask
+        layer = cache.is_sliding.index(sliding) if sliding in cache.is_sliding else 0
+        missing = cache.get_mask_sizes(queries, layer)[0] - mask.shape[-1]
+        closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return torch.nn.functional.pad(mask, (0, max(0, missing)), value=closed)
+
+    if isinstance(mask, dict):
+        return {name: of(each, name == "sliding_attention") for name, each in mask.items()}
+    return of(mask, False)
+
+
 def causal(queries: int, keys: int, valid: Tensor) -> Tensor:
     """A causal mask [B, 1, queries, keys] of the last rows, without padding; every row sees itself."""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=valid.device).tril(keys - queries)
