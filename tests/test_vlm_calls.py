@@ -256,7 +256,9 @@ def test_prompts_in_chunks_cannot_be_followed_by_droppers():
         model.generate(**batch, max_new_tokens=3, prefill_chunk_size=7)
 
 
-@families
+# unpatched, answers in chunks are others before 5.24 (prompts with images lose them), and where images see themselves
+@pytest.mark.skipif(transformers.__version__ < "5.24", reason="chunks of prompts with images fail unpatched")
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "gemma" not in name])
 @pytest.mark.parametrize("size", [1, 7])
 def test_prompts_in_chunks_with_a_selector(name, size):
     """Chunks of which all rows go, and batches whose prompts lose different numbers in each."""
@@ -265,10 +267,6 @@ def test_prompts_in_chunks_with_a_selector(name, size):
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     options |= {"output_logits": True}
     with torch.no_grad():
-        try:
-            model.generate(**batch, **options, prefill_chunk_size=size)
-        except (ValueError, RuntimeError):
-            pytest.skip(f"transformers {transformers.__version__} reads no prompts of {name} in chunks, unpatched")
         tokenzoo.patch_model(model, Loudest(keep=4))
         whole = model.generate(**batch, **options)
         parts = model.generate(**batch, **options, prefill_chunk_size=size)
