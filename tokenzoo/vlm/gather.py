@@ -18,12 +18,14 @@ def compact(drop: Tensor, right: bool = False) -> tuple[Tensor, Tensor | None]:
         right: whether padding of shorter prompts comes behind their rows; else in front of them.
 
     Returns:
-        Old rows [B, K], K being the most that a prompt has left (1 where that is none), and which of them are no padding [B, K] bool; None
-        where no prompt is shorter than another.
+        Old rows [B, K], K being the most that a prompt has left (1 where that is none), and which of them are no
+        padding [B, K] bool; None where no prompt is shorter than another.
     """
     counts = (~drop).sum(1)
     least, most = (int(v) for v in torch.stack([counts.min(), counts.max()]).tolist())
-    most = max(most, 1)  # of a part of a prompt all rows may go: layers get one of padding, since they run on no empty one
+    most = max(
+        most, 1
+    )  # of a part of a prompt all rows may go: layers get one of padding, since they run on no empty one
     if right:
         order = stable_order(drop)[:, :most]
     else:

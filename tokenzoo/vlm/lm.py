@@ -125,9 +125,7 @@ class ReducingLm:
         rotary = self._rotary(x) if plan.drops and plan.positions == "contiguous" else None
         asking = None if note is None or note.asking is None or order is None else take(note.asking, order)
         right = note is not None and note.right
-        span = Span(
-            visual, real, valid, counts, asking, past, tail, past_valid, before, positions, rotary, right
-        )
+        span = Span(visual, real, valid, counts, asking, past, tail, past_valid, before, positions, rotary, right)
         return given, span, order
 
     def _check_windows(self, rows: int) -> None:
