@@ -76,7 +76,7 @@ TAKEN = {
     "test_vlm_static.py::test_steps_are_those_of_a_dynamic_cache": 6,
     "test_vlm_videos.py::test_steps_are_those_without_a_cache": 3,
     "test_vlm_static.py::test_a_cache_of_the_user": 4,
-    "test_vlm_static.py::test_one_compiled_graph_serves_all_steps": 1,
+    "test_vlm_static.py::test_one_compiled_graph_serves_all_steps": 0,
     "test_vlm_calls.py::test_visual_rows_are_the_marked_ones": 5,
     "test_vlm_calls.py::test_gaps_of_positions_are_no_borders_of_packed_prompts": 4,
     "test_vlm_calls.py::test_flash_attention_sees_no_positions": 4,
