@@ -138,7 +138,7 @@ def test_cached_steps_are_those_without_a_cache(name, recipe, positions):
     new = out.sequences[:, n:].tolist()
     assert cache.get_seq_length() == n + steps - 1
     tokenzoo.unpatch_model(model)
-    index, valid = cache.kept.rows()
+    index, valid = cache.rows()
     for b, one in enumerate(alone(name, batch, COUNTS)):
         pads = n - one["input_ids"].shape[1]
         gone = torch.full((n - pads,), depth)

@@ -196,6 +196,19 @@ def test_mustdrop_shortens_caches_by_prompt():
     assert len(set(left)) > 1
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_mustdrop_shortens_the_cache_that_masks_are_made_for(family, layer):
+    """Masks are made for the first layer, or the first full one: padded prompts go on as each does alone."""
+    model = build(family, double=True)
+    batch = prompts(family, model)
+    tokenzoo.patch_model(model, "mustdrop", layers=layer, together=0.08, alone=0.2)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    steps = model.generate(**batch, **options)[:, -3:]
+    for row, one in zip(steps, alone(family, batch, (1, 2))):
+        assert torch.equal(model.generate(**one, **options)[0, -3:], row)
+
+
 def test_holitom_goes_by_halves():
     """The weights of a later row are those of a loop that averages one after the other."""
     from tokenzoo.vlm.droppers.holitom import _by_halves

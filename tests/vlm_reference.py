@@ -58,6 +58,8 @@ def run_layers(
         if deep is not None and i < len(deep[1]):
             x = lm._deepstack_process(x, deep[0], deep[1][i])
     found, cap = model.lm_head(lm.norm(x)), getattr(lm.config, "final_logit_softcapping", None)
+    if "final_logit_softcapping" not in inspect.getsource(inspect.getmodule(type(model))):
+        cap = None  # PaliGemma in front of transformers 5.24 caps no logits
     return found if cap is None else torch.tanh(found / cap) * cap
 
 

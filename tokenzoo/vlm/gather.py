@@ -18,11 +18,14 @@ def compact(drop: Tensor, right: bool = False) -> tuple[Tensor, Tensor | None]:
         right: whether padding of shorter prompts comes behind their rows; else in front of them.
 
     Returns:
-        Old rows [B, K], K being the most that a prompt has left, and which of them are no padding [B, K] bool; None
-        where no prompt is shorter than another.
+        Old rows [B, K], K being the most that a prompt has left (1 where that is none), and which of them are no
+        padding [B, K] bool; None where no prompt is shorter than another.
     """
     counts = (~drop).sum(1)
     least, most = (int(v) for v in torch.stack([counts.min(), counts.max()]).tolist())
+    most = max(
+        most, 1
+    )  # of a part of a prompt all rows may go: layers get one of padding, since they run on no empty one
     if right:
         order = stable_order(drop)[:, :most]
     else:
@@ -76,6 +79,28 @@ def take_mask(mask: Any, rows: Tensor, cols: Tensor, valid: Tensor | None) -> An
     if mask.dtype == torch.bool:
         return _sees_itself(mask & valid[:, None, None, :])
     return mask.masked_fill(~valid[:, None, None, :], torch.finfo(mask.dtype).min)
+
+
+def widened(mask: Any, cache: Any, queries: int) -> Any:
+    """A mask with closed columns for what a static cache has no rows for yet; those of two dimensions need none.
+
+    Args:
+        mask: see `take_mask`, of as many columns as there are rows or more.
+        cache: a `ReducedStaticCache`.
+        queries: rows that come.
+    """
+
+    def of(mask: Any, sliding: bool) -> Any:
+        if mask is None or mask.dim() != 4:
+            return mask
+        layer = cache.is_sliding.index(sliding) if sliding in cache.is_sliding else 0
+        missing = cache.get_mask_sizes(queries, layer)[0] - mask.shape[-1]
+        closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return torch.nn.functional.pad(mask, (0, max(0, missing)), value=closed)
+
+    if isinstance(mask, dict):
+        return {name: of(each, name == "sliding_attention") for name, each in mask.items()}
+    return of(mask, False)
 
 
 def causal(queries: int, keys: int, valid: Tensor) -> Tensor:

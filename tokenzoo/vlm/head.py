@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_masks_for_generate
 
+from .cache import CACHE, reduced
 from .gather import take
+from .lm import translated
 from .passing import KWARG, PROMPT, Note, Prompt, during
 from .recipe import VlmRecipe
 from .standing_in import named
@@ -45,6 +48,27 @@ class ReducingHead:
         prompt = None if ids is None else Prompt(ids, options.get("attention_mask"))
         with during(PROMPT, prompt):
             return super()._maybe_prepare_encoder_kwargs_for_generation(inputs, options, *args)
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:
+        if self.tokenzoo_recipe.droppers:
+            names = ", ".join(dropper.name for dropper in self.tokenzoo_recipe.droppers)
+            raise ValueError(
+                f"cache_implementation='static': all layers of a static cache hold the same rows, but {names} drops "
+                "rows between layers; leave cache_implementation out, or use a selector alone"
+            )
+        cache = reduced(super()._prepare_static_cache(*args, **kwargs))
+        cache.shrinks = True
+        return cache
+
+    def create_masks_for_generate(self, **given: Any) -> Any:
+        """Masks of one row that is decoded with a static cache, in front of a compiled forward."""
+        cache, mask = given.get(CACHE), given.get("attention_mask")
+        length = given["inputs_embeds"].shape[1]
+        if length > 1 or not bool(cache.get_seq_length()):
+            return mask  # made where it is known which rows are left
+        if getattr(cache, "kept", None) is not None:
+            given["attention_mask"] = translated(mask, cache, length)
+        return getattr(super(), "create_masks_for_generate", create_masks_for_generate)(**given)
 
     def _prefill(self, ids: Tensor, settings: Any, *args: Any, **kwargs: Any) -> Any:
         size = settings.prefill_chunk_size

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import CACHE, Kept, ReducedCache, reduced
-from .gather import both, compact, take, take_mask
+from .cache import CACHE, Kept, ReducedCache, ReducedLengths, ReducedStaticCache, reduced
+from .gather import both, compact, take, take_mask, widened
 from .layer import SPAN
 from .passing import KWARG, Note, Span
 from .rows import marked
@@ -63,7 +63,9 @@ class ReducingLm:
         if span.after:
             cache = given.get(CACHE)
             if cache is not None:
+                before = cache.held
                 cache.kept.layers = shrink_early_caches(self.layers, cache, span)
+                cache.kept.short += before - cache.held
         return out
 
     def _shortened(
@@ -73,34 +75,38 @@ class ReducingLm:
         x, plan = given["inputs_embeds"], self.tokenzoo_plan
         batch, n = x.shape[:2]
         cache = self._cache(given)
+        past = 0 if cache is None else cache.held  # a tensor in static caches, of which decoding asks nothing
+        if drop is not None:
+            past = int(past)
         if kept is None:
-            kept = Kept(batch, 0 if cache is None else cache.get_seq_length(), x.device)
+            kept = Kept(batch, past, x.device)
         if cache is not None:
             cache.kept = kept
         if cuts or kept.layers:
-            self._check_windows(kept.held + n)
+            self._check_windows(past + n)
         if cuts:
             self._check_checkpoints()
-        past, tail, past_valid, before = kept.held, kept.tail, kept.real(), kept.layers
+        length, tail, before = past + kept.gap, past - kept.index.shape[1], kept.layers
+        past_valid = None if not cuts or kept.valid is None else kept.rows(past)[1]  # decoding does no work here
         positions = given.get("position_ids")
         if positions is None:
-            positions = (torch.arange(n, device=x.device) + kept.length).unsqueeze(0)
+            positions = (torch.arange(n, device=x.device) + length).unsqueeze(0)
         if plan.positions == "contiguous":
             positions = positions - kept.dropped - (0 if drop is None else drop.long().cumsum(1) - drop.long())
         order = valid = visual = real = None
         counts: list[int] = []
         mask = given.get("attention_mask")
-        if kept.length and not self.tokenzoo_plan.masks_come:
-            mask = translated(mask, kept, n)
-        if drop is None:
-            kept.append(n)
-        else:
+        if cache is not None and (kept.gap or kept.index.shape[1]) and not self.tokenzoo_plan.masks_come:
+            mask = translated(mask, cache, n)
+        if drop is not None:
             order, valid = compact(drop, note.right)
             x = take(x, order)
             x = x if valid is None else torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
             positions = _taken(positions, order, past)
             given |= _deep(given, drop, order, valid)
-            kept.extend(order, valid, n, drop.sum(1, keepdim=True))
+            kept.extend(order, valid, n, past, drop.sum(1, keepdim=True))
+            if isinstance(cache, ReducedStaticCache):
+                cache.shrink(n - order.shape[1])
             cols = torch.cat([torch.arange(past, device=x.device).expand(batch, -1), order + past], 1)
             whole = kept.valid
             # of the user's own mask: rows of padding that we put in behind a prompt see the front of it alone
@@ -109,6 +115,8 @@ class ReducingLm:
                 mask = torch.ones_like(cols) if whole is None else whole.long()
             else:
                 mask = take_mask(mask, order, cols, whole)
+                if isinstance(cache, ReducedStaticCache):
+                    mask = widened(mask, cache, order.shape[1])
             if cuts:
                 visual = both(take(note.visual, order), valid)
                 counts = visual.sum(1).tolist()
@@ -154,7 +162,7 @@ class ReducingLm:
         use = self.config.use_cache and not self.training if use is None else use
         if given.get(CACHE) is None and use:
             given[CACHE] = ReducedCache(config=self.config)
-        return reduced(given.get(CACHE))
+        return reduced(given.get(CACHE), self.tokenzoo_plan.drops)
 
     def _rotary(self, x: Tensor) -> Any:
         """Makes cosines and sines of positions for a layer."""
@@ -203,27 +211,28 @@ def _columns(mask: Any, batch: int) -> Tensor:
     return (row if row.dtype == torch.bool else row == 0).expand(batch, -1)
 
 
-def translated(mask: Any, kept: Kept, length: int) -> Any:
+def translated(mask: Any, cache: ReducedLengths, length: int) -> Any:
     """A mask that counts every row ever put in, as one of the rows that are held, and of the new ones.
 
     Args:
         mask: the user's; those of four dimensions and None stay, unless padding was put in.
-        kept: what the cache holds.
+        cache: which rows it holds.
         length: new rows.
 
     Raises:
         ValueError: a mask of another length.
     """
-    if mask is None:
-        valid = kept.real()
-        return None if valid is None else torch.cat([valid, valid.new_ones(len(valid), length)], 1).long()
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return mask
-    if mask.shape[1] != kept.length + length:
+    if mask is None:
+        valid = None if cache.kept.valid is None else cache.rows()[1]  # without tensor work in most decoding
+        return None if valid is None else torch.cat([valid, valid.new_ones(len(valid), length)], 1).long()
+    put_in = int(cache.get_seq_length())
+    if mask.shape[1] != put_in + length:
         raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns, but {kept.length} rows were put in and {length} come: give "
-            f"{kept.length + length} columns, one per row ever put in (dropped ones too)"
+            f"attention_mask has {mask.shape[1]} columns, but {put_in} rows were put in and {length} come: give "
+            f"{put_in + length} columns, one per row ever put in (dropped ones too)"
         )
-    index, valid = kept.rows()
-    past = mask[:, : kept.length].gather(1, index)
-    return torch.cat([past if valid is None else past * valid, mask[:, kept.length :]], 1)
+    index, valid = cache.rows()
+    past = mask[:, :put_in].gather(1, index)
+    return torch.cat([past if valid is None else past * valid, mask[:, put_in:]], 1)

@@ -69,9 +69,11 @@ class ReducingVlm:
         kept = getattr(given.get(CACHE), "kept", None)
         if kept is not None and self.tokenzoo_plan.family.builds_masks:
             length = (ids if ids is not None else given["inputs_embeds"]).shape[1]
-            given["attention_mask"] = translated(mask, kept, length)
+            given["attention_mask"] = translated(mask, given[CACHE], length)
+        if not fed:
+            return super().forward(**given, **{KWARG: note})
         prompt = PROMPT.get() if ids is None else Prompt(ids, mask if isinstance(mask, Tensor) else None)
-        with during(PROMPT, prompt if fed else None):
+        with during(PROMPT, prompt):
             return super().forward(**given, **{KWARG: note})
 
     def _visual(self, ids: Tensor | None, embeds: Tensor) -> Tensor:

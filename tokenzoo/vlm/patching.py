@@ -59,6 +59,7 @@ def patch(
     recipe = VlmRecipe.parse(method, **options)
     _check_recipe(model, family, recipe)
     if prefill is not None:
+        _check_open(recipe, prefill)
         recipe = solved(model, family, recipe, prefill, text, images)
     inner = family.inner(model)
     lm = family.language_model(inner)
@@ -130,6 +131,26 @@ def _check_recipe(model: nn.Module, family: VLMFamily, recipe: VlmRecipe) -> Non
         most = family.fixed_rows(inner)
         if most is not None and selector.keep > most:
             raise ValueError(f"{selector.name}: keep={selector.keep}, but an image of {name} has {most} rows")
+
+
+def _check_open(recipe: VlmRecipe, prefill: float) -> None:
+    """Refuses budgets that `prefill=` would overwrite.
+
+    Raises:
+        ValueError: with the option that was given.
+    """
+    for part in (recipe.selector, *recipe.droppers):
+        if part is None:
+            continue
+        most, options = part.dial(1.0), part.options()
+        for name in options:
+            value = getattr(part, name)
+            if isinstance(value, tuple):  # says how many stages there are, too
+                continue
+            if value != options[name] and value != getattr(most, name):
+                raise ValueError(
+                    f"{part.name}: {name}={value!r} and prefill={prefill} both say how many rows stay; give one of them"
+                )
 
 
 def unpatch(model: nn.Module) -> nn.Module:

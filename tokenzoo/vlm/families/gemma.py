@@ -23,7 +23,6 @@ class PaliGemma(OneCrop):
 
     name = "paligemma"
     summary = "PaliGemma, PaliGemma 2: SigLIP tower, Gemma or Gemma 2"
-    tried = "transformers 5.18 (PaliGemma alone), 5.24"
     heads = {PaliGemmaForConditionalGeneration: stand_in(ReducingHead, PaliGemmaForConditionalGeneration, __name__)}
     models = {PaliGemmaModel: stand_in(ReducingVlm, PaliGemmaModel, __name__)}
     builds_masks = True
@@ -40,7 +39,6 @@ class Gemma3(PaliGemma):
 
     name = "gemma3"
     summary = "Gemma 3: SigLIP tower, rows pooled, Gemma 3 with sliding layers"
-    tried = "transformers 5.18, 5.24"
     heads = {Gemma3ForConditionalGeneration: stand_in(ReducingHead, Gemma3ForConditionalGeneration, __name__)}
     models = {Gemma3Model: stand_in(ReducingVlm, Gemma3Model, __name__)}
     one_to_one = False
