@@ -3,6 +3,7 @@
 import timm
 
 from .catanet import CATANetSR
+from .lookupvit import LookupViT
 from .lv_vit import LVViT
 from .plain_mamba.model import PlainMamba
 from .stvit import sizes as stvit_sizes
@@ -23,6 +24,7 @@ def list_models() -> dict[str, str]:
 __all__ = [
     "CATANetSR",
     "LVViT",
+    "LookupViT",
     "PlainMamba",
     "STViTR",
     "SViT",
