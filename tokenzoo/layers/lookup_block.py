@@ -52,7 +52,7 @@ class TwoWayAttention(nn.Module):
             logs: from `gather`.
         """
         v = self._split(self.v_back(compressed))
-        back = logs.softmax(dim=2).transpose(2, 3).to(v.dtype)  # exp(logs) over its sum of compressed tokens
+        back = logs.transpose(2, 3).contiguous().softmax(dim=3).to(v.dtype)  # exp(logs) over its sum
         return self.proj_back((back @ v).transpose(1, 2).flatten(2))
 
 

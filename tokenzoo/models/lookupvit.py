@@ -32,8 +32,10 @@ def _resized(x: Tensor, old: Grid, new: Grid) -> Tensor:
     """Tokens [B, N, C] of a grid, bilinearly interpolated for another one."""
     if old == new:
         return x
-    maps = x.transpose(1, 2).unflatten(2, old)
-    return F.interpolate(maps, new, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    # weights of each place by what interpolation makes of it alone: one product, whose strides no compiler gets wrong
+    places = torch.eye(old[0] * old[1], device=x.device).unflatten(1, (1, *old))
+    weights = F.interpolate(places, new, mode="bilinear", align_corners=False).flatten(1)  # [N, M]
+    return weights.t().to(x.dtype) @ x
 
 
 class LookupViT(nn.Module):
@@ -127,6 +129,22 @@ class LookupViT(nn.Module):
         """Evaluates with this grid of compressed tokens from now on; any up to that of patches runs."""
         self.token_grid = self._checked(grid)
 
+    def set_input_size(self, img_size: int | Grid) -> None:
+        """Takes images of another size (pixels, one number or high, wide) from now on; positions are interpolated."""
+        size, patch = to_2tuple(img_size), self.patch_embed.patch_size
+        new = (size[0] // patch[0], size[1] // patch[1])
+        if any(side % p for side, p in zip(size, patch, strict=True)) or any(
+            new[i] < self.table_grid[i] for i in (0, 1)
+        ):
+            raise ValueError(
+                f"LookupViT: {size} pixels are no whole patches of {patch} with room for {self.table_grid} compressed "
+                "tokens; choose another size"
+            )
+        with torch.no_grad():
+            fitted = _resized(self.pos_embed, self.grid_size, new).clone()
+        self.pos_embed = nn.Parameter(fitted, requires_grad=self.pos_embed.requires_grad)
+        self.img_size, self.grid_size = size, new
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides norms and biases."""
         return {"cls_token", "pos_embed", "token_pos"}
@@ -149,9 +167,11 @@ class LookupViT(nn.Module):
 
         Args:
             num_classes: classes; 0 has none.
-            global_pool: new pooling; None keeps the present one.
+            global_pool: new pooling; None keeps the present one, or takes "token" where classes need one.
         """
-        self._set_classifier(num_classes, self.global_pool if global_pool is None else global_pool)
+        if global_pool is None:
+            global_pool = self.global_pool or ("token" if num_classes > 0 else "")
+        self._set_classifier(num_classes, global_pool)
         self.head.to(device=self.cls_token.device, dtype=self.cls_token.dtype).train(self.training)
 
     def forward_intermediates(
@@ -201,7 +221,7 @@ class LookupViT(nn.Module):
         if tuple(x.shape[2:]) != self.img_size:
             raise ValueError(
                 f"LookupViT: an image of {tuple(x.shape[2:])} pixels does not match the model's {self.img_size}; resize "
-                "it, or create the model with img_size"
+                "it, or call model.set_input_size"
             )
         if grid is not None:
             chosen = self._checked(grid)
@@ -211,7 +231,7 @@ class LookupViT(nn.Module):
             chosen = self.token_grid
         tokens = self.patch_embed(x)
         compressed = _resized(tokens, self.grid_size, chosen) + _resized(self.token_pos, self.table_grid, chosen)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), compressed], dim=1), tokens + self.pos_embed
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), compressed], dim=1), tokens + self.pos_embed
 
     def forward_features(self, x: Tensor, grid: int | Grid | None = None) -> Tensor:
         """Normed compressed tokens [B, 1 + M, C] of images.
