@@ -231,7 +231,8 @@ def test_parameter_groups(name):
     blocks = [key for key in scale if re.search(r"blocks\.0\.norm1|blocks\.2\.norm1", key)]
     assert len({scale[key] for key in blocks}) > 1
     # fixed positions, random features and constant kernels are not trained: all that is a parameter is
-    expected = {"svit": r".*fold\.weights", "lvvit": "nothing", "lookup": "nothing"}.get(name, r"pos_embed|.*attention\d\.w")
+    expected = {"svit": r".*fold\.weights", "lvvit": "nothing", "lookup": "nothing"}
+    expected = expected.get(name, r"pos_embed|.*attention\d\.w")
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     fixed = {key for key, _ in model.named_buffers() if key.split(".")[-1] not in statistics}
     assert fixed == {key for key in model.state_dict() if re.fullmatch(expected, key)}

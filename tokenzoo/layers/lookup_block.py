@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class TwoWayAttention(nn.Module):
     """Attention of compressed tokens to lookup tokens, whose map carries values back as well.
 
-    On the way back the map is transposed and each lookup token's weights are scaled to sum to one. Logarithms of the map
-    are handed on, so that a token which no one looks at divides nothing by zero.
+    On the way back the map is transposed and each lookup token's weights are scaled to sum to one. Logarithms of the
+    map are handed on, so that a token which no one looks at divides nothing by zero.
 
     Args:
         dim: channels.
@@ -39,7 +39,8 @@ class TwoWayAttention(nn.Module):
             compressed: [B, M, C].
             lookup: [B, N, C].
         """
-        q, k = self.q_norm(self._split(self.q(compressed))), self.k_norm(self._split(self.k(lookup)))
+        q = self.q_norm(self.q(compressed).unflatten(2, (self.heads, -1))).transpose(1, 2)
+        k = self.k_norm(self.k(lookup).unflatten(2, (self.heads, -1))).transpose(1, 2)
         logs = (q * self.scale @ k.transpose(2, 3)).log_softmax(dim=3)
         out = logs.exp().to(q.dtype) @ self._split(self.v(lookup)).to(q.dtype)
         return self.proj(out.transpose(1, 2).flatten(2)), logs

@@ -2,7 +2,8 @@
 
 Neither code nor weights were published. Recalled of the paper and not checked: the class token stands with the
 compressed ones, norms of queries and keys, the hidden width of half the channels for lookup tokens, the transposed map
-scaled to sum to one, grids that are drawn in training. Its parameters, and its costs beyond "about half", are not known.
+scaled to sum to one, grids that are drawn in training. Its parameters, and its costs beyond
+"about half", are not known.
 
 Source: Koner, Jain, Jain, Tresp, Paul, "LookupViT: Compressing visual information to a limited number of tokens",
 ECCV 2024.
@@ -112,14 +113,14 @@ class LookupViT(nn.Module):
         high, wide = to_2tuple(grid)
         if not (1 <= high <= self.grid_size[0] and 1 <= wide <= self.grid_size[1]):
             raise ValueError(
-                f"LookupViT: a grid of {(high, wide)} compressed tokens does not fit into {self.grid_size} patches; give "
-                "sides from 1 to these"
+                f"LookupViT: a grid of {(high, wide)} compressed tokens does not fit into {self.grid_size} patches; "
+                "give sides from 1 to these"
             )
         return int(high), int(wide)
 
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
         if global_pool not in ("token", "avg", "") or (num_classes > 0 and not global_pool):
-            raise ValueError(f"LookupViT: global_pool={global_pool!r} with {num_classes} classes; give 'token' or 'avg'")
+            raise ValueError(f"LookupViT: global_pool={global_pool!r} with {num_classes} classes; give token or avg")
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -192,7 +193,7 @@ class LookupViT(nn.Module):
             ValueError: another format, or `norm`.
         """
         if output_fmt != "NCHW" or norm:
-            raise ValueError("LookupViT: intermediates are maps in NCHW without a norm; leave output_fmt and norm alone")
+            raise ValueError("LookupViT: intermediates are maps in NCHW without a norm; leave both options alone")
         wanted, last = feature_take_indices(len(self.blocks), indices)
         compressed, lookup = self._embed(x, None)
         maps = []
@@ -220,8 +221,8 @@ class LookupViT(nn.Module):
         """Compressed tokens [B, 1 + M, C], class token first, and lookup tokens [B, N, C]."""
         if tuple(x.shape[2:]) != self.img_size:
             raise ValueError(
-                f"LookupViT: an image of {tuple(x.shape[2:])} pixels does not match the model's {self.img_size}; resize "
-                "it, or call model.set_input_size"
+                f"LookupViT: an image of {tuple(x.shape[2:])} pixels does not match the model's {self.img_size}; "
+                "resize it, or call model.set_input_size"
             )
         if grid is not None:
             chosen = self._checked(grid)
