@@ -16,7 +16,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import tokenzoo
-from tokenzoo.models import LVViT, STViTR, SViT, T2TViT, lv_vit, t2t_vit
+from tokenzoo.models import LookupViT, LVViT, STViTR, SViT, T2TViT, lv_vit, t2t_vit
 from tokenzoo.models.lv_vit_mix import box_mask, random_box
 from tokenzoo.models.stvit import sizes as stvit
 from tokenzoo.models.svit import model as svit
@@ -53,9 +53,13 @@ TINY = {
         "embed_dim": 8, "depths": (1, 2, 6, 1), "num_heads": (1, 2, 2, 4), "form": "dense", "window_size": 4,
         "sample_window_size": 2, "reach": (6, 8, 6), "init_values": 0.5, "num_classes": 7, **kw,
     }),
+    "lookup": lambda **kw: LookupViT(**{
+        "img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "token_grid": 3,
+        "train_grids": (2, 3, 4), "dense": True, "num_classes": 7, **kw,
+    }),
 }  # fmt: skip
 tiny = pytest.mark.parametrize("name", TINY)
-vits = pytest.mark.parametrize("name", [name for name in TINY if name not in ("svit", "stvit")])
+vits = pytest.mark.parametrize("name", [name for name in TINY if name not in ("svit", "stvit", "lookup")])
 
 
 def build(name, seed=0, **options):
@@ -227,7 +231,8 @@ def test_parameter_groups(name):
     blocks = [key for key in scale if re.search(r"blocks\.0\.norm1|blocks\.2\.norm1", key)]
     assert len({scale[key] for key in blocks}) > 1
     # fixed positions, random features and constant kernels are not trained: all that is a parameter is
-    expected = {"svit": r".*fold\.weights", "lvvit": "nothing"}.get(name, r"pos_embed|.*attention\d\.w")
+    expected = {"svit": r".*fold\.weights", "lvvit": "nothing", "lookup": "nothing"}
+    expected = expected.get(name, r"pos_embed|.*attention\d\.w")
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     fixed = {key for key, _ in model.named_buffers() if key.split(".")[-1] not in statistics}
     assert fixed == {key for key in model.state_dict() if re.fullmatch(expected, key)}

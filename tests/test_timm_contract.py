@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import tokenzoo.models
-from tokenzoo.models import lv_vit, t2t_vit
+from tokenzoo.models import lookupvit, lv_vit, t2t_vit
 from tokenzoo.models.plain_mamba import model as plain_mamba
 from tokenzoo.models.stvit import sizes as stvit
 from tokenzoo.models.svit import model as svit
@@ -77,7 +77,7 @@ families = pytest.mark.parametrize("family", ROWS)
 PLACED = "device" in inspect.signature(VisionTransformer).parameters
 ON_VIT = ("performer", "transformer", "lvvit")
 placed = pytest.mark.parametrize("family", [family for family in ROWS if PLACED or family not in ON_VIT])
-modules = (stvit, svit, t2t_vit, lv_vit, vim_sizes, plain_mamba)
+modules = (lookupvit, stvit, svit, t2t_vit, lv_vit, vim_sizes, plain_mamba)
 
 
 def build(family: str, seed: int = 0, **options: Any) -> nn.Module:

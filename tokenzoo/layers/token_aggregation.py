@@ -18,7 +18,7 @@ class _Keys(nn.Module):
         self.to_k, self.to_v = nn.Linear(dim, qk_dim, bias=False), nn.Linear(dim, dim, bias=False)
 
 
-class _Queries(_Keys):
+class Queries(_Keys):
     """Queries, keys and values of tokens, and the projection behind attention."""
 
     def __init__(self, dim: int, qk_dim: int) -> None:
@@ -45,7 +45,9 @@ class _ConvMlp(nn.Module):
         return self.fc2(u + conv.flatten(2).transpose(1, 2))
 
 
-class _Behind(nn.Module):
+class ConvMlpBranch(nn.Module):
+    """The MLP behind attention, and its norm."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.norm, self.fn = nn.LayerNorm(dim), _ConvMlp(dim, hidden)
@@ -77,8 +79,8 @@ class TokenAggregation(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.group_size, self.iterations, self.decay = heads, group_size, iterations, decay
-        self.norm, self.mlp = nn.LayerNorm(dim), _Behind(dim, hidden)
-        self.irca_attn, self.iasa_attn = _Keys(dim, qk_dim), _Queries(dim, qk_dim)
+        self.norm, self.mlp = nn.LayerNorm(dim), ConvMlpBranch(dim, hidden)
+        self.irca_attn, self.iasa_attn = _Keys(dim, qk_dim), Queries(dim, qk_dim)
         self.conv1x1 = nn.Conv2d(dim, dim, 1, bias=False)
         self.register_buffer("means", torch.randn(centres, dim))
         self.register_buffer("initted", torch.tensor(False))

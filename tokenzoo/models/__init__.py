@@ -2,6 +2,8 @@
 
 import timm
 
+from .catanet import CATANetSR
+from .lookupvit import LookupViT
 from .lv_vit import LVViT
 from .plain_mamba.model import PlainMamba
 from .stvit import sizes as stvit_sizes
@@ -19,4 +21,16 @@ def list_models() -> dict[str, str]:
     return {name: (make.__doc__ or "").split("\n\n")[0].strip() for name, make in own.items()}
 
 
-__all__ = ["LVViT", "PlainMamba", "STViTR", "SViT", "T2TViT", "VisionMamba", "list_models", "stvit_sizes", "vim_sizes"]
+__all__ = [
+    "CATANetSR",
+    "LVViT",
+    "LookupViT",
+    "PlainMamba",
+    "STViTR",
+    "SViT",
+    "T2TViT",
+    "VisionMamba",
+    "list_models",
+    "stvit_sizes",
+    "vim_sizes",
+]
