@@ -41,7 +41,8 @@ def test_a_dry_run_of_published_rows(script, released, data, capsys):  # noqa: F
     out = ["--results-file", str(data / "r.json")]
     module.ROWS, module.LAYERS = 16, 16
     try:
-        assert module.main(["pope", "--questions", str(data), *common, "--published", "unpatched=85.9", *out, *rest]) == 0
+        words = ["--questions", str(data), *common, "--published", "unpatched=85.9"]
+        assert module.main(["pope", *words, *out, *rest]) == 0
         said = capsys.readouterr().out
         assert "published 85.9" in said and "visionzip 4" in said
         rows = json.loads((data / "r.json").read_text())["results"]
