@@ -85,7 +85,7 @@ def run_code(text: str, names: dict) -> None:
     code = "\n".join(blocks(text, "python"))
     assert code.count("pretrained=True") == text.count("pretrained=True)")
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.set_grad_enabled("backward()" in code):
         code = code.replace("pretrained=True", "pretrained=False")
         exec(compile(code, "README.md", "exec", dont_inherit=True), names)
 
@@ -162,9 +162,21 @@ def _tune(names: dict) -> None:
     assert names["cost"] == names["rates"].share <= 0.7
 
 
+def _training(names: dict) -> None:
+    assert names["model"].num_reg_tokens == 4 and tokenzoo.is_patched(names["model"])
+
+
+def _adapters(names: dict) -> None:
+    assert names["learning"] and all("lora" in name or "modules_to_save" in name for name in names["learning"])
+    torch.testing.assert_close(names["merged"], names["adapted"], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(names["small"], names["full"]) and abs(names["share"] - 0.6) < 0.006
+    assert (names["small"] - names["full"]).norm() < 0.25 * names["full"].norm()
+
+
 RESULTS = {
-    "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts, "quickstart": _quickstart,
-    "segmentation": _segmentation, "serve": _serve, "tune": _tune, "usage": _usage, "vlm": _vlm,
+    "adapters": _adapters, "backbones": _backbones, "export": _export, "measuring": _measuring, "prompts": _prompts,
+    "quickstart": _quickstart, "segmentation": _segmentation, "serve": _serve, "training": _training, "tune": _tune,
+    "usage": _usage, "vlm": _vlm,
 }  # fmt: skip
 
 
