@@ -36,7 +36,7 @@ from tokenzoo.training.owed import losses_owed, names_owed
 from tokenzoo.training.segmentation.step import SegmentStep
 from tokenzoo.training.token_distillation import token_distillation
 
-EXAMPLE, LOOP, RELEASED, SAVED = blocks((ROOT / "docs" / "learned.md").read_text(encoding="utf-8"), "python")
+EXAMPLE, LOOP, RELEASED, _, SAVED = blocks((ROOT / "docs" / "learned.md").read_text(encoding="utf-8"), "python")
 NAME = "toy_of_the_docs"
 OURS = "tokenzoo_0_toy"
 

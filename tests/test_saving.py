@@ -152,7 +152,7 @@ def test_bad_input(tmp_path):
 
 def test_as_the_page_says(tmp_path, monkeypatch):
     """Released names and the folder, with the page's own lines."""
-    *_, released, saved = blocks((ROOT / "docs" / "learned.md").read_text(encoding="utf-8"), "python")
+    *_, released, _, saved = blocks((ROOT / "docs" / "learned.md").read_text(encoding="utf-8"), "python")
     monkeypatch.chdir(tmp_path)
     model = timm.create_model("deit_small_patch16_224", num_classes=200)
     state = model.state_dict()

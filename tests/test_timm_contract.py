@@ -93,7 +93,9 @@ def image(batch: int = 2, size: tuple[int, int] = (SIZE, SIZE), seed: int = 1) -
 
 
 def test_every_family_has_a_row():
-    covered = {type(build(family)) for family in ROWS}
+    # LookupViT draws its grid in Python, which tracers cannot follow (test_lookupvit.py has what it keeps to);
+    # CATANetSR enlarges images and is no classifier
+    covered = {type(build(family)) for family in ROWS} | {tokenzoo.models.LookupViT, tokenzoo.models.CATANetSR}
     assert covered == {getattr(tokenzoo.models, name) for name in tokenzoo.models.__all__ if name[0].isupper()}
 
 

@@ -134,7 +134,7 @@ class TokenAggregation(nn.Module):
         order, own = self.order(x, centres)[1], self.iasa_attn
         q, k, v = (split(take_rows(t(x), order)) for t in (own.to_q, own.to_k, own.to_v))
         out = attend_in_groups(q, k, v, self.group_size)
-        k, v = (split(t(centres)).expand(len(x), -1, -1, -1) for t in (self.irca_attn.to_k, self.irca_attn.to_v))
+        k, v = (split(t(centres)).expand(x.shape[0], -1, -1, -1) for t in (self.irca_attn.to_k, self.irca_attn.to_v))
         out = (out + F.scaled_dot_product_attention(q, k, v)).transpose(1, 2).flatten(2)
         return own.proj(take_rows(out, order.argsort(dim=1)))
 

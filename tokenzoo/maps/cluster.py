@@ -123,7 +123,7 @@ class ClusterMap(TokenMap):
         inside = (inside[0][:, None, :, None] & inside[1][None, :, None, :]).flatten(2).flatten(0, 1)
         there = seen[:, index.flatten()].unflatten(1, index.shape) & inside
         first = there.long().argmax(2)
-        other = index.expand(len(seen), -1, -1).gather(2, first.unsqueeze(2)).squeeze(2)
+        other = index.expand(seen.shape[0], -1, -1).gather(2, first.unsqueeze(2)).squeeze(2)
         return torch.where(seen.gather(1, middle) | ~there.any(2), middle, other)
 
     @property

@@ -123,7 +123,7 @@ class CATANet(Companion, OwnAttention, Shaped, Learned, Method):
         first = beside.first * heads.q.shape[3]
         k = module.to_k(module.means)[:, first : first + width].unflatten(1, (heads.q.shape[1], -1))
         v = module.to_v(module.means)[:, first : first + width].unflatten(1, (heads.v.shape[1], -1))
-        k, v = (t.transpose(0, 1).unsqueeze(0).expand(len(heads.q), -1, -1, -1).to(heads.q.dtype) for t in (k, v))
+        k, v = (t.transpose(0, 1).unsqueeze(0).expand(heads.q.shape[0], -1, -1, -1).to(heads.q.dtype) for t in (k, v))
         return attend(heads._replace(k=k, v=v, placed=None, kernel=None))
 
     def map(self, tokens: Tokens, signals: Signals, step: Step) -> None:

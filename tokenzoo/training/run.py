@@ -81,8 +81,10 @@ def _diverged(value: float, epoch: int, batch: int) -> str:
 
 def _said(args: argparse.Namespace, model: nn.Module, num_classes: int) -> dict[str, Any]:
     """What `tokenzoo.load` needs to create the model of this run."""
-    size = {"img_size": args.img_size[0] if len(args.img_size) == 1 else list(args.img_size)} if args.img_size else {}
-    return said_of(model, args.model, num_classes=num_classes, **size, **args.model_kwargs)
+    options = {"num_classes": num_classes, **args.model_kwargs}
+    if args.img_size:  # the flag goes before the keyword, as when the model is built
+        options["img_size"] = args.img_size[0] if len(args.img_size) == 1 else list(args.img_size)
+    return said_of(model, args.model, **options)
 
 
 class _Run:
