@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tokenzoo
+from tokenzoo.core.learned import needs_training
 from tokenzoo.view.maps import TokenMaps, draw_block, draw_token_maps, token_maps
 from tokenzoo.view.panels import LEGEND, compose, swatch
 
@@ -117,7 +118,9 @@ def draw(painter: Painter, method: str, share: float, folder: Path) -> Drawn:
     count = len(maps.blocks)
     some = sorted({round((k + 1) * count / (COLUMNS - 1)) - 1 for k in range(COLUMNS - 1)} & set(range(count)))
     draw_token_maps(painter.views[0], maps, 0, len(some) + 1, PANEL, "", some).save(folder / second)
-    return Drawn(first, second, painter.about, f"{int(last.tokens_in[0])} to {int(last.tokens_out[0])}{inside}")
+    learns = needs_training(tokenzoo.method_class(method))
+    about = painter.about + (", with modules that have not learned: the mechanism, and no choice of worth" * learns)
+    return Drawn(first, second, about, f"{int(last.tokens_in[0])} to {int(last.tokens_out[0])}{inside}")
 
 
 def draw_all(painters: Sequence[Painter], methods: Sequence[str], share: float, folder: Path) -> dict[str, Drawn]:
