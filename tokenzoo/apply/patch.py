@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -64,7 +65,8 @@ def patch_model(
         return model
     new = put_on(model, method, flops, images, **options)
     if new:
-        _log.warning("%d new parameters are untrained: %s", len(new), ", ".join(new))
+        places = dict.fromkeys(re.sub(r"(tokenzoo_\w+)\..*", r"\1", name) for name in new)
+        _log.warning("%d new parameters are untrained, in %s", len(new), ", ".join(places))
     return model
 
 
