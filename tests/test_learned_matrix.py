@@ -69,7 +69,8 @@ class Row(NamedTuple):
         hard: makes decisions in training those of inference, through a function like `setattr`: for methods whose
             training form keeps all tokens; None for those without such a form.
         silent: endings of parameters that cannot change anything (added to all logits of a softmax alike).
-        fixed: what is drawn in training cannot be taken out: two processes are not those of one.
+        fixed: two processes give the gradients of one; not where draws of training cannot be taken out, nor where a
+            module normalises over the batch, which is each process's own.
     """
 
     options: dict[str, Any]
@@ -97,7 +98,7 @@ ROWS: dict[str, Row] = {
         fixed=False,
     ),
     "mod": Row({"keep_rate": 0.5, "layers": (0, 2)}),
-    "tap": Row({"num_scales": 3}, zero={"num_scales": 1, "adl_weight": 0.0}, stays=False),
+    "tap": Row({"num_scales": 3}, zero={"num_scales": 1, "adl_weight": 0.0}, stays=False, fixed=False),
     "sparsifiner": Row({"keep_rate": 0.4, "coefficients": 2}),
     "thresholds": Row(
         {"alike": 0.6, "least": 0.2, "layers": (1, 2), "max_tokens": 24}, zero={"alike": 1.0, "least": 0.0},

@@ -30,7 +30,9 @@ class TAP(Companion, OwnAttention, Learned, Method):
     Every patch chooses how much it takes of itself and of the mean of its 3 x 3 neighbours at growing distances (zeros
     beyond the border); the residual stream stays. A new predictor takes some of all scales, so that a model has to be
     trained with it before it is of use. No time is saved. The loss `adl` needs the whole map of each layer in training,
-    before dropout here; at inference attention stays fused. Prefix tokens are not pooled (ours).
+    before dropout here; at inference attention stays fused. Prefix tokens are not pooled (ours). The predictor holds a
+    batch norm: in training by several processes each takes the statistics of its own images, unless the model goes
+    through `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
 
     Args:
         num_scales: the patch itself and means at distances of 1 to num_scales - 1; 1 pools nothing.
