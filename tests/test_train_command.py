@@ -121,7 +121,7 @@ def test_the_folder_of_a_run_is_a_model_and_a_method(data, tmp_path, capsys):  #
     assert "holds no model.safetensors" in capsys.readouterr().err
 
 
-def test_the_folder_of_an_unpatched_run_is_one_row(data, tmp_path, capsys):  # noqa: F811
+def test_the_folder_of_an_unpatched_run_is_one_row(data, tmp_path, capsys, monkeypatch):  # noqa: F811
     folder = tmp_path / "run"
     assert tokenzoo(["train", *words(data, folder, "--epochs", "1")]) == 0
     capsys.readouterr()
@@ -130,6 +130,9 @@ def test_the_folder_of_an_unpatched_run_is_one_row(data, tmp_path, capsys):  # n
     torch.manual_seed(3)
     kind = json.loads((folder / "model.json").read_text())["timm"]
     model = timm.create_model(kind["name"], **kind["options"])
+    (tmp_path / "tome").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    assert Run("tome").name == "tome" and not Run("tome").saved and Run("./tome").saved
     before = {key: value.clone() for key, value in model.state_dict().items()}
     own = runs[1].put_on(model)
     same(folder / "model.safetensors", save(own, tmp_path / "again") / "model.safetensors")

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..apply.saving import is_saved
 from ..evaluation.loading import data_config
 from ..view.maps import draw_token_maps, token_maps
 from .common import add_method_arguments, add_model_arguments, load_model, runs_of, say
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args)
     config = data_config(model, args.img_size, mean=args.mean, std=args.std)
     model = runs[0].put_on(model)
-    if not args.pretrained and not args.checkpoint and not is_saved(runs[0].method):
+    if not args.pretrained and not args.checkpoint and not runs[0].saved:
         say("weights are random (neither --checkpoint nor --pretrained): the maps show the method, not a trained model")
     transform, restore = _transforms(config)
     broken: list[str] = []

@@ -36,9 +36,14 @@ class Run(NamedTuple):
     options: dict[str, Any] = {}
 
     @property
+    def saved(self) -> bool:
+        """Whether the method is a folder with weights; the name of a method is that method, whatever lies around."""
+        return self.method not in list_methods() and is_saved(self.method)
+
+    @property
     def label(self) -> str:
         """Short text for tables and legends."""
-        first = str(self.method) if isinstance(self.method, str) or is_saved(self.method) else self.name
+        first = str(self.method) if isinstance(self.method, str) or self.saved else self.name
         return " ".join([first, *(f"{k}={v}" for k, v in self.options.items())])
 
     @property
@@ -53,7 +58,7 @@ class Run(NamedTuple):
         Raises:
             ValueError: an unknown method or option.
         """
-        bare = self.method is None or is_saved(self.method) and not self.options and saved_recipe(self.method) is None
+        bare = self.method is None or self.saved and not self.options and saved_recipe(self.method) is None
         return () if bare else self.recipe().methods
 
     def settings(self) -> dict[str, Any]:
@@ -68,7 +73,7 @@ class Run(NamedTuple):
         Raises:
             ValueError: an unknown method or option; a folder with options beside it, which it brings itself.
         """
-        if is_saved(self.method):
+        if self.saved:
             if self.options:
                 raise ValueError(f"{self.method} brings a recipe of its own; leave {', '.join(self.options)} out")
             return Recipe.parse(saved_recipe(self.method))
@@ -80,7 +85,7 @@ class Run(NamedTuple):
     @property
     def flops(self) -> float | None:
         """The budget, from the options or from a recipe file."""
-        if is_saved(self.method):
+        if self.saved:
             return None
         return take_flops(self.method, self.options.get("flops"))[1]
 
@@ -93,7 +98,7 @@ class Run(NamedTuple):
         """
         if self.method is None:
             return model
-        if is_saved(self.method):
+        if self.saved:
             return load(self.method, copy.deepcopy(model))  # the model may share its weights with others
         return patch_model(model, self.recipe(), flops=self.flops)
 
