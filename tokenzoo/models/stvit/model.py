@@ -12,11 +12,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .._place import made_on
+from .._pooled import PooledClassifier
 from .forms import Whole, Windowed
 from .options import SEMANTIC, check_options
 from .stage import SemanticStage, SwinStage, init_weights, semantic_blocks, swin_blocks
@@ -26,7 +26,7 @@ from .swin import PatchMerging
 _NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
-class STViTR(nn.Module):
+class STViTR(PooledClassifier):
     """Swin with semantic tokens in its third stage.
 
     Args:
@@ -137,14 +137,6 @@ class STViTR(nn.Module):
             self.apply(init_weights)
         self.to(dtype=dtype)
 
-    def _set_classifier(self, num_classes: int, global_pool: str) -> None:
-        if num_classes > 0 and not global_pool:
-            raise ValueError(f"STViTR: {num_classes} classes need pooled features; give global_pool, or num_classes=0")
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        features = self.num_features * self.global_pool.feat_mult()
-        self.head = nn.Linear(features, num_classes) if num_classes > 0 else nn.Identity()
-
     def _check_size(self, grid: tuple[int, int]) -> None:
         """Refuses a map of the first stage that the third cannot take."""
         high, wide = (-(-side // 2**SEMANTIC) for side in grid)
@@ -187,27 +179,6 @@ class STViTR(nn.Module):
         """Recompute each block in the backward pass."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The classifier."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier.
-
-        Args:
-            num_classes: classes; 0 has none.
-            global_pool: new pooling, None keeps the present one, or takes "avg" where classes need one.
-
-        Raises:
-            ValueError: classes without pooling.
-        """
-        like = next(self.parameters())
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type or ("avg" if num_classes > 0 else "")
-        self._set_classifier(num_classes, global_pool)
-        self.global_pool.train(self.training)
-        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def forward_intermediates(
         self,
@@ -288,11 +259,6 @@ class STViTR(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> normed map [B, `num_features`, H / 32, W / 32]."""
         return self.norm(self.layers(self.patch_embed(x))).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normed map -> pooled features (pre_logits) or logits."""
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -10,7 +10,7 @@ and stvit_large in the authors' code). Stochastic depth there: 0.1, 0.4 and 0.6 
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ...layers.pointwise import PointwiseConv
 from .._config import config
 from .._place import made_on
+from .._pooled import PooledClassifier
 from .blocks import Stem, SuperTokenBlock, SuperTokenStage, init_weights
 
 
-class SViT(nn.Module):
+class SViT(PooledClassifier):
     """Super token backbone.
 
     Args:
@@ -109,14 +110,6 @@ class SViT(nn.Module):
             self.apply(init_weights)
         self.to(dtype=dtype)
 
-    def _set_classifier(self, num_classes: int, global_pool: str) -> None:
-        if num_classes > 0 and not global_pool:
-            raise ValueError(f"SViT: {num_classes} classes need pooled features; give global_pool, or num_classes=0")
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        features = self.num_features * self.global_pool.feat_mult()
-        self.head = nn.Linear(features, num_classes) if num_classes > 0 else nn.Identity()
-
     __jit_unused_properties__ = ["blocks"]
 
     @property
@@ -149,28 +142,6 @@ class SViT(nn.Module):
         """Recompute each block in the backward pass; in training, BatchNorm then sees every batch twice."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier.
-
-        Args:
-            num_classes: classes; 0 has none.
-            global_pool: new pooling, None keeps the present one, or takes "avg" where classes need one.
-
-        Raises:
-            ValueError: classes without pooling.
-        """
-        like = self.patch_embed.proj[0].weight
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type or ("avg" if num_classes > 0 else "")
-        self._set_classifier(num_classes, global_pool)
-        self.global_pool.train(self.training)
-        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def forward_intermediates(
         self,
@@ -245,11 +216,6 @@ class SViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> projected map [B, `num_features`, H / 32, W / 32]."""
         return self._project(self.layers(self.patch_embed(_channels_last(x))))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Projected map -> pooled features (pre_logits) or logits."""
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
