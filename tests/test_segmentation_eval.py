@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -366,6 +367,22 @@ def test_counts_of_another_run_are_not_taken(model, folder, tmp_path, monkeypatc
     assert resumed() == 0 and resumed() == 7
     Image.fromarray(np.zeros((24, 32), np.uint8)).save(folder / "masks/p0.png")
     assert resumed() == 0
+
+
+def test_counts_of_other_weights_in_a_folder_are_not_taken(model, folder, tmp_path):
+    """A folder with weights stays the same name when it is trained further; what it answered before is no answer now."""
+
+    def resumed() -> int:
+        given = {"state": tmp_path / "state", "resamples": 5}
+        return evaluate_segmentation(model, [Run(str(tmp_path / "run"))], open_dataset(folder), **given).resumed
+
+    trained = tokenzoo.patch_model(copy.deepcopy(model), "tome", r=4)
+    tokenzoo.save(trained, tmp_path / "run")
+    assert resumed() == 0 and resumed() == 7
+    with torch.no_grad():
+        trained.decoder.head.bias[0] += 1e-3
+    tokenzoo.save(trained, tmp_path / "run")
+    assert resumed() == 0 and resumed() == 7
 
 
 def test_damaged_state_is_named(model, folder, tmp_path):

@@ -139,6 +139,11 @@ def _digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
+def _shared(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether both are the very same memory."""
+    return other is not None and tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape
+
+
 def run_keys(
     model: nn.Module,
     patched: Sequence[nn.Module],
@@ -177,12 +182,13 @@ def run_keys(
         "device": device.type,
     }
     common = json.loads(json.dumps(common))  # tuples become lists, as they will be read
-    own = set(model.state_dict())
+    base = model.state_dict()
     return [
         {
             **common,
             "recipe": recipe(run) if is_patched(run) else None,
-            "learned": _digest({k: v for k, v in run.state_dict().items() if k not in own}),
+            # a run that comes from a folder has weights of its own under the very names of the unpatched model
+            "learned": _digest({k: v for k, v in run.state_dict().items() if not _shared(v, base.get(k))}),
         }
         for run in patched
     ]
