@@ -8,6 +8,7 @@ from cases import build
 
 import tokenzoo
 from tokenzoo.core.selection import keep_best
+from tokenzoo.core.spreading import relative_temperature as cosine_temperature
 from tokenzoo.core.spreading import share_out
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.ops.cells.kmeans import cluster, relative_temperature
@@ -146,13 +147,33 @@ def test_ats_fills_with_real_patches_only():
 # ---- soft_transform: keys of trained models are alike
 
 
-def test_anchors_stay_mostly_what_they_were():
-    x = torch.randn(1, 100, 64, generator=torch.Generator().manual_seed(0))
-    unit = torch.nn.functional.normalize(x + 15 * torch.nn.functional.normalize(torch.ones(64), dim=0), dim=-1)
+@pytest.mark.parametrize("alike", [0.0, 15.0, 60.0])
+def test_anchors_stay_mostly_what_they_were(alike):
+    """Whether keys point anywhere, or nearly all the same way, as those of ViT-S/14 do: 0.98 by the cosine."""
+    unit = _alike(alike)
     cosines = unit[0] @ unit[0].T
-    assert 0.7 < cosines.fill_diagonal_(0).sum() / 9900 < 0.9
+    low, high = {0.0: (-0.1, 0.1), 15.0: (0.7, 0.9), 60.0: (0.97, 0.99)}[alike]
+    assert low < cosines.fill_diagonal_(0).sum() / 9900 < high
     tokens = Tokens(unit, Layout(0, False, (10, 10)))
     keep = keep_best(torch.arange(100.0).view(1, -1), tokens, lambda n: 60)
-    token_map = share_out(unit, keep, tokens, tokenzoo.create_method("soft_transform").temperature, False)
-    own = token_map.matrix()[0].max(1).values
+    made = tokenzoo.create_method("soft_transform")
+    assert made.temperature is None
+    temperature = cosine_temperature(unit, tokens, made.sharpness)
+    own = share_out(unit, keep, tokens, temperature, False).matrix()[0].max(1).values
     assert own.mean() > 0.4
+
+
+def test_reference_distance_is_that_of_all_pairs_that_are_seen():
+    unit, seen = _alike(3.0, batch=2), torch.rand(2, 100, generator=torch.Generator().manual_seed(1)) > 0.3
+    for visible in (None, seen):
+        found = cosine_temperature(unit, Tokens(unit, Layout(0, False, (10, 10)), visible=visible), 20.0)
+        for image in range(2):
+            own = unit[image] if visible is None else unit[image][visible[image]]
+            assert found[image].item() == pytest.approx((1 - own @ own.T).mean().item() / 20, rel=1e-4)
+    same = torch.ones_like(unit) / 8
+    assert torch.isfinite(cosine_temperature(same, Tokens(same, Layout(0, False, (10, 10))), 20.0)).all()
+
+
+def _alike(alike: float, batch: int = 1) -> torch.Tensor:
+    x = torch.randn(batch, 100, 64, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(x + alike * torch.nn.functional.normalize(torch.ones(64), dim=0), dim=-1)

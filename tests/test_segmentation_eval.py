@@ -370,7 +370,7 @@ def test_counts_of_another_run_are_not_taken(model, folder, tmp_path, monkeypatc
 
 
 def test_counts_of_other_weights_in_a_folder_are_not_taken(model, folder, tmp_path):
-    """A folder with weights stays the same name when it is trained further; what it answered before is no answer now."""
+    """A folder keeps its name when it is trained further; what its weights answered before is no answer now."""
 
     def resumed() -> int:
         given = {"state": tmp_path / "state", "resamples": 5}

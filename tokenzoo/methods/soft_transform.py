@@ -13,7 +13,7 @@ from ..core.registry import register
 from ..core.schedule import kept_of, kept_patches
 from ..core.selection import importance_macs, keep_best
 from ..core.signals import Signals
-from ..core.spreading import share_out
+from ..core.spreading import relative_temperature, share_out
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits
 from ..maps import TokenMap
@@ -35,8 +35,10 @@ class SoftTransform(KeepRate):
     anchor are stored, per image and reduction.
 
     Args:
-        temperature: of the softmax over cosines; towards 0 each patch goes to its nearest anchor. Keys of trained
-            models are alike: 0.1 makes every anchor nearly the mean of all patches.
+        sharpness: what the usual distance of an image's patches, one minus their cosine, counts in the exponent of
+            the shares; the higher, the more a patch goes to its nearest anchor alone.
+        temperature: in place of it, of the softmax over cosines. It fits one model: where keys are as alike as those
+            of DINOv2's kind, 0.03 makes every anchor the mean of all patches.
         mixture: "columns" shares each patch out among the anchors, so that sizes are conserved; "rows" makes each
             anchor a mean of all patches, whatever their sizes.
         features: what is compared, the mean of the keys over heads ("keys") or the tokens ("x").
@@ -45,7 +47,8 @@ class SoftTransform(KeepRate):
     2025.
     """
 
-    temperature: float = number(0.03, "give a positive number such as 0.03", above=0)
+    sharpness: float = number(25.0, "give what the usual distance of patches counts", above=0)
+    temperature: float | None = number(None, "give a positive number such as 0.03", above=0, none=True)
     mixture: str = choice("columns", MIXTURES)
     features: str = choice("keys", FEATURES)
     prop_attn: bool = False
@@ -71,7 +74,8 @@ class SoftTransform(KeepRate):
             keep = keep_best(signals.importance, tokens, kept_of(step, tokens.layout))
             features = signals.metric if self.features == "keys" else tokens.x
             unit = F.normalize(features.float(), dim=-1)
-            return share_out(unit, keep, tokens, self.temperature, self.mixture == "rows")
+            temperature = self.temperature or relative_temperature(unit, tokens, self.sharpness)
+            return share_out(unit, keep, tokens, temperature, self.mixture == "rows")
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
         pairs = (n - layout.num_prefix) * (n_out - layout.num_prefix)
