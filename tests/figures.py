@@ -74,7 +74,7 @@ def collected(reports: Iterable[pytest.TestReport]) -> dict[tuple[str, str], dic
 
 def table(found: dict[tuple[str, str], dict[str, float]]) -> str:
     """Markdown: a line per check and recipe, a column per family; "-" where a check was not run."""
-    families = list(dict.fromkeys(name for row in found.values() for name in row))
+    families = sorted({name for row in found.values() for name in row})
     recipes = list(dict.fromkeys(recipe for _, recipe in found))
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     lines = [f"{libraries}, {torch.get_num_threads()} thread(s), CPU; {sum(map(len, found.values()))} figures", ""]
@@ -84,9 +84,13 @@ def table(found: dict[tuple[str, str], dict[str, float]]) -> str:
         for recipe in recipes:
             row = found.get((check, recipe))
             if row is not None:
-                cells = [f"{row[name]:.0e}".replace("0e+00", "0") if name in row else "-" for name in families]
-                lines.append(f"| {check} | {bound:.0e} | {recipe} | {' | '.join(cells)} |".replace("| 0e+00 |", "| 0 |"))
+                cells = [_short(row[name]) if name in row else "-" for name in families]
+                lines.append("| " + " | ".join([check, _short(bound), recipe, *cells]) + " |")
     return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 def tell(terminalreporter: pytest.TerminalReporter, where: str | None) -> None:
