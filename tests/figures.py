@@ -25,6 +25,7 @@ BOUNDS = {
     "dropped rows = slow reference": 1e-5,
     "batch = each alone": 1e-5,
     "batch = each alone, float64": ROUNDING,
+    "batch = each alone, videos, float64": ROUNDING,
     "cached steps = layers without a cache": 1e-5,
     "beams of a batch = each alone, tokens": 0.0,
     "prompt lookup = greedy, tokens": 0.0,

@@ -81,6 +81,7 @@ TAKEN = {
     "test_vlm_calls.py::test_prompts_in_chunks_with_a_selector": 6,
     "test_vlm_static.py::test_steps_are_those_of_a_dynamic_cache": 6,
     "test_vlm_videos.py::test_steps_are_those_without_a_cache": 3,
+    "test_vlm_videos.py::test_prompts_with_images_and_videos_are_each_alone": 6,
     "test_vlm_static.py::test_a_cache_of_the_user": 4,
     "test_vlm_static.py::test_one_compiled_graph_serves_all_steps": 0,
     "test_vlm_calls.py::test_visual_rows_are_the_marked_ones": 5,
