@@ -108,3 +108,20 @@ def test_checkpointed_gradients_are_the_same(name, recipe, figure):
     assert plain.keys() == again.keys() and any(g.abs().sum() > 0 for g in plain.values())
     for key, grad in plain.items():
         figure("checkpointed gradients", name, recipe, difference(again[key], grad))
+
+
+def test_padding_that_was_put_in_is_not_learned():
+    """Images are labels too here, as where ids are copied: rows put in behind a shorter prompt come from images."""
+    model = build("llava", double=True)
+    model.loss_function = plain_loss
+    batch = prompts("llava", model, side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    total, count = 0.0, 0
+    for one in alone("llava", batch, COUNTS):
+        rows = kept_rows(model, one, "selector")
+        left = one["input_ids"][0][rows > 0]
+        total += float(cross_entropy(reference.logits(model, one, rows)[:-1], left[1:], reduction="sum"))
+        count += len(left) - 1
+    tokenzoo.patch_model(model, RECIPES["selector"]())
+    with torch.no_grad():
+        assert abs(float(model(**batch, labels=labels).loss) - total / count) <= 1e-6

@@ -47,7 +47,7 @@ TRAPS = {
          "test_vlm_calls.py::test_what_cannot_be_served_is_refused_before_anything_changes"]),
     10: ("a model may make up the id of a placeholder", ["test_vlm_calls.py::test_a_made_up_placeholder_is_a_word"]),
     11: ("labels behind padding that was put in count",
-         ["test_vlm_gradients.py::test_loss_and_gradients_are_those_of_shorter_embeddings"]),
+         ["test_vlm_gradients.py::test_padding_that_was_put_in_is_not_learned"]),
     12: ("towers of Qwen-VL give outputs of attention under the name attentions",
          ["test_vlm_traps.py::test_what_packed_towers_call_attentions_is_not_read"]),
     13: ("some families pass no arguments on to get_image_features",
