@@ -9,7 +9,8 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from full import left_out  # noqa: E402 (the folder of the tests has to be found first)
+from figures import figure, tell  # noqa: E402, F401 (the folder of the tests has to be found first)
+from full import left_out  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("seeded", derandomize=True, deadline=None)
@@ -36,6 +37,7 @@ def seeded(seeded_module):
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="every case of every test, see tests/full.py")
+    parser.addoption("--figures", nargs="?", const="-", help="a table of what checks measured, see tests/figures.py")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -51,7 +53,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Recorded numbers that no test reads are named, however quiet the run is."""
+    """Recorded numbers that no test reads are named, however quiet the run is; and what checks measured, if asked."""
+    tell(terminalreporter, terminalreporter.config.getoption("--figures"))
     reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
     named = sorted(reason.removeprefix("Skipped: ") for reason in reasons if " is not understood: " in reason)
     if named:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import vlm_reference as reference
-from vlm_cases import FAMILIES, Loudest, alone, build, inner_of, loudest, prompts
+from vlm_cases import FAMILIES, Loudest, alone, build, loudest, prompts, tower_of
 
 import tokenzoo
 from tokenzoo.view.maps import token_maps
@@ -20,11 +20,6 @@ PACKED = [name for name in FAMILIES if name.startswith("qwen")]
 families = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PACKED])
 METHODS = {"tome": lambda: tokenzoo.ToMe(r=2), "evit": lambda: tokenzoo.EViT(keep_rate=0.7, layers=[1, 2])}
 methods = pytest.mark.parametrize("method", METHODS)
-
-
-def tower_of(model):
-    inner = inner_of(model)
-    return inner.vision_model if hasattr(inner, "vision_model") else inner.vision_tower
 
 
 def behind(keep: int = 9) -> list:

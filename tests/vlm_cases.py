@@ -7,6 +7,7 @@ or `DROPPERS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -267,6 +268,14 @@ DROPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "todre": ({"threshold": 0.0, "layers": 3}, {"threshold": 1.0, "layers": 3}),
     "visiondrop": ({"kept": ((0.8, 0.2),), "layers": 3}, {"kept": ((5, 2),), "layers": 3}),
 }
+# what every family is tried with; methods inside a tower that packs images are refused
+RECIPES: dict[str, Callable[[], Any]] = {
+    "selector": lambda: Loudest(keep=6),
+    "dropper": lambda: tokenzoo.FastV(removed=0.5, layers=3),
+    "both": lambda: [Loudest(keep=9), tokenzoo.FastV(removed=0.5, layers=3)],
+    "tower": lambda: [tokenzoo.ToMe(r=2), Loudest(keep=9), tokenzoo.FastV(removed=0.5, layers=3)],
+}
+SERVED = [(name, each) for name in FAMILIES for each in RECIPES if each != "tower" or not name.startswith("qwen")]
 # selectors that need a tower with a class token
 NEEDS_CLASS: tuple[str, ...] = tuple(
     name for name in tokenzoo.vlm.list_selectors() if tokenzoo.vlm.registry.find(name).class_row
@@ -330,7 +339,7 @@ def prompts(
 def alone(name: str, batch: dict[str, Tensor], counts: Sequence[int]) -> list[dict[str, Tensor]]:
     """The prompts of a batch one by one, without padding."""
     family, found = FAMILIES[name], []
-    flat = ("input_ids", "attention_mask", family.types)
+    flat = ("input_ids", "attention_mask", "position_ids", family.types)
     for prompt, count in enumerate(counts):
         real = batch["attention_mask"][prompt].bool()
         own = {key: value[prompt][real][None] for key, value in batch.items() if key in flat}
@@ -357,11 +366,29 @@ def lm_of(model: nn.Module) -> Any:
     return inner.text_model if hasattr(inner, "text_model") else inner.language_model
 
 
-def handed(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+def counted(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with positions that count from the first word, where the family has one axis of them."""
+    if name.startswith("qwen"):
+        return batch
+    return batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
+def tower_of(model: nn.Module) -> Any:
+    """The vision tower of a family that does not pack images."""
+    inner = inner_of(model)
+    return inner.vision_model if hasattr(inner, "vision_model") else inner.vision_tower
+
+
+def oracle_of(model: nn.Module, recipe: str) -> AbstractContextManager:
+    """Context in which an unpatched model hands on what it does under the part of a recipe that is in its tower."""
+    return tokenzoo.patched(tower_of(model), "tome", r=2, dense=True) if recipe == "tower" else nullcontext()
+
+
+def handed(model: nn.Module, batch: dict[str, Tensor], gradients: bool = False) -> dict[str, Any]:
     """What an unpatched model hands to its language model."""
     found: dict[str, Any] = {}
     hook = lm_of(model).register_forward_pre_hook(lambda module, args, given: found.update(given), with_kwargs=True)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         model(**batch)
     hook.remove()
     return found

@@ -103,3 +103,37 @@ def logits(
         args = grown(model, given, gone, list(new))
         found = run_layers(model, **args, contiguous=contiguous)[0]
     return found[args["gone"] == len(lm_of(model).layers)]
+
+
+def shortened(model: nn.Module, batch: dict[str, Tensor], gone: Tensor) -> Tensor:
+    """Logits [rows that never go, V] with gradients: embeddings of one prompt are made shorter by hand, and shorter
+    again in front of the layers that rows are gone from on, with their own positions.
+
+    Args:
+        model: unpatched.
+        batch: one prompt without padding, with labels where the model makes masks by them.
+        gone: layer from which on a row is gone [n]; the depth for those that stay.
+    """
+    lm, given = lm_of(model), handed(model, batch, gradients=True)
+    args = grown(model, given, gone, [])
+    x, positions, deep = args["x"], args["positions"], args["deep"]
+    positions = positions[1:] if positions.dim() == 3 and positions.shape[0] == 4 else positions
+    types = getattr(lm.config, "layer_types", None)
+    typed = "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters
+    index = torch.arange(x.shape[1])
+    for i, layer in enumerate(lm.layers):
+        stay = gone[index] > i
+        index, x = index[stay], x[:, stay]
+        now = positions[..., index]
+        rope = lm.rotary_emb(x, now, types[i]) if typed else lm.rotary_emb(x, now)
+        seen = args["masks"][i][index][:, index]
+        mask = torch.zeros(seen.shape, dtype=x.dtype).masked_fill(~seen, -1e30)[None, None]
+        x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, **{CACHE: None})
+        if deep is not None and i < len(deep[1]):
+            visual = deep[0][0]
+            number = visual.long().cumsum(0) - 1
+            x = lm._deepstack_process(x, visual[index][None], deep[1][i][number[index[visual[index]]]])
+    found, cap = model.lm_head(lm.norm(x)), getattr(lm.config, "final_logit_softcapping", None)
+    if "final_logit_softcapping" not in inspect.getsource(inspect.getmodule(type(model))):
+        cap = None  # see `run_layers`
+    return (found if cap is None else torch.tanh(found / cap) * cap)[0]
