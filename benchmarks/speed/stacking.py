@@ -5,9 +5,10 @@
 For each of the other means, and for all together: the unpatched model and ToMe under it take turns with the plain
 unpatched float32 model, one thread, processor time. `gain` is what ToMe is worth under these means, `kept` its share of
 what it is worth alone: (gain - 1) / (gain alone - 1); `of_product` is the joint gain over the plain model as a share of
-the product of both single gains, 1 where each keeps all of its own. int8 is torchao's dynamic quantisation of activations with int8
-weights of every linear layer; `all` is bfloat16, int8 and torch.compile. torchao's int8 product is written for
-compiled graphs; uncompiled it is measured as well. Weights are random: times do not depend on them.
+the product of both single gains, 1 where each keeps all of its own. int8 is
+torchao's dynamic quantisation of activations with int8 weights of every linear layer; `all` is bfloat16, int8 and
+torch.compile. torchao's int8 product is written for compiled graphs; uncompiled it is measured as well. Weights are
+random: times do not depend on them.
 """
 
 from __future__ import annotations
