@@ -60,6 +60,9 @@ def test_cells(grid, stride, seed):
     expected = slow_cells(grid, stride, pick)
     assert dst.tolist() == expected
     assert src.tolist() == [i for i in range(grid[0] * grid[1]) if i not in expected]
+    if seed is None:  # graphs and other devices make them by operations
+        by_operations = cell_split(grid, stride, torch.device("cpu"), torch.zeros(count))
+        assert [part.tolist() for part in by_operations] == [src.tolist(), dst.tolist()]
 
 
 @pytest.mark.parametrize("patches,length", [(9, 4), (8, 4), (3, 4), (10, 3)])

@@ -7,6 +7,7 @@ import torch
 from cases import build, images
 
 import tokenzoo
+from tokenzoo.core.frames import _known_parts, _parts
 from tokenzoo.core.signals import Signals
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.maps import AssignMap, BesideMap, MergeMap
@@ -109,6 +110,21 @@ def partition(token_map, image):
     weight = token_map.matrix()[image]
     rows = [tuple(row.nonzero().flatten().tolist()) for row in weight]
     return sorted(row for row in rows if row)
+
+
+@pytest.mark.parametrize("prefix,stride,protect,seed,frames", [
+    (1, 2, 0.1, 33, 2), (5, (2, 3), 0.3, None, 2), (0, (1, 2), 0.0, 7, 3), (1, (1, 2), 0.9, 1, 2),
+])  # fmt: skip
+def test_the_same_parts_by_operations(prefix, stride, protect, seed, frames):
+    """Graphs and other devices make rows by operations; eager on a CPU they are known as plain integers."""
+    method = FastVGGT(stride=stride, protected=protect, seed=seed, frames=frames)
+    layout = Layout(prefix, prefix > 0, (6, 6))
+    tokens = Tokens(torch.randn(2, prefix + 36, 4), layout)
+    for block in (0, 2):
+        step = tokenzoo.Recipe((method,)).steps(3)[block][0]
+        found = step.count(tokens.length, layout)
+        known, made = _known_parts(tokens, found, step), _parts(tokens, found, step)
+        assert all(torch.equal(a, b) for a, b in zip(known, made, strict=True))
 
 
 @pytest.mark.parametrize("prefix,stride,protect,ratio,seed,frames", [

@@ -4,9 +4,11 @@
 
 For each of the other means, and for all together: the unpatched model and ToMe under it take turns with the plain
 unpatched float32 model, one thread, processor time. `gain` is what ToMe is worth under these means, `kept` its share of
-what it is worth alone: (gain - 1) / (gain alone - 1). int8 is torchao's dynamic quantisation of activations with int8
-weights of every linear layer; `all` is bfloat16, int8 and torch.compile. torchao's int8 product is written for
-compiled graphs; uncompiled it is measured as well. Weights are random: times do not depend on them.
+what it is worth alone: (gain - 1) / (gain alone - 1); `of_product` is the joint gain over the plain model as a share of
+the product of both single gains, 1 where each keeps all of its own. int8 is
+torchao's dynamic quantisation of activations with int8 weights of every linear layer; `all` is bfloat16, int8 and
+torch.compile. torchao's int8 product is written for compiled graphs; uncompiled it is measured as well. Weights are
+random: times do not depend on them.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ MEANS: dict[str, tuple[bool, bool, bool]] = {  # compiled, bfloat16, int8
 }
 COLUMNS = (
     "model", "batch", "means", "unpatched_ms", "unpatched_q1", "unpatched_q3", "tome_ms", "tome_q1", "tome_q3",
-    "means_gain", "gain", "gain_q1", "gain_q3", "kept", "both", "gmac_ratio", "rounds", "note",
+    "means_gain", "gain", "gain_q1", "gain_q3", "kept", "both", "of_product", "gmac_ratio", "rounds", "note",
 )  # fmt: skip
 
 
@@ -66,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = measured(model, reduced, means, args.batch_size, args.rounds)
             alone = row["gain"] if means == "alone" else alone
             kept = "" if alone is None or row["gain"] == "" else f"{(row['gain'] - 1) / (alone - 1):.2f}"
+            product = "" if alone is None else f"{row['both'] / (alone * row['means_gain']):.2f}"
             rows.append({"model": name, "batch": args.batch_size, "means": means, "gmac_ratio": f"{ratio:.3f}", **row,
-                         "kept": kept})  # fmt: skip
+                         "kept": kept, "of_product": product})  # fmt: skip
             print(
                 f"{name:<24} {means:<22} unpatched {row['unpatched_ms']} ms, ToMe {row['tome_ms']} ms: gain "
-                f"{row['gain']}, kept {kept}, both {row['both']} {row['note']}", flush=True
+                f"{row['gain']}, kept {kept}, both {row['both']}, {product} of the product {row['note']}", flush=True
             )  # fmt: skip
             if args.results_file:
                 with open(args.results_file, "w", newline="", encoding="utf-8") as file:

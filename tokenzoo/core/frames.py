@@ -14,10 +14,10 @@ from ..maps import BesideMap, ChainMap, KeepMap, MergeMap, TokenMap
 from ..ops.draw import fixed_draw
 from ..ops.matching.frames import frame_destinations, frame_parts, stretch_destinations
 from ..ops.matching.strided import best_destination, split_pairs
-from ..ops.rows import stable_order
+from ..ops.rows import known_rows, stable_order
 from .adaptive import merge_pairs
 from .options import sides
-from .schedule.frame_share import FrameCounts, draw_seed, frame_grid
+from .schedule.frame_share import FrameCounts, draw_seed, frame_grid, parts_of_grid
 from .selection import own_values, raster_order
 from .step import Step
 from .tokens import Layout, Tokens
@@ -32,20 +32,48 @@ def merge_frames(tokens: Tokens, metric: Tensor, found: FrameCounts, step: Step)
         found: what the options come to for as many tokens.
         step: the method in its block, with the options `frames`, `stride` and `seed`.
     """
+    src, dst, kept = _known_parts(tokens, found, step) or _parts(tokens, found, step)
+    pairs = split_pairs(metric, src, dst, found.merged, tokens.layout.num_prefix, tokens.visible)
+    merge = MergeMap.of_pairs(pairs, tokens.length)
+    return merge if kept.shape[1] == 0 else BesideMap(merge, kept.expand(tokens.x.shape[0], -1))
+
+
+def _known_parts(tokens: Tokens, found: FrameCounts, step: Step) -> tuple[Tensor, ...] | None:
+    """Sources, destinations and protected tokens [1, ...] where plain integers say so: images in their grids."""
+    layout, prefix, method = tokens.layout, tokens.layout.num_prefix, step.method
+    if tokens.num_patches != layout.num_patches or raster_order(tokens) is not None:
+        return None
+    first = _first_protected(prefix, found) * found.step
+    kept = range(first - prefix, found.kept * found.step - prefix, found.step or 1)
+
+    def numbers() -> tuple[int, ...]:
+        grid, seed = frame_grid(method, layout), draw_seed(method, step.block)
+        src, dst = parts_of_grid(method.frames, grid, sides(method.stride), seed, kept)
+        return (*src, *dst, *kept)
+
+    rows = known_rows(numbers, tokens.x.device)
+    sizes = (found.sources, found.destinations, len(kept))
+    return None if rows is None else (rows + prefix).unsqueeze(0).split(sizes, dim=1)
+
+
+def _first_protected(prefix: int, found: FrameCounts) -> int:
+    """Number of the first protected token that is no prefix: those stand for themselves anyway."""
+    return -(-prefix // max(1, found.step))
+
+
+def _parts(tokens: Tokens, found: FrameCounts, step: Step) -> tuple[Tensor, ...]:
+    """The same by operations, for tokens in any order [B or 1, ...]."""
     prefix, patches, device = tokens.layout.num_prefix, tokens.num_patches, tokens.x.device
     if patches == tokens.layout.num_patches:
         receives = _grid_destinations(tokens.layout, step, device)
     else:
         index = torch.arange(patches, device=device)
         receives = stretch_destinations(index, found.first, _cell(step.method))
-    start = -(-prefix // max(1, found.step))  # protected prefix tokens stand for themselves anyway
+    start = _first_protected(prefix, found)
     kept = torch.arange(start, max(start, found.kept), device=device) * found.step - prefix
     parts = [*frame_parts(receives, kept, found.sources, found.destinations), kept]
     by_place = raster_order(tokens)
-    src, dst, kept = (prefix + (part.unsqueeze(0) if by_place is None else by_place[:, part]) for part in parts)
-    pairs = split_pairs(metric, src, dst, found.merged, prefix, tokens.visible)
-    merge = MergeMap.of_pairs(pairs, tokens.length)
-    return merge if kept.shape[1] == 0 else BesideMap(merge, kept.expand(tokens.x.shape[0], -1))
+    return tuple(prefix + (part.unsqueeze(0) if by_place is None else by_place[:, part]) for part in parts)
 
 
 def merge_frames_by_image(tokens: Tokens, metric: Tensor, step: Step) -> TokenMap:

@@ -41,6 +41,7 @@ class Signals:
     ) -> None:
         self._heads, self._given_bias, self._tokens, self.training = heads, bias, tokens, training
         self._maps: tuple[TokenMap, ...] = ()
+        self._class_rows: Tensor | None = None  # of the tokens before any map: several hooks of a method may look
         self._values: Tensor | None = None
         self._values_from = 0  # maps before this one were applied already when the values were projected
         self.module: nn.Module | None = None
@@ -51,7 +52,7 @@ class Signals:
     def after(self, token_map: TokenMap) -> Signals:
         """The same signals for the tokens that a map leaves."""
         other = Signals(self._heads, self._given_bias, self._tokens, self.training)
-        other.seen = self.seen
+        other.seen, other._class_rows = self.seen, self._class_rows
         other._maps, other._values, other._values_from = (*self._maps, token_map), self._values, self._values_from
         return other
 
@@ -130,8 +131,10 @@ class Signals:
             raise ValueError(
                 "class attention was asked for, but the model has no class token; use a method that does not need one"
             )
-        row = attention_rows(self.heads, 0, 1, self._bias).squeeze(2)
-        return self._columns(row.transpose(1, 2)).transpose(1, 2)
+        if self._class_rows is None:
+            self._class_rows = attention_rows(self.heads, 0, 1, self._bias).squeeze(2)
+        row = self._class_rows
+        return row if not self._maps else self._columns(row.transpose(1, 2)).transpose(1, 2)
 
     @property
     def asking(self) -> Tensor | None:

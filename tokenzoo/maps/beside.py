@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.rows import take_rows
 from .base import TokenMap
 from .keep import KeepMap
 
@@ -33,9 +34,20 @@ class BesideMap(TokenMap):
         return torch.cat([self.merge.heads, self.beside.heads], dim=1)
 
     @property
+    def complete(self) -> bool:
+        """Whether every old token is known to have a new one, which spares a look at them."""
+        return self.beside.valid is None and getattr(self.merge, "complete", False)
+
+    @property
     def assign(self) -> Tensor:
+        if self.beside.valid is None:
+            slots = torch.arange(self.merge.n_out, self.n_out, device=self.beside.idx.device)
+            return self.merge.assign.scatter(1, self.beside.idx, slots.expand_as(self.beside.idx))
         own = self.beside.assign
         return torch.where(own >= 0, own + self.merge.n_out, self.merge.assign)
+
+    def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+        return take_rows(y, self.assign) if self.complete else super().lift(y, dropped)
 
     def masked(self, visible: Tensor) -> BesideMap:
         return BesideMap(self.merge.masked(visible), self.beside.idx, self.beside.valid)

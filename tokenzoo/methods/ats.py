@@ -80,9 +80,9 @@ class ATS(Method):
                     "their own; set batch_invariant=False, or give images of one size"
                 )
             full = tokens.layout.num_patches if self.batch_invariant else tokens.num_patches
+            whole: Tensor | bool
             if tokens.valid is None:
-                kind = torch.ones_like if tokens.num_patches == full else torch.zeros_like
-                whole = kind(scores[:, :1], dtype=torch.bool)
+                whole = bool(tokens.num_patches == full)
             else:
                 scores = scores * tokens.valid[:, prefix:]
                 whole = tokens.valid_patches.unsqueeze(1) == full

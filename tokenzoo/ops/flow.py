@@ -28,10 +28,11 @@ def value_likeness(values: Tensor, num_prefix: int, seen: Tensor | None) -> Tens
         num_prefix: prefix tokens in front of the patches; they count in the softmax.
         seen: tokens that count [B, N] bool; None for all.
     """
-    logits = (values[:, :1] * values).sum(3)  # [B, N, H], not scaled
+    per_head = values.transpose(1, 2)  # [B, H, N, D]
+    logits = (per_head @ per_head[:, :, :1].transpose(2, 3)).squeeze(3)  # [B, H, N], not scaled
     if seen is not None:
-        logits = logits.masked_fill(~seen.unsqueeze(2), float("-inf"))
-    return logits.softmax(1).mean(2)[:, num_prefix:]
+        logits = logits.masked_fill(~seen.unsqueeze(1), float("-inf"))
+    return logits.softmax(2).mean(1)[:, num_prefix:]
 
 
 def evenness(attention: Tensor, counts: int | Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,21 @@ def flat_rows(idx: Tensor, length: int) -> Tensor:
         return idx.reshape(-1)
     offset = torch.arange(idx.shape[0], device=idx.device).mul(length).unsqueeze(1)
     return (idx + offset).reshape(-1)
+
+
+def known_rows(numbers: Callable[[], tuple[int, ...]], device: torch.device) -> Tensor | None:
+    """Row numbers [M] that are known as plain integers, in one step; None where operations have to make them.
+
+    One image on a CPU pays for the number of operations. A traced graph folds them itself, and on other devices copying
+    would wait.
+
+    Args:
+        numbers: gives the integers, asked only where they are used.
+        device: where to make the tensor.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    return torch.tensor(numbers(), dtype=torch.int64, device=device)
 
 
 def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def sample_heights(
-    scores: Tensor, heights: int, skip_lowest: Tensor, candidates: int | None = None
+    scores: Tensor, heights: int, skip_lowest: Tensor | bool, candidates: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Inverse-transform sampling: which tokens are nearest to some height of the cumulative score.
 
@@ -18,7 +19,7 @@ def sample_heights(
     Args:
         scores: significance of every patch [B, M], not negative, zero for padding.
         heights: number of heights.
-        skip_lowest: [B, 1] bool, scale so that the lowest token gets G = 0 and cannot be picked.
+        skip_lowest: [B, 1] bool, or one for all images: scale so that the lowest token gets G = 0 and cannot be picked.
         candidates: only this many of the highest scores can be picked; None for all.
 
     Returns:
@@ -27,19 +28,18 @@ def sample_heights(
     """
     ascending, order = scores.float().sort(dim=1)
     total = (ascending / ascending.sum(1, keepdim=True).clamp(min=1e-30)).cumsum(1)
-    low = torch.where(skip_lowest, total[:, :1], torch.zeros_like(total[:, :1]))
-    span = total[:, -1:] - low
-    g = torch.where(span > 0, (total - low) / span.clamp(min=1e-30), torch.ones_like(total))
+    if skip_lowest is not False:
+        low = total[:, :1]
+        total = total - (low if skip_lowest is True else torch.where(skip_lowest, low, torch.zeros_like(low)))
+    span = total[:, -1:]
+    g = torch.where(span > 0, total / span.clamp(min=1e-30), 1.0)
     first = g.masked_fill(g <= 0, 2.0).amin(1, keepdim=True).clamp(max=1.0)
     if candidates is not None and candidates < g.shape[1]:
         g = g[:, -candidates:]
     distance = (1 - first) / max(heights - 1, 1)
     middle = (g[:, :-1] + g[:, 1:]) / 2
-    below = torch.where(
-        distance > 0, ((middle - first) / distance.clamp(min=1e-30)).floor(), torch.full_like(middle, -1.0)
-    ).clamp(-1, heights - 1)
-    last = torch.full_like(below[:, :1], heights - 1) if below.shape[1] else torch.full_like(first, heights - 1)
-    below = torch.cat([torch.full_like(last, -1.0), below, last], dim=1)
+    below = torch.where(distance > 0, ((middle - first) / distance.clamp(min=1e-30)).floor(), -1.0)
+    below = F.pad(F.pad(below.clamp(-1, heights - 1), (1, 0), value=-1.0), (0, 1), value=heights - 1.0)
     picked = below[:, 1:] > below[:, :-1]
     missing = scores.shape[1] - picked.shape[1]
     if missing:

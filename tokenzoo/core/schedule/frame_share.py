@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ...ops.draw import drawn
@@ -47,10 +48,10 @@ class FrameShare(Share):
         (down, right), every = sides(method.stride), spread_step(n, kept)
         places = [row - prefix for row in range(0, kept * every, every or 1) if row >= prefix]
         if patches == layout.num_patches:
-            grid = frame_grid(method, layout)
+            grid, seed = frame_grid(method, layout), draw_seed(method, step.block)
             first, cells = grid[0] * grid[1], (grid[0] // down) * (grid[1] // right)
             destinations = first + (method.frames - 1) * cells
-            twice = sum(_is_picked(place, method, step.block, grid) for place in places)
+            twice = sum(_is_picked(place, sides(method.stride), seed, grid) for place in places)
         else:  # they form no grid: stretches
             first = -(-patches // method.frames)
             destinations = first - (first - patches) // (down * right)
@@ -97,20 +98,38 @@ def frame_grid(method: Any, layout: Layout) -> tuple[int, int]:
     return layout.grid[0] // method.frames, layout.grid[1]
 
 
-def draw_seed(method: Any, block: int) -> int:
-    """Seed of the draws of one block."""
-    return method.seed * 1009 + block
+def draw_seed(method: Any, block: int) -> int | None:
+    """Seed of the draws of one block, None for the top left patch of each cell."""
+    return None if method.seed is None else method.seed * 1009 + block
 
 
-def _is_picked(place: int, method: Any, block: int, grid: tuple[int, int]) -> bool:
+@lru_cache(maxsize=256)
+def parts_of_grid(
+    frames: int, grid: tuple[int, int], stride: tuple[int, int], seed: int | None, kept: range
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Patches that may merge and their destinations, both ascending, of images that have all their patches.
+
+    Args:
+        frames: images in the sequence.
+        grid: patches of each (high, wide).
+        stride: size of a cell (down, right).
+        seed: of the draws, see `draw_seed`.
+        kept: patches that must not merge.
+    """
+    picked = [_is_picked(place, stride, seed, grid) for place in range(frames * grid[0] * grid[1])]
+    src = tuple(place for place, taken in enumerate(picked) if not taken and place not in kept)
+    return src, tuple(place for place, taken in enumerate(picked) if taken)
+
+
+def _is_picked(place: int, stride: tuple[int, int], seed: int | None, grid: tuple[int, int]) -> bool:
     """Whether a patch is a destination, of all images in their grid."""
-    (high, wide), (down, right) = grid, sides(method.stride)
+    (high, wide), (down, right) = grid, stride
     image, place = divmod(place, max(1, high * wide))
     (row, down_in), (column, right_in) = divmod(place // wide, down), divmod(place % wide, right)
     rows, columns = high // down, wide // right
     if image == 0 or row >= rows or column >= columns:
         return image == 0
-    if method.seed is None:
+    if seed is None:
         return down_in == right_in == 0
     cell = ((image - 1) * rows + row) * columns + column
-    return int(drawn(cell, draw_seed(method, block)) * (down * right)) == down_in * right + right_in
+    return int(drawn(cell, seed) * (down * right)) == down_in * right + right_in

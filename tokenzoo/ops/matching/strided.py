@@ -5,11 +5,13 @@ Bolya, Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshops 2023.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rows import take_rows
+from ..rows import known_rows, take_rows
 from .bipartite import Pairs, best_partner, partner_rank, ranked_first, split_ranked, with_rank, without_hidden
 
 
@@ -26,11 +28,25 @@ def cell_split(
         device: where to make the indices.
         draw: number in [0, 1) for every whole cell that picks its destination [D]; None takes the top left.
     """
-    patches, dst = grid[0] * grid[1], cell_destinations(grid, stride, device, draw)
+    patches, count = grid[0] * grid[1], (grid[0] // stride[0]) * (grid[1] // stride[1])
+    rows = known_rows(lambda: _top_left(tuple(grid), tuple(stride)), device) if draw is None else None
+    if rows is not None:
+        return rows[: patches - count], rows[patches - count :]
+    dst = cell_destinations(grid, stride, device, draw)
     taken = torch.zeros(patches, dtype=torch.int64, device=device).scatter(0, dst, 1)
     # destinations last: the first entries are the sources
     order = (taken * patches + torch.arange(patches, device=device)).argsort()
-    return order[: patches - dst.shape[0]], order[patches - dst.shape[0] :]
+    return order[: patches - count], order[patches - count :]
+
+
+@lru_cache(maxsize=64)
+def _top_left(grid: tuple[int, int], stride: tuple[int, int]) -> tuple[int, ...]:
+    """Patches that are not the top left one of a whole cell, and those that are, both in raster order."""
+    (high, wide), (down, right) = grid, stride
+    rows, columns = range(0, high - down + 1, down), range(0, wide - right + 1, right)
+    dst = [row * wide + column for row in rows for column in columns]
+    taken = set(dst)
+    return (*(patch for patch in range(high * wide) if patch not in taken), *dst)
 
 
 def cell_destinations(
