@@ -13,9 +13,10 @@ from ..ops.rows import scatter_values
 from .base import Selector
 from .budget import prompts_of, spread
 from .passing import PROMPT, TOLD
+from .reading import watch, watch_result
 from .rows import NewRows, VisualRows, mark, placed, slots_of
 from .signals import TowerSignals, VisualSignals
-from .towers import heads_of
+from .towers import heads_of, reader_of
 
 
 class Piece(NamedTuple):
@@ -209,11 +210,11 @@ def _tower(
     """Signals of this pass of the tower."""
     depth, last = len(family.tower_layers(inner)), family.feature_layer(inner)
 
-    def heads(layer: int) -> Any:
+    def heads(layer: int, queries: int | None) -> Any:
         index = layer if layer >= 0 else min(depth - 1, last + 2 + layer)
         if index not in seen:
             raise ValueError(f"layer {layer} of the tower was not read; name it in the selector's layers(depth)")
-        return heads_of(seen[index])
+        return heads_of(seen, index, queries)
 
     def prompts() -> list[Tensor]:
         prompt = PROMPT.get()
@@ -241,11 +242,15 @@ def _tower(
     )
 
 
-def read_layers(inner: Any, family: Any, selector: Selector) -> dict[int, Any]:
-    """Layers of the tower whose inputs have to be noted: index -> layer."""
+def watch_tower(inner: Any, family: Any, selector: Selector) -> None:
+    """Has noted what a selector needs: inputs of layers of the tower, and what makes queries and keys in those read."""
     layers = list(family.tower_layers(inner))
     depth, last = len(layers), family.feature_layer(inner)
-    wanted = {0, min(depth - 1, last + 1)} if selector.takes_class else {0}
-    for layer in selector.layers(depth):
-        wanted.add(layer if layer >= 0 else min(depth - 1, last + 2 + layer))
-    return {index: layers[index] for index in sorted(wanted)}
+    read = {layer if layer >= 0 else min(depth - 1, last + 2 + layer) for layer in selector.layers(depth)}
+    for index in sorted(read | {0} | ({min(depth - 1, last + 1)} if selector.takes_class else set())):
+        watch(layers[index], index)
+        if index in read:
+            for path in reader_of(layers[index]).makes:
+                watch_result(layers[index].get_submodule(path), (index, path))
+    if family.projector is not None:
+        watch(inner.get_submodule(family.projector), "projector")
