@@ -162,7 +162,8 @@ def _pieces(
     for image, (place, rows, budget) in enumerate(zip(places, free, budgets)):
         parts = place[rows, 0].round().long()
         whole = selector.unit == "image" and not family.tiles
-        groups = [rows] if whole else [rows[parts == p] for p in parts.unique().tolist()]
+        one = whole or bool((parts == parts[:1]).all())
+        groups = [rows] if one else [rows[parts == p] for p in parts.unique().tolist()]
         own = [len(group) for group in groups]
         alone = family.tiles and selector.keep_total is None
         for group, keep in zip(groups, [selector.count(n) for n in own] if alone else spread(budget, own)):
@@ -197,11 +198,13 @@ def _shared(
 
 def _grid(place: Tensor) -> tuple[int, int] | None:
     """Rows (high, wide) of places that fill a grid row by row; else None."""
-    high, wide = (place[:, axis].unique() for axis in (0, 1))
-    if len(high) * len(wide) != len(place):
+    wide = int((place[:, 0] == place[:1, 0]).sum())  # rows in the first line
+    if len(place) % wide:
         return None
-    full = torch.cartesian_prod(high, wide).reshape(len(place), 2)
-    return (len(high), len(wide)) if torch.equal(full, place) else None
+    down, right = place.view(-1, wide, 2).unbind(-1)
+    lines = (down == down[:, :1]).all() & (right == right[:1]).all()
+    rising = (down[1:, 0] > down[:-1, 0]).all() & (right[0, 1:] > right[0, :-1]).all()
+    return (len(down), wide) if bool(lines & rising) else None
 
 
 def _tower(

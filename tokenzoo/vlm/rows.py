@@ -76,7 +76,7 @@ class NewRows(NamedTuple):
 
 def mark(x: Tensor, keep: Tensor) -> Tensor:
     """Rows with those that go marked: x [..., N, D], keep [..., N] bool."""
-    return torch.where(keep.unsqueeze(-1), x, torch.full_like(x, MARK))
+    return torch.where(keep.unsqueeze(-1), x, MARK)
 
 
 def marked(x: Tensor) -> Tensor:
