@@ -45,8 +45,8 @@ def unit(x: Tensor) -> Tensor:
 
 
 def row_of(x: Tensor, index: Tensor) -> Tensor:
-    """One row of each image: x [B, N, C], index [B] -> [B, C]."""
-    return x[torch.arange(x.shape[0], device=x.device), index]
+    """One row of each image: x [B, N, C], index [B] or [B, 1] -> [B, C]."""
+    return x.gather(1, index.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
 
 
 class Cosines:
@@ -66,7 +66,7 @@ class Cosines:
         self._all = None if few or n > LONG else likeness(self.units)
 
     def row(self, index: Tensor) -> Tensor:
-        """Cosine of every row with one of its image: index [B] -> [B, N]."""
+        """Cosine of every row with one of its image: index [B] or [B, 1] -> [B, N]."""
         if self._all is not None:
             return row_of(self._all, index)
         return torch.bmm(self.units, row_of(self.units, index).unsqueeze(-1)).squeeze(-1)

@@ -53,14 +53,13 @@ def divprune(x: Tensor, keep: int) -> Tensor:
     Source: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025.
     """
     alike = Cosines(x)
-    last = alike.nearest().argmin(dim=1)
-    chosen, nearest = [last], alike.row(last)
+    last = alike.nearest().argmin(dim=1, keepdim=True)
+    chosen, nearest = [last], alike.row(last).scatter(1, last, float("inf"))
     for _ in range(keep - 1):
-        nearest = nearest.scatter(1, last.unsqueeze(1), float("inf"))
-        last = nearest.argmin(dim=1)
+        last = nearest.argmin(dim=1, keepdim=True)
         chosen.append(last)
-        nearest = torch.maximum(nearest, alike.row(last))
-    return torch.stack(chosen, dim=1)
+        torch.maximum(nearest, alike.row(last), out=nearest).scatter_(1, last, float("inf"))
+    return torch.cat(chosen, dim=1)
 
 
 @deciding
@@ -77,13 +76,12 @@ def todre(x: Tensor, score: Tensor, keep: int) -> Tensor:
 
     Source: Li et al., "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", 2025.
     """
-    alike, last = Cosines(x, keep), score.argmax(dim=1)
+    alike, last = Cosines(x, keep), score.argmax(dim=1, keepdim=True)
     chosen, total = [last], torch.zeros_like(x[..., 0], dtype=torch.float32)
     for _ in range(keep - 1):
-        total = (total + alike.row(last)).scatter(1, last.unsqueeze(1), float("inf"))
-        last = total.argmin(dim=1)
+        last = total.add_(alike.row(last)).scatter_(1, last, float("inf")).argmin(dim=1, keepdim=True)
         chosen.append(last)
-    return torch.stack(chosen, dim=1)
+    return torch.cat(chosen, dim=1)
 
 
 @deciding
@@ -129,7 +127,7 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
         chosen.append(last)
         # once rows span the space, what is left of a volume is rounding, and may be negative
         root = volume.gather(1, last).clamp_(min=1e-12).sqrt_()
-        new = (weight * alike.row(last.squeeze(1))).mul_(weight.gather(1, last))
+        new = (weight * alike.row(last)).mul_(weight.gather(1, last))
         if step:
             before = parts[:, :step]
             own = before.gather(2, last.unsqueeze(1).expand(-1, step, 1)).transpose(1, 2)
