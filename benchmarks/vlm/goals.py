@@ -194,7 +194,7 @@ def selector(model: nn.Module, inputs: dict[str, Tensor], name: str, keep: int, 
         tower.register_forward_hook(lambda *_: noted.tower.append(time.process_time() - began[-1])),
     ]
     hand_over.choose = timed
-    warm = min(2, rounds)
+    warm = 2 if rounds > 4 else 1
     try:
         with torch.inference_mode(), during(PROMPT, Prompt(inputs["input_ids"], None)):
             for _ in range(rounds + warm):

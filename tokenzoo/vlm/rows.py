@@ -81,7 +81,7 @@ def mark(x: Tensor, keep: Tensor) -> Tensor:
 
 def marked(x: Tensor) -> Tensor:
     """Which rows are marked: x [..., N, D] -> [..., N] bool."""
-    return (x == MARK).all(-1)
+    return x.detach().amax(-1) == MARK  # in one pass
 
 
 def slots_of(token_map: TokenMap) -> Tensor:
