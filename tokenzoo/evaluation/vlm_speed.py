@@ -31,7 +31,8 @@ class VlmSpeed(NamedTuple):
             allocations torch does not count. See `tokenzoo.evaluation.peak`.
         macs: of the language model's layers, by formula.
         ratio: of multiply-adds to those of the unpatched model.
-        speed_up: of the language model against the unpatched one, of each round.
+        speed_up: of the language model against the unpatched one.
+        speed_ups: the same of each round.
     """
 
     label: str
@@ -44,6 +45,7 @@ class VlmSpeed(NamedTuple):
     macs: int
     ratio: float
     speed_up: Spread
+    speed_ups: tuple[float, ...]
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -103,7 +105,7 @@ def vlm_bench(
             VlmSpeed(
                 label, (one.held[0], one.held[-1]), Spread.of(prefill[i]), Spread.of(one.inside),
                 Spread.of([t / steps for t in decode[i]]), one.bytes, peaks[i], cost.prefill, cost.ratio,
-                Spread.of(gains),
+                Spread.of(gains), tuple(gains),
             )
         )  # fmt: skip
     return rows, name

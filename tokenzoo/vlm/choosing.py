@@ -13,9 +13,10 @@ from ..ops.rows import scatter_values
 from .base import Selector
 from .budget import prompts_of, spread
 from .passing import PROMPT, TOLD
+from .reading import watch, watch_result
 from .rows import NewRows, VisualRows, mark, placed, slots_of
 from .signals import TowerSignals, VisualSignals
-from .towers import heads_of
+from .towers import heads_of, reader_of
 
 
 class Piece(NamedTuple):
@@ -161,7 +162,8 @@ def _pieces(
     for image, (place, rows, budget) in enumerate(zip(places, free, budgets)):
         parts = place[rows, 0].round().long()
         whole = selector.unit == "image" and not family.tiles
-        groups = [rows] if whole else [rows[parts == p] for p in parts.unique().tolist()]
+        one = whole or bool((parts == parts[:1]).all())
+        groups = [rows] if one else [rows[parts == p] for p in parts.unique().tolist()]
         own = [len(group) for group in groups]
         alone = family.tiles and selector.keep_total is None
         for group, keep in zip(groups, [selector.count(n) for n in own] if alone else spread(budget, own)):
@@ -196,11 +198,13 @@ def _shared(
 
 def _grid(place: Tensor) -> tuple[int, int] | None:
     """Rows (high, wide) of places that fill a grid row by row; else None."""
-    high, wide = (place[:, axis].unique() for axis in (0, 1))
-    if len(high) * len(wide) != len(place):
+    wide = int((place[:, 0] == place[:1, 0]).sum())  # rows in the first line
+    if len(place) % wide:
         return None
-    full = torch.cartesian_prod(high, wide).reshape(len(place), 2)
-    return (len(high), len(wide)) if torch.equal(full, place) else None
+    down, right = place.view(-1, wide, 2).unbind(-1)
+    lines = (down == down[:, :1]).all() & (right == right[:1]).all()
+    rising = (down[1:, 0] > down[:-1, 0]).all() & (right[0, 1:] > right[0, :-1]).all()
+    return (len(down), wide) if bool(lines & rising) else None
 
 
 def _tower(
@@ -209,11 +213,11 @@ def _tower(
     """Signals of this pass of the tower."""
     depth, last = len(family.tower_layers(inner)), family.feature_layer(inner)
 
-    def heads(layer: int) -> Any:
+    def heads(layer: int, queries: int | None) -> Any:
         index = layer if layer >= 0 else min(depth - 1, last + 2 + layer)
         if index not in seen:
             raise ValueError(f"layer {layer} of the tower was not read; name it in the selector's layers(depth)")
-        return heads_of(seen[index])
+        return heads_of(seen, index, queries)
 
     def prompts() -> list[Tensor]:
         prompt = PROMPT.get()
@@ -241,11 +245,15 @@ def _tower(
     )
 
 
-def read_layers(inner: Any, family: Any, selector: Selector) -> dict[int, Any]:
-    """Layers of the tower whose inputs have to be noted: index -> layer."""
+def watch_tower(inner: Any, family: Any, selector: Selector) -> None:
+    """Has noted what a selector needs: inputs of layers of the tower, and what makes queries and keys in those read."""
     layers = list(family.tower_layers(inner))
     depth, last = len(layers), family.feature_layer(inner)
-    wanted = {0, min(depth - 1, last + 1)} if selector.takes_class else {0}
-    for layer in selector.layers(depth):
-        wanted.add(layer if layer >= 0 else min(depth - 1, last + 2 + layer))
-    return {index: layers[index] for index in sorted(wanted)}
+    read = {layer if layer >= 0 else min(depth - 1, last + 2 + layer) for layer in selector.layers(depth)}
+    for index in sorted(read | {0} | ({min(depth - 1, last + 1)} if selector.takes_class else set())):
+        watch(layers[index], index)
+        if index in read:
+            for path in reader_of(layers[index]).makes:
+                watch_result(layers[index].get_submodule(path), (index, path))
+    if family.projector is not None:
+        watch(inner.get_submodule(family.projector), "projector")

@@ -47,7 +47,10 @@ class ReducingDecoderLayer:
         if tokenzoo_span is None:
             return super().forward(hidden_states, **kwargs)
         kwargs["position_ids"] = None  # read by flash attention alone, which takes gaps for borders of packed prompts
-        span, plan = tokenzoo_span, self.tokenzoo_plan
+        span = tokenzoo_span
+        if span.plain:
+            return super().forward(hidden_states, **kwargs)
+        plan = self.tokenzoo_plan
         t = hidden_states if isinstance(hidden_states, LmTokens) else None
         if t is None and span.visual is not None and plan.index >= plan.start:
             t = _begun(hidden_states, span)

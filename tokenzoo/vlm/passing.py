@@ -75,6 +75,7 @@ class Span:
         rotary: makes cosines and sines of positions, given a layer's index; None keeps original positions.
         right: see `Note`.
         left: the rows that leave the last layer, and which are no padding.
+        plain: whether all layers hold the same rows and none are dropped.
     """
 
     visual: Tensor | None
@@ -92,6 +93,10 @@ class Span:
     after: dict[int, Held] = field(default_factory=dict)
     left: tuple[Tensor, Tensor | None] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plain = self.visual is None and not self.before
 
     def held(self, layer: int) -> Held | None:
         """What a layer held of all past rows when the pass began; None where it held all."""

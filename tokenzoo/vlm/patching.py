@@ -14,13 +14,13 @@ from ..adapters.wholes import Whole, register_whole
 from ..apply.install import all_or_nothing
 from ..apply.patch import patch_model, unpatch_model
 from .budget_solving import solved
-from .choosing import read_layers
+from .choosing import watch_tower
 from .families.language_models import LAYERS, LMS, check_language_model
 from .family import VLMFamily, vlm_family_of
 from .lm import LmPlan
 from .model import VlmPlan
 from .plans import layer_plans
-from .reading import unwatch, watch
+from .reading import unwatch
 from .recipe import VlmRecipe
 from .report import vlm_report
 
@@ -76,10 +76,7 @@ def patch(
             become(layer, LAYERS[type(layer)])
             layer.tokenzoo_plan = plan
         if recipe.selector is not None:
-            for index, layer in read_layers(inner, family, recipe.selector).items():
-                watch(layer, index)
-            if family.projector is not None:
-                watch(inner.get_submodule(family.projector), "projector")
+            watch_tower(inner, family, recipe.selector)
         model.tokenzoo_recipe = recipe
     return model
 

@@ -1,4 +1,4 @@
-"""Which modules of a tower are looked at while images are encoded: their inputs are noted, nothing is computed twice.
+"""Which modules of a tower are looked at while images are encoded: what they are given, and what they give, is noted.
 
 Hooks stand on the modules while a model is patched. They note something only inside of a call that asks for it, in a
 variable of the thread that calls.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.hooked import Aside
 from ..core.tokens import Tokens
@@ -35,6 +35,28 @@ class Noting:
         seen[self.key] = (module, args, kwargs)
 
 
+class Result:
+    """A hook that notes what a module gives, without its gradient.
+
+    Args:
+        key: under which it is noted: index of a layer, and the path of the module inside of it.
+    """
+
+    def __init__(self, key: tuple[int, str]) -> None:
+        self.key = key
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        seen = SEEN.get()
+        if seen is not None and isinstance(out, Tensor):
+            seen[self.key] = (module, out.detach())
+
+
+def told_last(module: nn.Module) -> bool:
+    """Whether what `Result` notes is what a module gives in the end: no hook that came later can have changed it."""
+    hooks = list(module._forward_hooks.values())
+    return bool(hooks) and isinstance(hooks[-1], Result)
+
+
 def in_place(tower: nn.Module, seen: dict[Any, Any]) -> dict[Any, Any]:
     """What was noted, with all tokens in their places where methods have reduced them inside the tower.
 
@@ -45,18 +67,29 @@ def in_place(tower: nn.Module, seen: dict[Any, Any]) -> dict[Any, Any]:
         tower: the vision tower, patched or not.
         seen: what its modules were given, see `Noting`.
     """
-    found = {}
-    for key, (module, args, options) in seen.items():
+    found: dict[Any, Any] = {}
+    moved = set()
+    for key, noted in seen.items():
+        if isinstance(key, tuple):
+            continue
+        module, args, options = noted
         x = args[0] if args else options.get("hidden_states")
         if isinstance(x, Tokens):
             args, options = (tower.in_place(x),), {"attention_mask": options.get("attn_mask")}
+            moved.add(key)
         found[key] = (module, args, options)
-    return found
+    # what modules gave for fewer tokens is of no use: it is made anew of all
+    return found | {key: noted for key, noted in seen.items() if isinstance(key, tuple) and key[0] not in moved}
 
 
 def watch(module: nn.Module, key: Any) -> None:
     """Has a module's inputs noted from here on."""
     module.register_forward_pre_hook(Noting(key), with_kwargs=True)
+
+
+def watch_result(module: nn.Module, key: tuple[int, str]) -> None:
+    """Has what a module gives noted from here on."""
+    module.register_forward_hook(Result(key))
 
 
 def unwatch(model: nn.Module) -> None:
@@ -66,3 +99,6 @@ def unwatch(model: nn.Module) -> None:
             if isinstance(hook, Noting):
                 del module._forward_pre_hooks[number]
                 module._forward_pre_hooks_with_kwargs.pop(number, None)
+        for number, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, Result):
+                del module._forward_hooks[number]

@@ -76,12 +76,12 @@ class NewRows(NamedTuple):
 
 def mark(x: Tensor, keep: Tensor) -> Tensor:
     """Rows with those that go marked: x [..., N, D], keep [..., N] bool."""
-    return torch.where(keep.unsqueeze(-1), x, torch.full_like(x, MARK))
+    return torch.where(keep.unsqueeze(-1), x, MARK)
 
 
 def marked(x: Tensor) -> Tensor:
     """Which rows are marked: x [..., N, D] -> [..., N] bool."""
-    return (x == MARK).all(-1)
+    return x.detach().amax(-1) == MARK  # in one pass
 
 
 def slots_of(token_map: TokenMap) -> Tensor:

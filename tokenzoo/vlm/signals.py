@@ -16,7 +16,7 @@ class TowerSignals:
     """Signals of one pass of the tower over all images of a call, at the rows that the language model would see.
 
     Args:
-        heads: queries and keys of a layer, given its index.
+        heads: queries and keys of a layer, given its index and how many rows in front need queries (None for all).
         has_class: token 0 is a class token.
         carry: values of tokens without prefix [crops, n, C] -> of each image [n_rows, C].
         strip: takes prefix tokens off [crops, N, C].
@@ -29,7 +29,7 @@ class TowerSignals:
 
     def __init__(
         self,
-        heads: Callable[[int], list[Read]],
+        heads: Callable[[int, int | None], list[Read]],
         has_class: bool,
         carry: Callable[[Tensor], list[Tensor]],
         strip: Callable[[Tensor], Tensor],
@@ -69,9 +69,22 @@ class TowerSignals:
         found = self._class_tokens()
         return None if found is None else found[crops]
 
-    def _each(self, layer: int, read: Callable[[Read], Tensor]) -> Tensor:
-        """What is read of every crop [crops, N, C], without prefix; packed crops one behind the other [1, N, C]."""
-        found = [read(each) for each in self._heads(layer)]
+    def _reads(self, layer: int, queries: int | None) -> list[Read]:
+        """Queries and keys of a layer; those of all queries serve for some."""
+        found = self._known.get(("reads", layer, None)) or self._known.get(("reads", layer, queries))
+        if found is None:
+            found = self._known["reads", layer, queries] = self._heads(layer, queries)
+        return found
+
+    def _each(self, layer: int, read: Callable[[Read], Tensor], queries: int | None = None) -> Tensor:
+        """What is read of every crop [crops, N, C], without prefix; packed crops one behind the other [1, N, C].
+
+        Args:
+            layer: its index.
+            read: what, of queries and keys.
+            queries: how many rows in front need queries; None for all.
+        """
+        found = [read(each) for each in self._reads(layer, queries)]
         return self._strip(found[0] if len(found) == 1 else torch.cat(found, 1))
 
     def _class_row(self, layer: int) -> Tensor:
@@ -80,14 +93,14 @@ class TowerSignals:
                 "attention of the class token was asked for, but this tower has none; use signals.importance(layer), "
                 "which is the mean attention that a token gets there"
             )
-        return self._each(layer, lambda r: attention_rows(r.heads, 0, 1, r.bias).mean(1).transpose(1, 2))
+        return self._each(layer, lambda r: attention_rows(r.heads, 0, 1, r.bias).mean(1).transpose(1, 2), 1)
 
     def _class_logits(self, layer: int) -> Tensor:
         def logits(read: Read) -> Tensor:
             q, k, scale = read.heads.q[:, :, :1].float(), read.heads.k.float(), read.heads.scale
             return ((q * scale) @ k.transpose(-2, -1)).mean(1).transpose(1, 2)
 
-        return self._each(layer, logits)
+        return self._each(layer, logits, 1)
 
     def _received(self, layer: int) -> Tensor:
         return self._each(layer, lambda r: attention_received(r.heads, r.bias, r.real).unsqueeze(-1))
@@ -104,13 +117,13 @@ class TowerSignals:
                 return attention_rows(one, 0, 1, read.bias).mean(1).transpose(1, 2)
             return attention_received(one, read.bias, read.real).unsqueeze(-1)
 
-        return self._each(layer, row)
+        return self._each(layer, row, 1 if self.has_class else None)
 
     def _mean_keys(self, layer: int) -> Tensor:
-        return self._each(layer, lambda r: r.heads.k.float().mean(1))
+        return self._each(layer, lambda r: r.heads.k.float().mean(1), 1)
 
     def _keys(self, layer: int) -> Tensor:
-        return self._each(layer, lambda r: r.heads.k.float().transpose(1, 2).flatten(2))
+        return self._each(layer, lambda r: r.heads.k.float().transpose(1, 2).flatten(2), 1)
 
     def _queries(self, layer: int) -> Tensor:
         return self._each(layer, lambda r: r.heads.q.float().transpose(1, 2).flatten(2))

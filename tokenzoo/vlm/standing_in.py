@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from typing import Any
 
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -43,12 +44,11 @@ def _published(mixin: type, plain: type) -> list[str]:
     return [name for name in names if name in vars(mixin) and hasattr(plain, name)]
 
 
-def _signed(own: Any, published: Any) -> Any:
-    @functools.wraps(published)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(self, *args, **kwargs)
-
-    return call
+def _signed(own: types.FunctionType, published: Any) -> Any:
+    """A copy of a function of a mixin with the published signature; not a call of it, which decoding would pay for."""
+    call = types.FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
+    call.__kwdefaults__ = own.__kwdefaults__
+    return functools.update_wrapper(call, published)
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters.classes import path_of
 from ..ops.attention import Heads, key_bias
 from ..ops.rows import split_dim
+from .reading import told_last
 
 
 class Read(NamedTuple):
@@ -30,6 +32,32 @@ class Read(NamedTuple):
         return key_bias(None, self.real)
 
 
+class Made:
+    """What modules of one layer gave in its own pass, so that selectors do not compute it once more.
+
+    Args:
+        layer: of the tower.
+        found: path of a module inside of it -> that module and its output, noted by `reading.Result`.
+    """
+
+    def __init__(self, layer: nn.Module, found: dict[str, tuple[nn.Module, Tensor]]) -> None:
+        self.layer, self.found = layer, found
+
+    def __call__(self, path: str, x: Callable[[], Tensor], rows: int | None = None) -> Tensor:
+        """The output of a module.
+
+        Args:
+            path: of the module inside the layer.
+            x: makes its input [crops, N, C] where nothing was noted, or where an adapter has taken its place since.
+            rows: how many rows in front are wanted [crops, rows, C], None for all.
+        """
+        module = self.layer.get_submodule(path)
+        known, out = self.found.get(path, (None, None))
+        if known is module and told_last(module):
+            return out if rows is None else out[:, :rows]
+        return module(x() if rows is None else x()[:, :rows])
+
+
 class Parts(NamedTuple):
     """Names of what makes queries and keys inside a layer.
 
@@ -43,9 +71,16 @@ class Parts(NamedTuple):
     attn: str
     scale: str
 
-    def __call__(self, layer: Any, x: Tensor, options: dict[str, Any]) -> list[Read]:
-        z, attn = getattr(layer, self.norm)(x), getattr(layer, self.attn)
-        q, k = attn.q_proj(z), attn.k_proj(z)
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """Modules inside the layer whose outputs are wanted."""
+        return (f"{self.attn}.q_proj", f"{self.attn}.k_proj")
+
+    def __call__(
+        self, layer: Any, x: Tensor, options: dict[str, Any], made: Made, queries: int | None = None
+    ) -> list[Read]:
+        z, attn = functools.cache(lambda: getattr(layer, self.norm)(x)), getattr(layer, self.attn)
+        q, k = made(self.makes[0], z, queries), made(self.makes[1], z)
         if getattr(attn, "q_norm", None) is not None:  # over all heads together
             q, k = attn.q_norm(q), attn.k_norm(k)
         q, k = (split_dim(t, 2, -1, attn.head_dim).transpose(1, 2) for t in (q, k))
@@ -59,29 +94,61 @@ def _first_row(mask: Tensor) -> Tensor:
     return row if row.dtype == torch.bool else row == 0
 
 
-_READERS: dict[type, Callable[[Any, Tensor, dict[str, Any]], list[Read]]] = {}
+class Reader(Protocol):
+    """Reads queries and keys of a layer.
 
-
-def register_reader(cls: type, reader: Callable[[Any, Tensor, dict[str, Any]], list[Read]]) -> None:
-    """Says how queries and keys of a layer are read.
-
-    Args:
-        cls: exact class of the layer.
-        reader: (layer, its input, its keyword arguments) -> what was read: one for all crops, or one per crop of a
-            tower that packs them into one sequence.
+    Attributes:
+        makes: paths of modules inside the layer whose outputs it asks `made` for.
     """
+
+    makes: tuple[str, ...]
+
+    def __call__(
+        self, layer: Any, x: Tensor, options: dict[str, Any], made: Made, queries: int | None = None
+    ) -> list[Read]:
+        """What was read: one for all crops, or one per crop of a tower that packs them into one sequence.
+
+        Args:
+            layer: of the tower.
+            x: its input.
+            options: its keyword arguments.
+            made: gives outputs of its modules.
+            queries: how many rows in front need queries; None for all. More may be given.
+        """
+
+
+_READERS: dict[type, Reader] = {}
+
+
+def register_reader(cls: type, reader: Reader) -> None:
+    """Says how queries and keys of layers of an exact class are read."""
     _READERS[cls] = reader
 
 
-def heads_of(seen: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]) -> list[Read]:
-    """Queries and keys of a layer, from what it was given.
+def reader_of(layer: nn.Module) -> Reader:
+    """How queries and keys of a layer are read.
 
     Raises:
         TypeError: a layer of a class that nobody reads.
     """
-    layer, args, options = seen
-    x = args[0] if args else options["hidden_states"]
     for cls in type(layer).__mro__:
         if cls in _READERS:
-            return _READERS[cls](layer, x, options)
+            return _READERS[cls]
     raise TypeError(f"the attention of {path_of(type(layer))} cannot be read; use a selector that does not look at it")
+
+
+def heads_of(seen: dict[Any, Any], index: int, queries: int | None = None) -> list[Read]:
+    """Queries and keys of a layer, from what was noted in its pass.
+
+    Args:
+        seen: see `reading.Noting` and `reading.Result`.
+        index: of the layer.
+        queries: how many rows in front need queries; None for all.
+
+    Raises:
+        TypeError: a layer of a class that nobody reads.
+    """
+    layer, args, options = seen[index]
+    reader = reader_of(layer)
+    made = Made(layer, {path: seen[index, path] for path in reader.makes if (index, path) in seen})
+    return reader(layer, args[0] if args else options["hidden_states"], options, made, queries)

@@ -20,21 +20,27 @@ from ..family import VLMFamily, register_vlm_family
 from ..head import ReducingHead
 from ..model import ReducingVlm
 from ..standing_in import stand_in
-from ..towers import Read, register_reader
+from ..towers import Made, Read, register_reader
 
 
-def read_packed(layer: Any, x: Tensor, options: dict[str, Any]) -> list[Read]:
+class ReadPacked:
     """Queries and keys of a layer whose crops stand in one sequence [N, C]; one `Read` per crop or window."""
-    attn = layer.attn
-    q, k, _ = attn.qkv(layer.norm1(x)).reshape(len(x), 3, attn.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
-    q, k = qwen2.apply_rotary_pos_emb_vision(q, k, *options["position_embeddings"])
-    lengths = options["cu_seqlens"].diff().tolist()
-    parts = zip(q.transpose(0, 1).split(lengths, 1), k.transpose(0, 1).split(lengths, 1))
-    return [Read(Heads(q[None], k[None], None, attn.scaling)) for q, k in parts]
+
+    makes = ("attn.qkv",)
+
+    def __call__(
+        self, layer: Any, x: Tensor, options: dict[str, Any], made: Made, queries: int | None = None
+    ) -> list[Read]:
+        attn, qkv = layer.attn, made("attn.qkv", lambda: layer.norm1(x))
+        q, k, _ = qkv.reshape(len(x), 3, attn.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
+        q, k = qwen2.apply_rotary_pos_emb_vision(q, k, *options["position_embeddings"])
+        lengths = options["cu_seqlens"].diff().tolist()
+        parts = zip(q.transpose(0, 1).split(lengths, 1), k.transpose(0, 1).split(lengths, 1))
+        return [Read(Heads(q[None], k[None], None, attn.scaling)) for q, k in parts]
 
 
 for _block in (qwen2.Qwen2VLVisionBlock, qwen2_5.Qwen2_5_VLVisionBlock, qwen3.Qwen3VLVisionBlock):
-    register_reader(_block, read_packed)
+    register_reader(_block, ReadPacked())
 
 
 class Packed(VLMFamily):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .deciding import deciding, unit
+from .deciding import deciding, likeness, unit
 
 
 @deciding
@@ -31,19 +31,19 @@ def mmtok(
     Source: Dong et al., "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs", 2025.
     """
     units = unit(tower)
-    rows = (units @ units.T / image_temperature).softmax(-1) * (alpha / len(units))
+    rows = (likeness(units[None])[0] / image_temperature).softmax(-1) * (alpha / len(units))
     if len(text):
         words = (unit(text) @ unit(vision).T / text_temperature).softmax(-1) / len(text)
         rows = torch.cat([words, rows])
-    best, chosen = torch.zeros_like(rows[:, :1]), []
+    best, chosen, spare = torch.zeros_like(rows[:, :1]), [], torch.empty_like(rows)
     gone = torch.zeros(len(units), dtype=torch.bool, device=units.device) if exclude is None else exclude.clone()
     for _ in range(keep):
-        gain = (rows - best).clamp(min=0).sum(0).masked_fill(gone, float("-inf"))
-        last = gain.argmax()
+        gain = torch.sub(rows, best, out=spare).clamp_(min=0).sum(0).masked_fill_(gone, float("-inf"))
+        last = gain.argmax(dim=0, keepdim=True)
         chosen.append(last)
-        gone = gone.scatter(0, last[None], True)
-        best = torch.maximum(best, rows.index_select(1, last[None]))
-    return torch.stack(chosen)
+        gone.index_fill_(0, last, True)
+        best = torch.maximum(best, rows.index_select(1, last))
+    return torch.cat(chosen)
 
 
 @deciding
@@ -63,7 +63,7 @@ def catp(x: Tensor, text: Tensor, keep: int, weight: float = 0.7) -> Tensor:
     Learning", 2025.
     """
     units = unit(x)
-    alike = (torch.bmm(units, units.transpose(1, 2)) + 1) / 2
+    alike = likeness(units).add_(1).div_(2)
     near = weight * (torch.bmm(units, unit(text).unsqueeze(-1)).squeeze(-1) + 1) / 2
     best, chosen, spare = torch.zeros_like(near), [], torch.empty_like(alike)
     for _ in range(keep):

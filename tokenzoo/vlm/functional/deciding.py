@@ -15,6 +15,7 @@ from ...ops.attention import full_precision
 T = TypeVar("T")
 LONG = 4096  # rows of which all cosines are held at most: 64 MiB
 _SLICE = 256  # rows that are compared with all others at once
+_FEW = 5  # a row of cosines takes about so many times as long alone as in a product of all
 
 
 def deciding(function: Callable[..., T]) -> Callable[..., T]:
@@ -44,38 +45,60 @@ def unit(x: Tensor) -> Tensor:
 
 
 def row_of(x: Tensor, index: Tensor) -> Tensor:
-    """One row of each image: x [B, N, C], index [B] -> [B, C]."""
-    return x[torch.arange(x.shape[0], device=x.device), index]
+    """One row of each image: x [B, N, C], index [B] or [B, 1] -> [B, C]."""
+    return x.gather(1, index.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
 
 
 class Cosines:
     """Cosines between rows of the same image, a row of them at a time.
 
-    One product of all rows runs several times as fast as many small ones, so that it is made once; of long sequences it
-    would not fit, and rows are compared when they are asked for.
+    One product of all rows runs several times as fast as one after the other, so that it is made where many of them are
+    asked for; of long sequences it would not fit, and rows are compared when they are asked for.
 
     Args:
         x: [B, N, C].
+        asked: how many rows will be asked for, at most; None for all.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self.units = unit(x)
-        short = x.shape[1] <= LONG
-        self._all = torch.bmm(self.units, self.units.transpose(1, 2)) if short else None
+    def __init__(self, x: Tensor, asked: int | None = None) -> None:
+        self.units, n = unit(x), x.shape[1]
+        few = asked is not None and asked * _FEW < n
+        self._all = None if few or n > LONG else likeness(self.units)
 
     def row(self, index: Tensor) -> Tensor:
-        """Cosine of every row with one of its image: index [B] -> [B, N]."""
+        """Cosine of every row with one of its image: index [B] or [B, 1] -> [B, N]."""
         if self._all is not None:
             return row_of(self._all, index)
         return torch.bmm(self.units, row_of(self.units, index).unsqueeze(-1)).squeeze(-1)
 
     def nearest(self) -> Tensor:
         """Largest cosine of every row with another one [B, N]."""
-        n, found = self.units.shape[1], []
+        if self._all is not None:
+            own = self._all.diagonal(dim1=1, dim2=2)
+            kept = own.clone()
+            own.fill_(float("-inf"))
+            found = self._all.amax(-1)
+            own.copy_(kept)
+            return found
+        n, parts = self.units.shape[1], []
         for rows in torch.arange(n, device=self.units.device).split(_SLICE):
-            if self._all is not None:
-                alike = self._all[:, rows]
-            else:
-                alike = torch.bmm(self.units[:, rows], self.units.transpose(1, 2))
-            found.append(alike.scatter(2, rows.view(1, -1, 1).expand(len(alike), -1, 1), float("-inf")).amax(-1))
-        return torch.cat(found, dim=1)
+            alike = torch.bmm(self.units[:, rows], self.units.transpose(1, 2))
+            parts.append(alike.scatter(2, rows.view(1, -1, 1).expand(len(alike), -1, 1), float("-inf")).amax(-1))
+        return torch.cat(parts, dim=1)
+
+
+def likeness(units: Tensor) -> Tensor:
+    """Products of all pairs of rows of the same image: [B, N, C] -> [B, N, N].
+
+    On a CPU the half below the diagonal is copied, which takes about three quarters of the time; elsewhere one product
+    is as fast as a few.
+    """
+    n = units.shape[1]
+    if units.device.type != "cpu" or n < _SLICE or torch.compiler.is_compiling():
+        return torch.bmm(units, units.transpose(1, 2))
+    found, step = units.new_empty(len(units), n, n), -(-n // 4)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        found[:, start:stop, start:] = torch.bmm(units[:, start:stop], units[:, start:].transpose(1, 2))
+        found[:, stop:, start:stop] = found[:, start:stop, stop:].transpose(1, 2)
+    return found

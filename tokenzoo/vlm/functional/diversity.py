@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.rows import take_rows
-from .deciding import Cosines, deciding, ranked, row_of, unit
+from .deciding import Cosines, deciding, likeness, ranked, unit
 
 
 @deciding
@@ -30,7 +30,7 @@ def vispruner(score: Tensor, features: Tensor, keep: int, important: float = 0.5
     if count == 0:
         return order[:, :best].sort(dim=1).values
     units = unit(features)
-    alike = torch.bmm(units, units.transpose(1, 2))
+    alike = likeness(units)
     while rest.shape[1] > count:
         a, b = rest[:, ::2], rest[:, 1::2]
         gone = min(8, rest.shape[1] - count, a.shape[1])
@@ -53,14 +53,13 @@ def divprune(x: Tensor, keep: int) -> Tensor:
     Source: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025.
     """
     alike = Cosines(x)
-    last = alike.nearest().argmin(dim=1)
-    chosen, nearest = [last], alike.row(last)
+    last = alike.nearest().argmin(dim=1, keepdim=True)
+    chosen, nearest = [last], alike.row(last).scatter(1, last, float("inf"))
     for _ in range(keep - 1):
-        nearest = nearest.scatter(1, last.unsqueeze(1), float("inf"))
-        last = nearest.argmin(dim=1)
+        last = nearest.argmin(dim=1, keepdim=True)
         chosen.append(last)
-        nearest = torch.maximum(nearest, alike.row(last))
-    return torch.stack(chosen, dim=1)
+        torch.maximum(nearest, alike.row(last), out=nearest).scatter_(1, last, float("inf"))
+    return torch.cat(chosen, dim=1)
 
 
 @deciding
@@ -77,13 +76,12 @@ def todre(x: Tensor, score: Tensor, keep: int) -> Tensor:
 
     Source: Li et al., "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", 2025.
     """
-    alike, last = Cosines(x), score.argmax(dim=1)
+    alike, last = Cosines(x, keep), score.argmax(dim=1, keepdim=True)
     chosen, total = [last], torch.zeros_like(x[..., 0], dtype=torch.float32)
     for _ in range(keep - 1):
-        total = (total + alike.row(last)).scatter(1, last.unsqueeze(1), float("inf"))
-        last = total.argmin(dim=1)
+        last = total.add_(alike.row(last)).scatter_(1, last, float("inf")).argmin(dim=1, keepdim=True)
         chosen.append(last)
-    return torch.stack(chosen, dim=1)
+    return torch.cat(chosen, dim=1)
 
 
 @deciding
@@ -120,17 +118,20 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     Source: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
     NeurIPS 2025; greedy inference of Chen et al., NeurIPS 2018.
     """
-    alike = Cosines(features)
+    alike = Cosines(features, keep)
     volume = weight.float().square() * alike.units.square().sum(-1)  # what a row would add to the determinant
     chosen: list[Tensor] = []
-    parts = alike.units.new_zeros(*volume.shape, keep)  # of the Cholesky factor
+    parts = alike.units.new_zeros(len(volume), keep, volume.shape[1])  # of the Cholesky factor
     for step in range(keep):
-        last = volume.argmax(dim=1)
+        last = volume.argmax(dim=1, keepdim=True)
         chosen.append(last)
-        kernel = weight * alike.row(last) * weight.gather(1, last.unsqueeze(1))
-        done = torch.bmm(parts, row_of(parts, last).unsqueeze(-1)).squeeze(-1)
         # once rows span the space, what is left of a volume is rounding, and may be negative
-        root = volume.gather(1, last.unsqueeze(1)).clamp(min=1e-12).sqrt()
-        parts[..., step] = (kernel - done) / root
-        volume = (volume - parts[..., step].square()).scatter(1, torch.stack(chosen, 1), float("-inf"))
-    return torch.stack(chosen, dim=1)
+        root = volume.gather(1, last).clamp_(min=1e-12).sqrt_()
+        new = (weight * alike.row(last)).mul_(weight.gather(1, last))
+        if step:
+            before = parts[:, :step]
+            own = before.gather(2, last.unsqueeze(1).expand(-1, step, 1)).transpose(1, 2)
+            new -= torch.bmm(own, before).squeeze(1)
+        parts[:, step] = new.div_(root)
+        volume = volume.sub_(new.square_()).scatter_(1, last, float("-inf"))  # for good: less than that is the same
+    return torch.cat(chosen, dim=1)
