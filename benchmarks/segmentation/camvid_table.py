@@ -7,12 +7,13 @@ CAMVID holds train/, val/ and test/, each with images/ and masks/. Heads are tra
 sharpness of clustering is chosen on validation images (every fourth), the table is of `--count` test images drawn by
 the seed. One image at a time, one thread, the runs taking turns; both heads read one pass of the backbone. Heads, and
 what was measured per image, are kept in `--work`: a run that was stopped goes on from there, and a larger `--count`
-only adds images.
+only adds images. `--methods` measures some methods anew, on the same images, and replaces their rows in `--output`.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import random
 import time
 from functools import partial
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--train-every", type=int, default=1, help="every which training image heads learn from")
     parser.add_argument("--val-every", type=int, default=4, help="every which validation image it is chosen on")
     parser.add_argument("--count", type=int, default=61)
+    parser.add_argument("--methods", nargs="+", default=None, help="only these, whose rows in --output are replaced")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="take no image after that many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True)
@@ -211,11 +213,15 @@ def main() -> None:
         kept.write_text(f"{choose_sharpness(model, heads, val, card):g}\n")
     sharpness = args.sharpness or float(kept.read_text())
     settings = all_settings(model, args.shares, sharpness)
+    state = args.work / "images.jsonl"
+    if args.methods is not None:
+        settings = [s for s in settings if s.method in args.methods]
+        state = args.work / f"images_{'_'.join(sorted(args.methods))}.jsonl"
     models = patched_copies(model, settings)
     test = read_frames(args.data / "test")
     random.Random(args.seed).shuffle(test)
     test = test[: args.count]
-    work, names, state = Work(models, heads, test, card), [s.name for s in settings], args.work / "images.jsonl"
+    work, names = Work(models, heads, test, card), [s.name for s in settings]
     work("unpatched", test[0].name)
     for image in take_turns([frame.name for frame in test], names, state, work):
         print(image, flush=True)
@@ -242,7 +248,16 @@ def main() -> None:
         "command": f"python benchmarks/segmentation/camvid_table.py --card {args.card} "
         f"--size {size[0]} {size[1]} --count {args.count}"
     }
-    write_results(args.output, [dict.fromkeys(COLUMNS, "") | row for row in rows], COLUMNS, record)
+    rows = [dict.fromkeys(COLUMNS, "") | row for row in rows]
+    if args.methods is None:
+        write_results(args.output, rows, COLUMNS, record)
+        return
+    # rows of other methods stay, each with the environment that it was measured in
+    with args.output.open(newline="") as file:
+        kept = [row for row in csv.DictReader(file) if row["method"] not in args.methods]
+    found = [row | record for row in rows if row["method"] in args.methods]
+    both = sorted([*kept, *found], key=lambda row: (row["head"], row["method"] != "unpatched", -float(row["miou"])))
+    write_results(args.output, both, [*COLUMNS, *record], {})
 
 
 if __name__ == "__main__":
