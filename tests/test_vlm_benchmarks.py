@@ -73,6 +73,8 @@ def test_goals_in_small(script, tmp_path):
     script("goals").main(words)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["goal"] for row in rows] == ["prefill", "cache"] * 2 + ["decode"] * 3 + ["selector"]
+    assert [row["goal"] for row in rows] == [
+        "prefill", "cache", "prefill", "prefill", "cache", *["decode"] * 3, "selector",
+    ]  # fmt: skip
     assert all(row["met"] == "True" and float(row["value"]) == 1 for row in rows if row["goal"] == "cache")
     assert all(float(row["value"]) > 0 and row["torch"] for row in rows)

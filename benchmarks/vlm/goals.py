@@ -9,8 +9,9 @@ and 1024 channels, rows of 4096 channels). Goals: the language model's prefill g
 multiply-add ratio; a selector, marks included, takes at most 2 % of the tower's time; a step of decoding takes at most
 1 % more than one of the unpatched model on a cache of the same rows; the cache has exactly the bytes of the report. All
 sides take turns; processor time, medians and quartiles of the ratio of each round, and the standard error of the median
-by bootstrap. `decode` of "unpatched" holds the unpatched model against a copy of itself, and has no bound: how far it
-is from 1 is what the machine adds. Times do not depend on weights.
+by bootstrap. Two controls have no bound: `prefill` of "unpatched, N rows" is the unpatched language model on a prompt
+as short as a selector leaves it (what the machine makes of so few rows); `decode` of "unpatched" holds the unpatched
+model against a copy of itself. Times do not depend on weights.
 """
 
 from __future__ import annotations
@@ -103,10 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             row.setdefault("said", False)
             if not row["said"]:
                 row["said"] = True
-                print(
-                    f"{row['goal']:<9} {row['recipe']:<28} {row['value']} +- {row['error']} ({row['q1']}, "
-                    f"{row['q3']}), bound {row['bound']}: {'met' if row['met'] else 'MISSED'}", flush=True
-                )  # fmt: skip
+                end = f"bound {row['bound']}: {'met' if row['met'] else 'MISSED'}" if row["bound"] else "no bound"
+                spread = f"+- {row['error']} ({row['q1']}, {row['q3']})"
+                print(f"{row['goal']:<9} {row['recipe']:<28} {row['value']} {spread}, {end}", flush=True)
     if args.results_file:
         old = args.append and args.results_file.exists()
         with args.results_file.open("a" if old else "w", newline="", encoding="utf-8") as file:
@@ -134,7 +134,27 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor], recipes: dict[str, Any]
         exact = r.cache_bytes / counted
         rows.append({"goal": "cache", **common, "value": exact, "error": 0, "q1": exact, "q3": exact, "bound": 1.0,
                      "met": r.cache_bytes == counted, "unpatched_ms": "", "ms": "", "gmac_ratio": ""})  # fmt: skip
+        if r.rows[0] == r.rows[1]:  # a selector: a prompt of so many rows is what an unpatched model could be given
+            rows.append(short_prompt(model, plain.rows[0], r.rows[0], r.ratio, rounds))
     return rows
+
+
+def short_prompt(model: nn.Module, whole: int, left: int, ratio: float, rounds: int) -> dict[str, Any]:
+    """The unpatched language model on fewer rows, as "prefill" has it of a selector: what the machine makes of them."""
+    family = vlm_family_of(model)
+    lm = family.language_model(family.inner(model))
+    weight = next(lm.parameters())
+    long, short = (torch.randn(1, n, lm.config.hidden_size, dtype=weight.dtype) for n in (whole, left))
+    calls = [lambda: lm(inputs_embeds=long, use_cache=True), lambda: lm(inputs_embeds=short, use_cache=True)]
+    with torch.inference_mode():
+        interleave(calls, 2, time.process_time)
+        before, after = alternating(calls, rounds, time.process_time)
+    found = verdict([a / b * ratio for a, b in zip(before, after)], GOALS["prefill"], least=True)
+    return {
+        "goal": "prefill", "recipe": f"{CONTROL}, {left} rows", "rows_in": left, "rows_out": left, **found, "bound": "",
+        "met": "", "unpatched_ms": ms(Spread.of(before).median), "ms": ms(Spread.of(after).median),
+        "gmac_ratio": round(1 / ratio, 3), "rounds": rounds,
+    }  # fmt: skip
 
 
 def decode(
