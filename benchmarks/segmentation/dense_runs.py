@@ -23,6 +23,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 import tokenzoo
+from tokenzoo.core.learned import needs_training
 from tokenzoo.evaluation.runs import Run, shared_copy
 
 SPARE = (0.9, 0.7, 0.5, 0.95, 0.85, 0.75)  # where a method cannot go as far down, it gets strengths above its floor
@@ -87,7 +88,7 @@ def read_image(path: Path, size: tuple[int, int], card: Card, crop: bool = False
 def at_shares(
     model: nn.Module, shares: Sequence[float], options: Mapping[str, Mapping[str, Any]], spare: Sequence[float] = SPARE
 ) -> list[Setting]:
-    """Every registered method at the shares of the multiply-adds that it can reach, or at others above its floor.
+    """Every method that needs no training at the shares of the multiply-adds that it can reach, or at others above.
 
     Args:
         model: the backbone.
@@ -97,8 +98,8 @@ def at_shares(
     """
     found = []
     for name in tokenzoo.list_methods():
-        if tokenzoo.create_method(name).closes_span:
-            continue  # rebuilds what another method took away
+        if tokenzoo.create_method(name).closes_span or needs_training(tokenzoo.method_class(name)):
+            continue  # rebuilds what another method took away; or says nothing before it is trained
         own: dict[int, Setting] = {}
         for share in (*shares, *spare):
             if len(own) == len(shares):
@@ -171,14 +172,14 @@ def take_turns(
 
 
 def read_state(state: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Lines of all images that were run with these settings.
+    """Lines of all images that were run with these settings, among others or not.
 
     Raises:
-        ValueError: the file is of other settings.
+        ValueError: the file lacks some of these settings.
     """
     lines = [json.loads(line) for line in state.read_text().splitlines()] if state.is_file() else []
     for line in lines:
-        if line["names"] != list(names):
+        if not set(names) <= set(line["names"]):
             raise ValueError(f"{state} was written with other settings; name another file, or delete it")
     return lines
 
