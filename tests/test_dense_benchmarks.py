@@ -56,8 +56,9 @@ def test_turns_resume_and_pair_with_the_unpatched_run_before(scripts, tmp_path):
         for values, before in scripts.runs.by_setting(lines, name):
             between = calls[before["call"] - 1 : values["call"] - 1]
             assert [n for n, _ in between].count("unpatched") == 1 and between[0][0] == "unpatched"
+    assert scripts.runs.read_state(state, names[:-1]) == lines
     with pytest.raises(ValueError, match="other settings"):
-        scripts.runs.read_state(state, names[:-1])
+        scripts.runs.read_state(state, [*names, "another"])
 
 
 def test_a_head_learns_what_is_linear_in_the_features(scripts):

@@ -90,13 +90,14 @@ def test_every_attention_layer_runs_once(method, backbone):
     if not acts(method, backbone, model):
         return
     calls = Calls(attentions(model))
+    model, x = model.double(), x.double()  # in float32 the ways differ by up to 3e-4 on some processors
     tokenzoo.patch_model(model, given(method))
     expected = model(x)
     assert set(calls.count.values()) == {1} and len(calls.count) >= len(model.blocks)
     assert all(out.dim() == 3 and out.shape[0] == len(x) for out in calls.out.values())
     written_out(model)
     dropped = Calls({name: m for name, m in model.named_modules() if name.endswith("attn_drop")})
-    torch.testing.assert_close(model(x), expected, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
     assert set(calls.count.values()) == {2} and set(dropped.count.values()) <= {1}
     assert dropped.count or backbone == "svit"
     assert all(out.dim() == 4 for out in dropped.out.values())

@@ -121,7 +121,9 @@ def check_no_leak(model, recipe, form: str, seed: int) -> None:
     prefix, hidden = describe(model).layout.num_prefix, hidden_patches(seed=seed)
     if not prefix:
         form = form.replace("outer", "diagonal")  # where one token sees but itself, no other token sees anything
-    mask, x = mask_of(hidden, prefix, form), images(model, batch=len(hidden))
+    # in float64: choices between scores that are nearly alike must not hang on the rounding of one processor
+    mask, x = mask_of(hidden, prefix, form), images(model.double(), batch=len(hidden)).double()
+    mask = mask if mask.dtype == torch.bool else mask.double()
     tokenzoo.patch_model(model, recipe)
     try:
         a, b = (model.forward_tokens(y, mask, dense=True) for y in (x, painted(x, hidden)))
@@ -153,7 +155,7 @@ def check_no_leak(model, recipe, form: str, seed: int) -> None:
             assert count == int(seen[image].sum())
             torch.testing.assert_close(alone.x[alone.visible], a.x[image][seen[image]], atol=2e-5, rtol=1e-4)
     finally:
-        tokenzoo.unpatch_model(model)
+        tokenzoo.unpatch_model(model).float()
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,8 @@ def test_hidden_pixels_and_two_methods(models, backbone, names):
     if names[1] in ("topk", "tome", "algm", "evo", "evit", "uniform", "mctf"):
         layers = {"evo": (3,), "algm": (2, 3)}.get(names[1], (3,))
         second = {**second, "layers": layers, **({"clip": True} if names[1] in ("tome", "mctf") else {})}
+    if names == ["tome", "evo"]:  # patches that follow evo's representative share its key: ties, which rounding breaks
+        first = {**first, "layers": (0, 1, 2)}
     check_no_leak(models[backbone], [first, second], form_of(backbone, *names), seed=1)
 
 

@@ -51,12 +51,6 @@ class Result:
             seen[self.key] = (module, out.detach())
 
 
-def told_last(module: nn.Module) -> bool:
-    """Whether what `Result` notes is what a module gives in the end: no hook that came later can have changed it."""
-    hooks = list(module._forward_hooks.values())
-    return bool(hooks) and isinstance(hooks[-1], Result)
-
-
 def in_place(tower: nn.Module, seen: dict[Any, Any]) -> dict[Any, Any]:
     """What was noted, with all tokens in their places where methods have reduced them inside the tower.
 
@@ -78,8 +72,15 @@ def in_place(tower: nn.Module, seen: dict[Any, Any]) -> dict[Any, Any]:
             args, options = (tower.in_place(x),), {"attention_mask": options.get("attn_mask")}
             moved.add(key)
         found[key] = (module, args, options)
-    # what modules gave for fewer tokens is of no use: it is made anew of all
-    return found | {key: noted for key, noted in seen.items() if isinstance(key, tuple) and key[0] not in moved}
+    given = {key: noted for key, noted in seen.items() if isinstance(key, tuple)}
+    # what modules gave for fewer tokens is of no use: it is made anew of all; so is what a later hook may have changed
+    return found | {key: noted for key, noted in given.items() if key[0] not in moved and _told_last(noted[0])}
+
+
+def _told_last(module: nn.Module) -> bool:
+    """Whether what `Result` notes is what a module gives in the end: no hook that came later can have changed it."""
+    hooks = list(module._forward_hooks.values())
+    return bool(hooks) and isinstance(hooks[-1], Result)
 
 
 def watch(module: nn.Module, key: Any) -> None:
