@@ -8,8 +8,7 @@ from cases import build
 
 import tokenzoo
 from tokenzoo.core.selection import keep_best
-from tokenzoo.core.spreading import relative_temperature as cosine_temperature
-from tokenzoo.core.spreading import share_out
+from tokenzoo.core.spreading import cosine_temperature, share_out
 from tokenzoo.core.tokens import Layout, Tokens
 from tokenzoo.ops.cells.kmeans import cluster, relative_temperature
 

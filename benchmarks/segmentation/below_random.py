@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from camvid_heads import CLASSES, Frame, read_frames, trained_heads  # beside this script
-from dense_runs import CARDS, load_backbone, read_image
+from dense_runs import CARDS, add_source, load_backbone, read_image
 from torch import Tensor, nn
 
 import tokenzoo
@@ -26,7 +26,7 @@ from tokenzoo.dense import Segmenter
 from tokenzoo.evaluation.results import table
 from tokenzoo.evaluation.runs import shared_copy
 
-HALF = {"evo": {"keep_rate": 0.5}, "sta": {"cell": 4}}
+OPTIONS = {"evo": {"keep_rate": 0.5}, "sta": {"cell": 4}}
 
 
 def gains(model: nn.Module, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def gains(model: nn.Module, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def update_error(model: nn.Module, name: str, block: int, images: list[Tensor]) -> tuple[float, float]:
     """(relative error, cosine) of what the patches gain in a block, means over images."""
-    patched = tokenzoo.patch_model(shared_copy(model), name, layers=(block,), **HALF[name])
+    patched = tokenzoo.patch_model(shared_copy(model), name, layers=(block,), **OPTIONS[name])
     errors, cosines = [], []
     for x in images:
         before, after = gains(model, block, x)
@@ -99,10 +99,7 @@ def agreement(model: nn.Module, head: nn.Module, frames: list[Frame], images: li
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--card", choices=sorted(CARDS), required=True)
-    parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"))
+    add_source(parser)
     parser.add_argument("--work", type=Path, required=True, help="of camvid_table.py, with its linear head")
     parser.add_argument("--count", type=int, default=12, help="validation images, evenly spread")
     args = parser.parse_args()
@@ -115,7 +112,7 @@ def main() -> None:
     blocks = range(1, len(model.blocks), 2)
     errors = [
         [name, *("{:.2f}, {:.2f}".format(*update_error(model, name, block, images)) for block in blocks)]
-        for name in HALF
+        for name in OPTIONS
     ]
     print(table(errors, ("error, cosine", *(f"block {block}" for block in blocks))))
     head = trained_heads(model, ["linear"], [], card, args.work)["linear"]

@@ -28,6 +28,7 @@ from dense_runs import (
     CARDS,
     Card,
     Setting,
+    add_source,
     at_shares,
     by_setting,
     load_backbone,
@@ -184,10 +185,7 @@ def summarize(lines: list[dict[str, Any]], name: str, head: str) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--card", choices=sorted(CARDS), required=True)
-    parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"))
+    add_source(parser)
     parser.add_argument("--heads", nargs="+", default=["linear", "mask"])
     parser.add_argument("--start", type=Path, default=None, help="folder of heads to start from, for a third as long")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6, 0.4])
@@ -247,6 +245,7 @@ def main() -> None:
     record = environment("cpu", None) | {
         "command": f"python benchmarks/segmentation/camvid_table.py --card {args.card} "
         f"--size {size[0]} {size[1]} --count {args.count}"
+        + (f" --methods {' '.join(args.methods)}" if args.methods else "")
     }
     rows = [dict.fromkeys(COLUMNS, "") | row for row in rows]
     if args.methods is None:

@@ -6,6 +6,7 @@ is written anywhere.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -58,6 +59,14 @@ class Setting(NamedTuple):
     run: Run
     share: float | None = None
     solved: Any = None
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Options that name weights, images with masks, the card and the size of what a backbone reads."""
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--card", choices=sorted(CARDS), required=True)
+    parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"))
 
 
 def load_backbone(weights: Path, card: Card, size: tuple[int, int]) -> nn.Module:

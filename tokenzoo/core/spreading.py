@@ -11,7 +11,7 @@ from .raster import in_raster_order
 from .tokens import Tokens
 
 
-def relative_temperature(unit: Tensor, tokens: Tokens, sharpness: float) -> Tensor:
+def cosine_temperature(unit: Tensor, tokens: Tokens, sharpness: float) -> Tensor:
     """The temperature at which the usual distance of an image's patches, one minus their cosine, counts `sharpness`.
 
     Absolute temperatures fit one model: the usual distance of keys is 0.7 in one trained model and 0.02 in another.

@@ -13,7 +13,7 @@ from ..core.registry import register
 from ..core.schedule import kept_of, kept_patches
 from ..core.selection import importance_macs, keep_best
 from ..core.signals import Signals
-from ..core.spreading import relative_temperature, share_out
+from ..core.spreading import cosine_temperature, share_out
 from ..core.tokens import Layout, Tokens
 from ..core.traits import Traits
 from ..maps import TokenMap
@@ -74,7 +74,7 @@ class SoftTransform(KeepRate):
             keep = keep_best(signals.importance, tokens, kept_of(step, tokens.layout))
             features = signals.metric if self.features == "keys" else tokens.x
             unit = F.normalize(features.float(), dim=-1)
-            temperature = self.temperature or relative_temperature(unit, tokens, self.sharpness)
+            temperature = self.temperature or cosine_temperature(unit, tokens, self.sharpness)
             return share_out(unit, keep, tokens, temperature, self.mixture == "rows")
 
     def macs(self, n: int, n_out: int, shape: BlockShape, layout: Layout, step: Step) -> int:
