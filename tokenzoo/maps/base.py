@@ -24,6 +24,7 @@ class TokenMap(ABC):
     n_out: int
     valid: Tensor | None = None
     whole: bool = False  # whether every old token counts in one new one at most, with all of its mass
+    complete: bool = False  # whether every old token is known to have a new one, which spares a look at them
     linear: bool = True  # False when `apply` is not a matrix (elementwise maximum)
     drops: bool = False  # whether real tokens may be left without a new one that stands for them
     opens_span: bool = False  # whether a later step may rebuild the tokens from what the map remembers
@@ -94,6 +95,8 @@ class TokenMap(ABC):
             dropped: values that dropped tokens get [B, N, D]; zeros when None.
         """
         assign = self.assign
+        if self.complete:
+            return take_rows(y, assign)
         back = take_rows(y, assign.clamp(min=0))
         fill = torch.zeros_like(back) if dropped is None else dropped.to(back.dtype)
         return torch.where((assign >= 0).unsqueeze(-1), back, fill)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.rows import take_rows
 from .base import TokenMap
 from .keep import KeepMap
 
@@ -36,7 +35,7 @@ class BesideMap(TokenMap):
     @property
     def complete(self) -> bool:
         """Whether every old token is known to have a new one, which spares a look at them."""
-        return self.beside.valid is None and getattr(self.merge, "complete", False)
+        return self.beside.valid is None and self.merge.complete
 
     @property
     def assign(self) -> Tensor:
@@ -45,9 +44,6 @@ class BesideMap(TokenMap):
             return self.merge.assign.scatter(1, self.beside.idx, slots.expand_as(self.beside.idx))
         own = self.beside.assign
         return torch.where(own >= 0, own + self.merge.n_out, self.merge.assign)
-
-    def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
-        return take_rows(y, self.assign) if self.complete else super().lift(y, dropped)
 
     def masked(self, visible: Tensor) -> BesideMap:
         return BesideMap(self.merge.masked(visible), self.beside.idx, self.beside.valid)

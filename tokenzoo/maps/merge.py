@@ -32,7 +32,6 @@ class MergeMap(TokenMap):
     """
 
     whole = True
-    complete = False  # whether every slot is known to be that of a new token, which spares a look at them
 
     def __init__(
         self,
@@ -92,9 +91,6 @@ class MergeMap(TokenMap):
             slots = torch.arange(self.n_out, device=self.order.device).expand_as(self.order)
             self._assign = scatter_values(self.n_in, self.order, slots, -1).scatter(1, self.src, self.slot)
         return self._assign
-
-    def lift(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
-        return take_rows(y, self.assign) if self.complete else super().lift(y, dropped)
 
     @property
     def num_dropped(self) -> int | None:
