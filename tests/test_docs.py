@@ -285,9 +285,13 @@ def test_training_commands_are_shown():
 
 @pytest.mark.parametrize("line", [line for line in lines() if line.startswith("python ")])
 def test_scripts_named_exist_and_have_the_flags(line):
-    """Scripts are not started: a flag is one that the file, or the command behind it, adds."""
+    """Scripts are not started: a flag is one that the file, a file beside it that it imports, or the command behind it,
+    adds."""
     _, script, *words = shlex.split(line, comments=True)
     text = (ROOT / script).read_text(encoding="utf-8")
+    for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE):
+        beside = (ROOT / script).with_name(f"{name}.py")
+        text += beside.read_text(encoding="utf-8") if beside.exists() else ""
     if script != "train_imagenet.py" and "--train" not in words:  # these hand their flags on
         assert [word for word in words if word.startswith("--") and f'"{word}"' not in text] == []
 
