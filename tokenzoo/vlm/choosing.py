@@ -12,6 +12,7 @@ from ..maps import TokenMap
 from ..ops.rows import scatter_values
 from .base import Selector
 from .budget import prompts_of, spread
+from .gather import rows_at
 from .passing import PROMPT, TOLD
 from .reading import watch, watch_result
 from .rows import NewRows, VisualRows, mark, placed, slots_of
@@ -92,8 +93,8 @@ def _ask(
 ) -> None:  # fmt: skip
     """Asks for pieces of equal size, and notes what becomes of their rows."""
     index = torch.stack([piece.rows for piece in group])
-    x = torch.stack([rows[piece.image].index_select(0, piece.rows) for piece in group])
     where = [(piece.image, piece.rows) for piece in group]
+    x = rows_at(rows, where)
     features, inside = None, False
     if selector.in_tower_space or "features" in selector.reads:
         features = tower.features(where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,23 @@ def compact(drop: Tensor, right: bool = False) -> tuple[Tensor, Tensor | None]:
     else:
         order = stable_order(~drop)[:, drop.shape[1] - most :]
     return order, None if least == most else ~drop.gather(1, order)
+
+
+def rows_at(values: Sequence[Tensor], where: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Rows of some images as a batch; not copied where these are all rows of one.
+
+    Args:
+        values: of every image [n_rows, C].
+        where: image and rows of it [N], rising, of each of the batch.
+
+    Returns:
+        [B, N, C].
+    """
+    found = [
+        values[image] if len(rows) == len(values[image]) else values[image].index_select(0, rows)
+        for image, rows in where
+    ]
+    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.attention import attention_received, attention_rows
+from .gather import rows_at
 from .towers import Read
 
 
@@ -62,7 +63,7 @@ class TowerSignals:
         if "features" not in self._known:
             self._known["features"] = self._features()
         found = self._known["features"]
-        return None if found is None else torch.stack([found[i].index_select(0, rows) for i, rows in where])
+        return None if found is None else rows_at(found, where)
 
     def class_tokens(self, crops: list[int]) -> Tensor | None:
         """What the tower gives for the class token of some crops [B, 1, C]; None without one."""
@@ -144,8 +145,7 @@ class VisualSignals:
         self._tower, self._where = tower, where
 
     def _of(self, name: str, layer: int) -> Tensor:
-        values = self._tower.rows(name, layer)
-        return torch.stack([values[image].index_select(0, rows) for image, rows in self._where])
+        return rows_at(self._tower.rows(name, layer), self._where)
 
     @property
     def has_class(self) -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.attention import full_precision
+from ...ops.rows import take_rows
 
 T = TypeVar("T")
 LONG = 4096  # rows of which all cosines are held at most: 64 MiB
@@ -46,7 +47,7 @@ def unit(x: Tensor) -> Tensor:
 
 def row_of(x: Tensor, index: Tensor) -> Tensor:
     """One row of each image: x [B, N, C], index [B] or [B, 1] -> [B, C]."""
-    return x.gather(1, index.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
+    return take_rows(x, index.view(-1, 1)).squeeze(1)
 
 
 class Cosines:
