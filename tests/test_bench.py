@@ -287,3 +287,50 @@ def test_a_recipe_file_may_hold_a_budget(tmp_path):
     assert run.flops == 0.7 and run.name == "tome" and Run("tome", {"flops": 0.6}).flops == 0.6
     with pytest.raises(ValueError, match="given twice"):
         Run(str(file), {"flops": 0.6}).recipe()
+
+
+def test_rounds_go_through_images_that_are_given(model):
+    """Every round the next batch, the same for all; what is left over is not used; counts are those of the images."""
+    torch.manual_seed(1)
+    images, seen = torch.randn(7, 3, 32, 32), []
+    model.patch_embed.register_forward_pre_hook(lambda module, args: seen.append((id(module), args[0])))
+    plain, _, ats = bench(model, RUNS, batch_size=2, rounds=4, warmup=1, images=images)
+    own = list(dict.fromkeys(i for i, x in seen if len(x) == 2))
+
+    def shown(size):
+        last = [(own.index(i), x) for i, x in seen if len(x) == size][-12:]
+        return [n for n, _ in last], [next(k for k in range(7) if torch.equal(x[0], images[k])) for _, x in last]
+
+    assert shown(2) == ([0, 1, 2] * 4, [0, 0, 0, 2, 2, 2, 4, 4, 4, 0, 0, 0])
+    assert shown(1) == ([0, 1, 2] * 4, [n for k in range(4) for n in (k, k, k)])
+    with tokenzoo.patched(model, "ats", layers=[0]):
+        share = tokenzoo.expected_share(model, images)
+        counts = [model.forward_tokens(image).length for image in images[:6].split(1)]
+    assert ats.gmacs == pytest.approx(plain.gmacs * share)
+    assert ats.tokens_out == pytest.approx(statistics.mean(counts))
+
+
+@pytest.mark.parametrize(
+    "shape, size, message",
+    [
+        ((2, 3, 32), None, "give normalised ones"),
+        ((2, 3, 40, 32), (3, 32, 32), "3, 32, 32"),
+        ((1, 3, 32, 32), None, "1 images"),
+    ],
+)  # fmt: skip
+def test_images_that_do_not_fit_are_refused(model, shape, size, message):
+    with pytest.raises(ValueError, match=message):
+        bench(model, RUNS, batch_size=2, rounds=1, images=torch.zeros(shape), input_size=size)
+
+
+def test_images_of_a_folder(tmp_path, capsys):
+    from PIL import Image
+
+    for number in range(3):
+        Image.new("RGB", (40, 30), (80 * number, 20, 200)).save(tmp_path / f"{number}.png")
+    command = "bench --model vit_tiny_patch16_224 --img-size 32 --model-kwargs patch_size=8 depth=2 --num-classes 4"
+    options = f"--batch-size 2 --num-bench-iter 2 --num-warm-iter 1 --method ats layers=[0] --data-dir {tmp_path}"
+    assert main([*command.split(), *options.split(), "--no-progress"]) == 0
+    assert "ats" in capsys.readouterr().out
+    assert main([*command.split(), *options.split(), "--batch-size", "8"]) != 0
+    assert "3 images, but a batch is 8" in capsys.readouterr().err

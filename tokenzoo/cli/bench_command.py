@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from torch import Tensor, nn
+
+from ..evaluation.data import Pictures
 from ..evaluation.environment import environment
+from ..evaluation.loading import data_config
 from ..evaluation.plots import plot_speed, require_matplotlib
 from ..evaluation.results import BENCH_COLUMNS, check_file, number, result_line, table, write_results
 from ..evaluation.runs import image_size
@@ -21,6 +25,7 @@ from .common import (
     say,
     say_scans,
 )
+from .tune_images import Files, load_images
 
 HELP = "throughput and batch-1 latency of a model, unpatched and with methods, measured round robin"
 EXAMPLE = (
@@ -47,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BACKEND",
         help="time torch.compile'd models",
     )
+    data = parser.add_argument_group("images, for methods whose counts follow them; random ones without")
+    data.add_argument("--data-dir", default=None, help="any folder of images; every round takes the next batch")
+    data.add_argument("--max-images", type=int, default=32, help="draw this many of them, at least one batch")
+    data.add_argument("--mean", type=float, nargs="+", default=None, help="of the channels; the model's by default")
+    data.add_argument("--std", type=float, nargs="+", default=None)
     parser.add_argument("--results-file", default=None, help="file.csv or file.json")
     parser.add_argument("--plot", default=None, metavar="FILE.png", help="speed-up against the share of multiply-adds")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none without a terminal)")
@@ -72,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         precision=precision,
         compiler=args.torchcompile,
         seed=args.seed,
+        images=images_of(args, model),
         progress=False if args.no_progress else None,
     )
     record = environment(args.device, argv_of(args))
@@ -86,6 +97,15 @@ def run(args: argparse.Namespace) -> int:
         plot_speed(results, args.plot, title)
     say(result_line(rows))
     return 0
+
+
+def images_of(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
+    """A seeded draw of the images that --data-dir names [M, C, H, W]; None without."""
+    if args.data_dir is None:
+        return None
+    config = data_config(model, args.img_size, mean=args.mean, std=args.std)
+    pictures = Pictures(Files(args.data_dir))
+    return load_images(pictures, config, args.max_images, args.seed, args.batch_size, workers=0, skip_broken=False)[0]
 
 
 def setting(model: str, first: Speed, record: dict) -> str:

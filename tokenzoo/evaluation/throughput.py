@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.inspect import is_patched
+from ..adapters.registry import around_of
+from ..apply.expected import expected_share
 from ..apply.patch import recipe
-from .runs import Precision, Run, forward_counted, image_size, param_count, prepare
+from .runs import Candidate, Precision, Run, forward_counted, image_size, param_count, prepare
 from .timing import Spread, clock_for, compiled, interleave, room_for_graphs, warm_up
 
 
@@ -31,7 +33,8 @@ class Speed:
         latency_speedups: the same for one image.
         batch_size: images per step.
         input_size: channels, height, width.
-        gmacs: 1e9 multiply-adds an image (of a random one where they depend on the image).
+        gmacs: 1e9 multiply-adds an image (mean over the images given where they depend on these and can be followed one
+            by one, else of a random one).
         gmac_ratio: the unpatched model's over this run's.
         tokens_out: mean tokens that reach the head on the images used; None if unknown.
         attn_impl: "fused" or "unfused"; "" for an unpatched backbone that is not served.
@@ -131,10 +134,11 @@ def bench(
     precision: Precision | None = None,
     compiler: str | None = None,
     seed: int = 0,
+    images: Tensor | None = None,
     progress: bool | None = False,
     clock: Callable[[], float] | None = None,
 ) -> list[Speed]:
-    """Throughput and batch-1 latency of the unpatched model and of every run, on random images.
+    """Throughput and batch-1 latency of the unpatched model and of every run, on random images or on those given.
 
     The model is not changed. When memory runs out during warm-up the batch is halved for all runs.
 
@@ -149,6 +153,8 @@ def bench(
         precision: number formats, the model's own by default.
         compiler: backend of torch.compile, None for eager.
         seed: of the random images.
+        images: to measure on, normalised [M, C, H, W]: every round takes the next batch of them, all runs the same.
+            Where counts follow the image, random ones say little.
         progress: bar on stderr; None shows it on a terminal only.
         clock: replaces the clock that fits the device.
 
@@ -156,7 +162,8 @@ def bench(
         One result a run, the unpatched model first.
 
     Raises:
-        ValueError: counts below one, not even one image fits, a run that cannot be reached, a patched model.
+        ValueError: counts below one, not even one image fits, a run that cannot be reached, a patched model, images of
+            another shape or too few for one batch.
         TypeError: a model that is not served.
     """
     from tqdm import tqdm
@@ -165,23 +172,32 @@ def bench(
         if value < 1:
             raise ValueError(f"bench: {name} is {value}; give at least 1")
     precision = (precision or Precision()).of(model)
-    size = input_size or image_size(model)
+    size = _size(model, input_size, images, batch_size)
     device = next(model.parameters()).device
     candidates = prepare(model, runs, size, precision.dtype)
-    images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(seed))
+    own = images is not None
+    if images is None:
+        images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(seed))
     images = images.to(device, precision.dtype)
     own_clock, clock_name = clock_for(device)
     total = rounds * len(candidates) * (1 + latency)
     with torch.inference_mode(), precision.autocast(device), room_for_graphs(2 * len(candidates)):
+        if own:
+            candidates = [_on_images(c, candidates[0], images) for c in candidates]
         calls = [compiled(c, compiler) for c in candidates]
-        images = warm_up(candidates, calls, images, warmup)
-        memory = [_peak_memory(call, images) for call in calls]
-        tokens = [_tokens_out(c.model, images) for c in candidates]
+        fits = len(warm_up(candidates, calls, images[:batch_size], warmup))
+        batches = images[: len(images) // fits * fits].split(fits)  # all of one size
+        _meet(calls, batches[1 : warmup + 1])
+        memory = [_peak_memory(call, batches[0]) for call in calls]
+        tokens = [_tokens_out(c, batches) for c in candidates]
         with tqdm(total=total, unit="step", disable=None if progress is None else not progress) as bar:
-            measured = [interleave(_on(images, calls), rounds, clock or own_clock, bar.update)]
+            given = (rounds, clock or own_clock, bar.update)
+            measured = [_timed(calls, batches, *given)]
             if latency:
-                warm_up(candidates, calls, images[:1], warmup)
-                measured.append(interleave(_on(images[:1], calls), rounds, clock or own_clock, bar.update))
+                singles = images.split(1) if own else [images[:1]]
+                warm_up(candidates, calls, singles[0], warmup)
+                _meet(calls, singles[1 : warmup + 1])
+                measured.append(_timed(calls, singles, *given))
     base = candidates[0].gmacs
     return [
         Speed(
@@ -193,7 +209,7 @@ def bench(
             latency_times=measured[1][i] if latency else [],
             speedups=_ratios(measured[0], i),
             latency_speedups=_ratios(measured[1], i) if latency else [],
-            batch_size=len(images),
+            batch_size=len(batches[0]),
             input_size=size,
             gmacs=c.gmacs,
             gmac_ratio=base / c.gmacs,
@@ -217,14 +233,63 @@ def _peak_memory(call: Callable[[Tensor], Tensor], images: Tensor) -> float | No
     return torch.cuda.max_memory_allocated(images.device) / 2**20
 
 
-def _tokens_out(model: nn.Module, images: Tensor) -> float | None:
-    counts = forward_counted(model, images)[1]
-    return None if counts is None else counts.double().mean().item()
+def _size(
+    model: nn.Module, input_size: tuple[int, int, int] | None, images: Tensor | None, batch_size: int
+) -> tuple[int, int, int]:
+    """Channels, height and width of what is measured.
+
+    Raises:
+        ValueError: images of another shape, or too few for one batch.
+    """
+    size = input_size or image_size(model)
+    if images is None:
+        return size
+    if images.dim() != 4 or (input_size is not None and tuple(images.shape[1:]) != size):
+        wanted = "channels, height, width" if input_size is None else ", ".join(map(str, size))
+        raise ValueError(f"bench: images of shape {tuple(images.shape)}; give normalised ones [M, {wanted}]")
+    if len(images) < batch_size:
+        raise ValueError(f"bench: {len(images)} images, but a batch is {batch_size}; give more, or a smaller batch")
+    return tuple(images.shape[1:])
+
+
+def _on_images(candidate: Candidate, plain: Candidate, images: Tensor) -> Candidate:
+    """A candidate with the multiply-adds that images cost, where these decide and can be followed one by one."""
+    decide = any(method.data_dependent for method in candidate.run.methods)
+    if not decide or around_of(candidate.model) is not None:
+        return candidate
+    try:
+        return candidate._replace(gmacs=plain.gmacs * expected_share(candidate.model, images))
+    except ValueError:  # tokens come back, or a new sequence begins
+        return candidate
+
+
+def _meet(calls: Sequence[Callable[[Tensor], Tensor]], batches: Sequence[Tensor]) -> None:
+    """Shows compiled graphs other images before they are timed: other counts are compiled anew, once."""
+    for batch in batches:
+        for call in calls:
+            call(batch)
+
+
+def _timed(
+    calls: Sequence[Callable[[Tensor], Tensor]], batches: Sequence[Tensor], rounds: int, clock: Callable[[], float],
+    tick: Callable[[], Any],
+) -> list[list[float]]:  # fmt: skip
+    """Seconds of every call, a value a round; the rounds go through the batches, from the front again at the end."""
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        steps = [partial(call, batches[number % len(batches)]) for call in calls]
+        for row, own in zip(times, interleave(steps, 1, clock, tick)):
+            row += own
+    return times
+
+
+def _tokens_out(candidate: Candidate, batches: Sequence[Tensor]) -> float | None:
+    """Mean over all images; of the first batch where all have as many."""
+    decide = any(method.data_dependent for method in candidate.run.methods)
+    found = [forward_counted(candidate.model, images)[1] for images in batches[: None if decide else 1]]
+    return None if found[0] is None else torch.cat(found).double().mean().item()
 
 
 def _ratios(times: list[list[float]], index: int) -> list[float]:
     return [base / own for base, own in zip(times[0], times[index])]
 
-
-def _on(images: Tensor, calls: Sequence[Callable[[Tensor], Tensor]]) -> list[Callable[[], Tensor]]:
-    return [partial(call, images) for call in calls]
