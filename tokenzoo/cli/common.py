@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import nn
 
 from ..adapters.wrappers import backbone_of
+from ..apply.weights import load_weights
 from ..core.registry import list_methods
-from ..core.safe_files import parse_yaml, plain_weights
+from ..core.safe_files import parse_yaml
 from ..cost.report import report
 from ..evaluation.runs import Precision, Run, is_served
 
@@ -155,10 +155,9 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     """The model of the arguments, in eval mode on its device.
 
     Raises:
-        ValueError: unknown model name.
+        ValueError: unknown model name, weights that do not fit.
     """
     import timm
-    from timm.models import load_checkpoint
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -175,8 +174,5 @@ def load_model(args: argparse.Namespace) -> nn.Module:
         kwargs["num_classes"] = args.num_classes
     model = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
     if args.checkpoint:
-        if not Path(args.checkpoint).is_file():
-            raise ValueError(f"--checkpoint {args.checkpoint} does not exist")
-        with plain_weights(args.checkpoint):  # the oldest timm runs code unless it is told not to
-            load_checkpoint(model, args.checkpoint, weights_only=True)
+        load_weights(model, args.checkpoint, "--checkpoint")
     return model.to(args.device).eval()

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.inspect import is_patched
 from ..adapters.vit.registers import add_registers
 from ..apply.patch import patch_model, recipe
+from ..apply.weights import load_weights
 from ..core.learned import Learned
 from ..core.recipe import Recipe, take_flops
 from ..core.registry import list_methods
-from ..core.safe_files import plain_weights
 from .seeds import METHOD, MODEL, seed_everything
-
-_log = logging.getLogger(__name__)
 
 
 class Built(NamedTuple):
@@ -103,60 +99,8 @@ def _create(name: str, args: argparse.Namespace, num_classes: int, pretrained: b
         options["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
     model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     if checkpoint:
-        _load(model, checkpoint)
+        load_weights(model, checkpoint, "--initial-checkpoint", new_head=True)
     return model
-
-
-def _load(model: nn.Module, path: str) -> None:
-    """Loads weights; timm's own filter resizes position and patch embeddings to the model and knows released names.
-
-    A classifier for another number of classes stays as it was created, with a warning.
-    """
-    from timm.models import load_state_dict
-
-    try:
-        with plain_weights(path):
-            state = load_state_dict(path, weights_only=True)  # the oldest timm runs code unless it is told not to
-    except FileNotFoundError as error:
-        raise ValueError(f"--initial-checkpoint {path} does not exist") from error
-    own = model.state_dict()
-    state = _fitted(model, state, own, path)
-    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier", "head")
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    other = [
-        key for key, value in state.items()
-        if key in own and own[key].shape != value.shape and key.startswith(tuple(f"{head}." for head in heads))
-    ]  # fmt: skip
-    if other:
-        _log.warning("%s: %s have another number of classes and start anew", path, ", ".join(other))
-        state = {key: own[key] if key in other else value for key, value in state.items()}
-    missing, unexpected = set(own) - set(state), set(state) - set(own)
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or unexpected or shapes:
-        words = [f"{what} {', '.join(sorted(keys)[:5])}" for what, keys in (
-            ("missing", missing), ("unknown", unexpected), ("of another shape", shapes)) if keys]  # fmt: skip
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(words)}; check --model and --img-size"
-        )
-    model.load_state_dict(state)
-
-
-def _fitted(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """The weights after the filter that timm runs over its released ones, where they do not fit as they are."""
-    embeddings = [key for key in own if "pos_embed" in key or "patch_embed" in key]
-    fits = own.keys() == state.keys() and all(own[key].shape == state[key].shape for key in embeddings)
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if fits or filter_fn is None:
-        return state
-    try:
-        found = filter_fn(state, model)
-    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
-        _log.warning("%s: timm's filter for %s failed (%s)", path, type(model).__name__, error)
-        return state
-    resized = [key for key in embeddings if key in state and key in found and state[key].shape != found[key].shape]
-    for key in resized:
-        _log.warning("%s: %s was resized from %s to %s", path, key, list(state[key].shape), list(found[key].shape))
-    return found
 
 
 def _asks(method: Any, args: argparse.Namespace) -> bool:
