@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tokenzoo
+from tokenzoo.core.registry import method_class
 from tokenzoo.dense import encode
 from tokenzoo.evaluation import environment, write_results
 from tokenzoo.evaluation.results import table
@@ -119,9 +120,10 @@ def at_share(model: nn.Module, share: float) -> list[Setting]:
         text = "".join(f" {key}={value}" for key, value in cluster.items())
         name = f"cluster{text}, reconstruct norm={norm} flops={share}"
         settings.append(Setting(name, "cluster+reconstruct", Run(recipe, {"flops": share}), share))
-    for name in ("random", "topk", "evit"):
-        run = Run(name, {"flops": share, "fill": "nearest"})
-        settings.append(Setting(f"{name} flops={share} fill=nearest", name, run, share))
+    for setting in list(settings):
+        if "+" not in setting.method and method_class(setting.method).kind.startswith(("prune", "sample")):
+            run = Run(setting.method, {"flops": share, "fill": "nearest"})
+            settings.append(Setting(f"{setting.name} fill=nearest", setting.method, run, share))
     return settings
 
 
