@@ -131,6 +131,19 @@ def test_a_batch_is_each_prompt_alone(name, recipe, side, double, figure):
 
 
 @recipes
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_a_batch_goes_with_the_rows(name, recipe, side):
+    """No prompt holds more rows than the longest one that is left, however long another was before."""
+    counts = (1, 2, 0)
+    model = build(name)
+    batch = counted(name, prompts(name, model, counts, side=side))
+    tokenzoo.patch_model(model, RECIPES[recipe]())
+    with torch.no_grad():
+        lengths = [model(**one).logits.shape[1] for one in alone(name, batch, counts)]
+        assert model(**batch).logits.shape[1] == max(lengths)
+
+
+@recipes
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
 def test_cached_steps_are_those_without_a_cache(name, recipe, positions, figure):
     """Greedy tokens of a padded batch, and their logits, from unpatched layers in which dropped columns are closed."""

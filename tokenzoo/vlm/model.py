@@ -64,8 +64,9 @@ class ReducingVlm:
         fed = any(given.get(name) is not None for name in _PIXELS) or bool(given.get("mm_encoder_outputs"))
         if fed:
             note.visual = self._visual(ids, given.get("inputs_embeds"))
-            flat = isinstance(mask, Tensor) and mask.dim() == 2
-            note.right = flat and bool((mask[:, -1] == 0).any())
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                note.right = bool((mask[:, -1] == 0).any())
+                note.padding = mask[:, -note.visual.shape[1] :] == 0
         kept = getattr(given.get(CACHE), "kept", None)
         if kept is not None and self.tokenzoo_plan.family.builds_masks:
             length = (ids if ids is not None else given["inputs_embeds"]).shape[1]

@@ -23,6 +23,7 @@ class Note:
     Attributes:
         visual: rows that hold an image's [B, N] bool; None where no image comes in.
         right: the user's padding is behind the prompts.
+        padding: the user's padding among the rows that come [B, N] bool; None where the mask does not say.
         asking: rows whose answer is trained, so that queries of a dropper stand there [B, N] bool; None in inference.
         order: rows of the input that are left at the end [B, K], None for all.
         valid: which of them are no padding of ours [B, K] bool, None for all.
@@ -30,6 +31,7 @@ class Note:
 
     visual: Tensor | None = None
     right: bool = False
+    padding: Tensor | None = None
     asking: Tensor | None = None
     order: Tensor | None = None
     valid: Tensor | None = None
