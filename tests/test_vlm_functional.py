@@ -14,6 +14,7 @@ from test_golden_vlm_selectors import Recorded
 
 import tokenzoo
 from tokenzoo.vlm import functional
+from tokenzoo.vlm.functional.coverage import covering, covering_anew, covering_kept
 from tokenzoo.vlm.rows import VisualRows
 
 
@@ -66,6 +67,27 @@ def test_catp_is_its_equation(seed, n, share):
     while len(chosen) < keep:
         chosen.append(max((i for i in range(n) if i not in chosen), key=lambda i: value([*chosen, i])))
     assert functional.catp(x[None], text[None], keep)[0].tolist() == chosen
+
+
+@given(st.integers(0, 10_000), st.integers(1, 24), st.integers(1, 30), st.sampled_from((0.0, -1.0)))
+@settings(max_examples=60, deadline=None)
+def test_covering_is_facility_location_in_both_ways(seed, rows, columns, least):
+    """As devices do it, and as a processor does it: the sums of the definition, one step after the other."""
+    torch.manual_seed(seed)
+    covers = torch.rand(2, rows, columns, dtype=torch.float64) * (1 - least) + least
+    worth, keep = torch.rand(2, columns, dtype=torch.float64), min(columns, 7)
+    closed = torch.rand(2, columns) < (0.3 if columns > 10 else 0)
+    worth = worth.masked_fill(closed, float("-inf"))
+    kept = torch.stack([covering_kept(*each, keep, least) for each in zip(covers, worth)])
+    assert torch.equal(covering_anew(covers, worth, keep, least), kept)
+    assert torch.equal(covering(covers, worth, keep, least), kept)
+    for found, table, own in zip(kept.tolist(), covers, worth):
+        best = torch.full((rows,), least, dtype=torch.float64)
+        for step, last in enumerate(found):
+            gain = (table - best[:, None]).clamp(min=0).sum(0) + own
+            gain[found[:step]] = float("-inf")
+            assert gain[last] >= gain.max() - 1e-9
+            best = torch.maximum(best, table[:, last])
 
 
 @given(seed=st.integers(0, 10**6), high=st.integers(1, 5), wide=st.integers(1, 5), share=st.floats(0.1, 0.9))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.rows import take_rows
-from .deciding import Cosines, deciding, likeness, ranked, unit
+from .deciding import Cosines, deciding, likeness, ranked, row_of, unit
 
 
 @deciding
@@ -119,20 +119,18 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     Source: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
     NeurIPS 2025; greedy inference of Chen et al., NeurIPS 2018.
     """
-    alike = Cosines(features, keep)
-    volume = weight.float().square() * alike.units.square().sum(-1)  # what a row would add to the determinant
+    rows = unit(features) * weight.float().unsqueeze(-1)
+    volume, channels = rows.square().sum(-1), rows.shape[2]  # volume: what a row would add to the determinant
+    # parts of the Cholesky factor stand behind the channels, where products are taken off
+    rows = torch.cat([rows, rows.new_zeros(*rows.shape[:2], keep)], dim=2)
+    sign = torch.cat([rows.new_ones(channels), -rows.new_ones(keep)])
     chosen: list[Tensor] = []
-    parts = alike.units.new_zeros(len(volume), keep, volume.shape[1])  # of the Cholesky factor
     for step in range(keep):
         last = volume.argmax(dim=1, keepdim=True)
         chosen.append(last)
         # once rows span the space, what is left of a volume is rounding, and may be negative
         root = volume.gather(1, last).clamp_(min=1e-12).sqrt_()
-        new = (weight * alike.row(last)).mul_(weight.gather(1, last))
-        if step:
-            before = parts[:, :step]
-            own = before.gather(2, last.unsqueeze(1).expand(-1, step, 1)).transpose(1, 2)
-            new -= torch.bmm(own, before).squeeze(1)
-        parts[:, step] = new.div_(root)
+        new = torch.bmm(rows, (row_of(rows, last) * sign).unsqueeze(-1)).squeeze(-1).div_(root)
+        rows[:, :, channels + step] = new
         volume = volume.sub_(new.square_()).scatter_(1, last, float("-inf"))  # for good: less than that is the same
     return torch.cat(chosen, dim=1)
