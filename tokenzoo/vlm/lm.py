@@ -99,8 +99,10 @@ class ReducingLm:
         if cache is not None and (kept.gap or kept.index.shape[1]) and not self.tokenzoo_plan.masks_come:
             mask = translated(mask, cache, n)
         if drop is not None:
-            # a prompt with less to drop than its mates keeps no padding that would hold these up
-            gone = drop if note.padding is None else drop | note.padding.to(drop.device)
+            # a prompt with less to drop than its mates keeps no padding that would hold these up; in training it does,
+            # since the label of a first word is that of the padding in front, and trainers count it
+            stays = note.padding is None or note.asking is not None
+            gone = drop if stays else drop | note.padding.to(drop.device)
             order, valid = compact(gone, note.right)
             x = take(x, order)
             x = x if valid is None else torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
